@@ -1,0 +1,199 @@
+"""The front door: every verb of the command line and every name of the Python API, loaded on first use.
+
+Nothing heavy is imported here. ``VERBS`` and ``PUBLIC`` say where a thing lives; the rooms hold
+the things themselves. stdout is the result, stderr the talk; the exit codes are those of
+``graphs.errors``: 0 done, 1 the operation failed, 2 usage, 3 the artefact is bad, 4 this machine
+lacks the backend (and 130 for an interrupt).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import click
+
+# verb → (where its click command lives, the line that stands in `saccade --help`)
+VERBS = {
+    "export": ("exporter.commands:export", "Turn a checkpoint into ONNX stages under a pruning plan."),
+    "check": ("engines.commands:check", "Run the graph rules and replay the golden tensors on the CPU."),
+    "build": ("engines.commands:build", "Turn one or two exports into a bundle for a target."),
+    "verify": ("engines.commands:verify", "Replay a bundle's golden tensors through its engines."),
+    "run": ("engines.commands:run", "Ask a bundle a question about an image."),
+    "show": ("engines.commands:show", "Show a bundle, kept tokens, families, policies, ops or this machine."),
+    "demo": ("glyphs.demo:demo_command", "Export, build and run the shipped pair of small models."),
+}
+
+# public name → where it lives
+PUBLIC = {
+    "Cascade": "engines.cascade:Cascade",
+    "export": "exporter.export:export_checkpoint",
+    "build": "engines.build:build_bundle",
+    "SaccadeError": "graphs.errors:SaccadeError",
+}
+
+__all__ = ["Cascade", "SaccadeError", "build", "export", "main"]  # noqa: F822 (resolved by __getattr__)
+
+
+def __getattr__(name: str) -> Any:
+    """Resolve a public name, or ``__version__``, on first use (PEP 562)."""
+    if name == "__version__":
+        return _version()
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'saccade' has no attribute {name!r}")
+    value = _load(PUBLIC[name])
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, resolved or not."""
+    return sorted({*globals(), *PUBLIC, "__version__"})
+
+
+class LazyGroup(click.Group):
+    """A group whose commands stand in ``VERBS`` and are imported when one of them is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the verbs in the order of the flow."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the room that holds a verb."""
+        if cmd_name not in VERBS:
+            return None
+        command = _load(VERBS[cmd_name][0])
+        assert isinstance(command, click.Command)  # noqa: S101 (the table is ours and tested)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Refuse an unknown verb with the verbs that look like it."""
+        if args and args[0] not in VERBS and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            near = get_close_matches(args[0], VERBS)
+            raise click.UsageError(f"no verb {args[0]!r}; {_either(near or list(VERBS))}?", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the table without importing a single room."""
+        with formatter.section("Verbs"):
+            formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("saccade")
+    except PackageNotFoundError:
+        return "0+source"
+
+
+def _load(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+def _either(names: list[str]) -> str:
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        click.echo(f"saccade {_version()}")
+        ctx.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and exit.",
+)
+def cli() -> None:
+    """A small vision-language model looks at everything and says where to look; a large one looks there only.
+
+    Results go to stdout, progress and warnings to stderr. Exit codes: 0 done, 1 the operation
+    failed, 2 usage, 3 the artefact is bad, 4 this machine lacks the backend.
+    """
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code; every failure becomes one sentence on stderr."""
+    from graphs.errors import SaccadeError
+
+    try:
+        result = cli.main(
+            args=None if arguments is None else list(arguments), prog_name="saccade", standalone_mode=False
+        )
+        return result if isinstance(result, int) else 0
+    except SaccadeError as error:
+        return _say(str(error), error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return _say("interrupted", 130)
+    except ModuleNotFoundError as error:
+        return _module_missing(error)
+    except OSError as error:
+        return _system_refused(error)
+    except Exception as error:  # the last net: a user sees a sentence, a developer asks for the trace
+        return _unexpected(error)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run())
+
+
+def _say(sentence: str, code: int) -> int:
+    if os.environ.get("SACCADE_TRACEBACK"):
+        import traceback
+
+        traceback.print_exc()
+    click.echo(f"saccade: {sentence}", err=True)
+    return code
+
+
+def _module_missing(error: ModuleNotFoundError) -> int:
+    from graphs.errors import SaccadeError
+    from graphs.versions import missing
+
+    if (error.name or "").partition(".")[0] in {"engines", "exporter", "glyphs", "graphs", "plugins"}:
+        return _unexpected(error)
+    try:
+        raise missing(error.name or str(error)) from error
+    except SaccadeError as refused:
+        return _say(str(refused), refused.exit_code)
+
+
+def _system_refused(error: OSError) -> int:
+    where = f": {error.filename}" if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return _say(f"the disk is full{where}; make room and run the same command again", 1)
+    return _say(f"the system refused: {error.strerror or error}{where}", 1)
+
+
+def _unexpected(error: Exception) -> int:
+    detail = " ".join(str(error).split())[:300]
+    return _say(
+        f"unexpected {type(error).__name__}: {detail} (SACCADE_TRACEBACK=1 shows where)".replace(
+            ":  (", " ("
+        ),
+        1,
+    )
+
+
+if __name__ == "__main__":
+    main()
