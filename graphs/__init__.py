@@ -1,0 +1,1 @@
+"""The vocabulary of Saccade: plans, specs, ops, graph rules, errors. Imports nothing of ours."""

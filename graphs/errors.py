@@ -1,0 +1,41 @@
+"""Every failure a user can cause or meet, each with its exit code.
+
+A message is one sentence that says what went wrong, what was got, what was wanted and what to do
+next. Exit codes: 1 the operation failed, 2 usage, 3 the artefact is bad, 4 this machine lacks
+the backend.
+"""
+
+from __future__ import annotations
+
+
+class SaccadeError(Exception):
+    """Base of every error that ends a verb in one sentence; ``exit_code`` is the process's."""
+
+    exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class OperationFailed(SaccadeError):
+    """The request was fine, doing it failed (disk full, numeric mismatch, engine error)."""
+
+    exit_code = 1
+
+
+class UsageError(SaccadeError):
+    """The request itself cannot be served: a value out of range, a pair that does not fit."""
+
+    exit_code = 2
+
+
+class BadArtefact(SaccadeError):
+    """A checkpoint, export folder, bundle, image or data file is missing, broken or tampered with."""
+
+    exit_code = 3
+
+
+class BackendMissing(SaccadeError):
+    """This machine or this installation lacks what the verb needs."""
+
+    exit_code = 4

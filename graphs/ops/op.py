@@ -1,0 +1,38 @@
+"""What an op is: a name, a body in ONNX's own text form, and a torch meaning that is traced as one node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+DOMAIN = "saccade"
+VERSION = 1
+BODY_OPSET = 23
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op of domain ``saccade``.
+
+    name: unique in any model and no standard op's name, for TensorRT-RTX looks functions up by name alone.
+    body: an ONNX FunctionProto in onnx.parser's text form.
+    define: registers the torch custom op (meaning and fake) and returns it; imports torch, so call it late.
+    """
+
+    name: str
+    body: str
+    define: Callable[[], Any]
+
+    @cached_property
+    def function(self) -> Any:
+        """The body as onnx.FunctionProto."""
+        import onnx.parser
+
+        return onnx.parser.parse_function(self.body)
+
+    @cached_property
+    def torch_op(self) -> Any:
+        """The torch custom op, registered on first use."""
+        return self.define()

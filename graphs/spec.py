@@ -1,0 +1,139 @@
+"""What an export folder says about itself: ``spec.json``, the contract between exporter and engines.
+
+Legend of symbolic dimensions in tensor shapes:
+B batch (1), S rows of this chunk, S_i rows behind prune point i-1, P_j cached rows of segment j,
+G guide rows, R rows with logits, V visual rows of all images, N images, T = P_0 + S.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from graphs.errors import BadArtefact
+from graphs.plan import PruningPlan, Record, Role
+
+SPEC_FILE = "spec.json"
+GOLDEN_FILE = "golden.safetensors"
+PROCESSOR_FOLDER = "processor"
+STAGES = ("vision", "embed", "decoder")
+
+DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "bool"]
+FloatType = Literal["float32", "float16"]
+
+
+class TensorSpec(Record):
+    """One graph input or output; a carrier's values are never read, only its length."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int | str, ...]
+    carrier: bool = False
+
+
+class StageSpec(Record):
+    """One ONNX file and its interface, in the file's order."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class LanguageModel(Record):
+    """Sizes of the decoder that the runtime needs for caches and limits."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    max_positions: int
+
+
+class VisualGrid(Record):
+    """How an image becomes visual tokens; two models of a pair must agree on rows × columns."""
+
+    image_height: int
+    image_width: int
+    rows: int
+    columns: int
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens per image."""
+        return self.rows * self.columns
+
+
+class Tokens(Record):
+    """Token ids with a meaning for the runtime; ``image`` is also the placeholder's text."""
+
+    image: int
+    image_text: str
+    eos: tuple[int, ...]
+    pad: int | None = None
+
+
+class WeightFile(Record):
+    """One safetensors file that the stages' external tensors point into."""
+
+    name: str
+    bytes: int
+
+
+class ExportSpec(Record):
+    """The whole of ``spec.json``."""
+
+    schema_id: Literal["saccade.spec/1"] = Field("saccade.spec/1", alias="schema")
+    family: str
+    architecture: str
+    role: Role
+    dtype: FloatType
+    plan: PruningPlan
+    language: LanguageModel
+    grid: VisualGrid
+    tokens: Tokens
+    stages: dict[str, StageSpec]
+    weights: tuple[WeightFile, ...]
+    weights_are: Literal["clone", "copy", "in-place", "converted"]
+    tools: dict[str, str]
+
+    model_config = {**Record.model_config, "populate_by_name": True}
+
+    def dumps(self) -> str:
+        """The file's text."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2) + "\n"
+
+
+def past_names(layer: int) -> tuple[str, str]:
+    """Names of a layer's cache inputs, each [B, Hkv, P_j, d]."""
+    return f"past_k_{layer}", f"past_v_{layer}"
+
+
+def present_names(layer: int) -> tuple[str, str]:
+    """Names of a layer's cache outputs, each [B, Hkv, P_j + S_j, d]."""
+    return f"present_k_{layer}", f"present_v_{layer}"
+
+
+def spec_from_folder(folder: Path) -> ExportSpec:
+    """Read ``spec.json`` of an export folder; BadArtefact where it is missing, broken or of another format."""
+    path = Path(folder) / SPEC_FILE
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise BadArtefact(
+            f"{folder} is no export folder: {SPEC_FILE} is missing; make one with: saccade export CHECKPOINT -o {folder}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadArtefact(f"{path} cannot be read ({e}); export the checkpoint again") from None
+    try:
+        return ExportSpec.model_validate_json(text)
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the document"
+        raise BadArtefact(
+            f"{path}: {where}: {first['msg']} (this version reads saccade.spec/1); export the checkpoint again"
+        ) from None
