@@ -188,9 +188,7 @@ def _system_refused(error: OSError) -> int:
 def _unexpected(error: Exception) -> int:
     detail = " ".join(str(error).split())[:300]
     return _say(
-        f"unexpected {type(error).__name__}: {detail} (SACCADE_TRACEBACK=1 shows where)".replace(
-            ":  (", " ("
-        ),
+        f"unexpected {type(error).__name__}: {detail} (SACCADE_TRACEBACK=1 shows where)".replace(":  (", " ("),
         1,
     )
 
