@@ -1,0 +1,198 @@
+"""Where each weight of a checkpoint lies, read from the safetensors headers; no weight is loaded.
+
+A safetensors file is 8 bytes of header length (little-endian), the header (a JSON object: tensor name →
+dtype, shape, data_offsets, beside an optional ``__metadata__``), then the tensors without a hole between
+them (github.com/huggingface/safetensors, "Format"). Everything a header claims is checked against the
+file before it is believed, for whoever reads the weights later reads by offset alone.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from graphs.errors import BadArtefact
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+LONGEST_HEADER = 100_000_000  # the safetensors library's own limit
+
+# safetensors' name of a dtype → ours (spec.json's) and its bytes
+DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U64": ("uint64", 8),
+    "U32": ("uint32", 4),
+    "U16": ("uint16", 2),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """One tensor's place: ``length`` bytes at the absolute ``offset`` of ``file``; dtype as in spec.json."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """A safetensors file whose header fits its bytes."""
+
+    path: Path
+    tensors: dict[str, TensorSlice]
+    metadata: dict[str, str]
+    bytes: int
+
+
+def safetensors_file(path: Path) -> SafetensorsFile:
+    """Read and check the header of a safetensors file; BadArtefact says what does not hold."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            head = f.read(8)
+            if len(head) < 8:
+                raise _not_safetensors(path, f"it has {size} bytes, too few for a header")
+            (length,) = struct.unpack("<Q", head)
+            if length > LONGEST_HEADER:
+                raise _not_safetensors(path, f"its first 8 bytes claim a header of {length} bytes")
+            if 8 + length > size:
+                raise _truncated(path, 8 + length, size)
+            text = f.read(length)
+    except FileNotFoundError:
+        raise BadArtefact(f"{path} is missing; download the checkpoint again") from None
+    except OSError as e:
+        raise BadArtefact(f"{path} cannot be read ({e.strerror}); check the file and its rights") from None
+    try:
+        header = json.loads(text)
+    except (UnicodeDecodeError, ValueError, RecursionError):
+        raise _not_safetensors(path, "its header is no JSON") from None
+    if not isinstance(header, dict):
+        raise _not_safetensors(path, "its header is no JSON object")
+    metadata = header.pop("__metadata__", None) or {}
+    tensors = {name: _slice(path, name, entry, 8 + length) for name, entry in header.items()}
+    _check_layout(path, tensors, start=8 + length, size=size)
+    return SafetensorsFile(path, tensors, metadata if isinstance(metadata, dict) else {}, size)
+
+
+def index_of_checkpoint(folder: Path) -> dict[str, SafetensorsFile]:
+    """Shard name → its file, for ``model.safetensors`` or the shards of its index; BadArtefact otherwise."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadArtefact(f"{folder} is no folder; give the folder of a Hugging Face checkpoint")
+    names = {SINGLE_FILE}
+    if (folder / INDEX_FILE).exists():
+        names = set(_weight_map(folder / INDEX_FILE).values())
+    elif not (folder / SINGLE_FILE).exists():
+        raise BadArtefact(_no_weights(folder))
+    for name in sorted(names):
+        if not (folder / name).is_file():
+            raise BadArtefact(
+                f"{folder}: shard {name} is missing, though {INDEX_FILE} names it; download the checkpoint again"
+            )
+    return {name: safetensors_file(folder / name) for name in sorted(names)}
+
+
+def tensors_from_checkpoint(folder: Path) -> dict[str, TensorSlice]:
+    """Tensor name → its place, over all shards of a checkpoint; BadArtefact where index and shards disagree."""
+    folder = Path(folder)
+    shards = index_of_checkpoint(folder)
+    if not (folder / INDEX_FILE).exists():
+        return dict(shards[SINGLE_FILE].tensors)
+    tensors = {}
+    for name, shard in _weight_map(folder / INDEX_FILE).items():
+        if name not in shards[shard].tensors:
+            raise BadArtefact(
+                f"{folder / shard} holds no tensor {name}, though {INDEX_FILE} says so; download the checkpoint again"
+            )
+        tensors[name] = shards[shard].tensors[name]
+    return tensors
+
+
+def _slice(path: Path, name: str, entry: Any, start: int) -> TensorSlice:
+    """One header entry, offsets made absolute; its dtype, shape and length must agree."""
+    try:
+        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise _not_safetensors(path, f"its entry {name!r} lacks dtype, shape or data_offsets") from None
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise BadArtefact(
+            f"{path}: tensor {name} has dtype {kind!r}, which is none of {', '.join(DTYPES)}; "
+            "save the checkpoint in one of them"
+        )
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise _not_safetensors(path, f"tensor {name} has a shape or an offset that is no count")
+    dtype, width = DTYPES[kind]
+    if end - begin != prod(shape) * width:
+        raise _not_safetensors(
+            path, f"tensor {name} is given {end - begin} bytes, but {kind} {list(shape)} takes {prod(shape) * width}"
+        )
+    return TensorSlice(path, dtype, shape, start + begin, end - begin)
+
+
+def _check_layout(path: Path, tensors: dict[str, TensorSlice], *, start: int, size: int) -> None:
+    """Tensors follow one another without overlap or hole and end where the file does."""
+    at = start
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].length)):
+        if tensor.offset != at:
+            what = "overlaps the tensor before it" if tensor.offset < at else "leaves a hole before it"
+            raise _not_safetensors(path, f"tensor {name} at byte {tensor.offset} {what} (expected {at})")
+        at += tensor.length
+    if at > size:
+        raise _truncated(path, at, size)
+    if at < size:
+        raise _not_safetensors(path, f"the header describes {at} bytes, the file has {size}")
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor name → shard name, each shard a plain name inside the checkpoint's folder."""
+    try:
+        table = json.loads(path.read_text("utf-8"))["weight_map"]
+        if not isinstance(table, dict) or not table:
+            raise ValueError
+    except OSError as e:
+        raise BadArtefact(f"{path} cannot be read ({e.strerror}); check the file and its rights") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BadArtefact(f"{path} has no weight_map, so it is no index; download the checkpoint again") from None
+    for name, shard in table.items():
+        if not isinstance(shard, str) or shard != PurePosixPath(shard).name or "\\" in shard or shard in ("", ".."):
+            raise BadArtefact(
+                f"{path}: tensor {name} points to {shard!r}, outside the folder; do not use this checkpoint"
+            )
+    return table
+
+
+def _no_weights(folder: Path) -> str:
+    pickled = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
+    if pickled:
+        return (
+            f"{folder} has {pickled[0]} but no safetensors, and pickled weights are not read; convert them with "
+            "transformers: AutoModel…from_pretrained(…).save_pretrained(…, safe_serialization=True)"
+        )
+    return f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; give the folder of a Hugging Face checkpoint"
+
+
+def _not_safetensors(path: Path, why: str) -> BadArtefact:
+    return BadArtefact(f"{path} is no safetensors file: {why}; download the checkpoint again")
+
+
+def _truncated(path: Path, wanted: int, got: int) -> BadArtefact:
+    return BadArtefact(f"{path} is truncated: its header says {wanted} bytes, the file has {got}; download it again")
