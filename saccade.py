@@ -78,7 +78,8 @@ class LazyGroup(click.Group):
             from difflib import get_close_matches
 
             near = get_close_matches(args[0], VERBS)
-            raise click.UsageError(f"no verb {args[0]!r}; {_either(near or list(VERBS))}?", ctx)
+            hint = f"did you mean {_either(near)}?" if near else f"the verbs are {', '.join(VERBS)}"
+            raise click.UsageError(f"no verb {args[0]!r}; {hint}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
