@@ -97,9 +97,8 @@ def sharded(folder, table, shards):
 
 def test_shards(tmp_path, weights):
     one, two = {"a": weights["a"]}, {"c": weights["c"]}
-    sharded(
-        tmp_path, {"a": "m-1.safetensors", "c": "m-2.safetensors"}, {"m-1.safetensors": one, "m-2.safetensors": two}
-    )
+    table = {"a": "m-1.safetensors", "c": "m-2.safetensors"}
+    sharded(tmp_path, table, {"m-1.safetensors": one, "m-2.safetensors": two})
     assert {n: t.file.name for n, t in tensors_from_checkpoint(tmp_path).items()} == table
     (tmp_path / "m-2.safetensors").unlink()
     with pytest.raises(BadArtefact, match=r"shard m-2.safetensors is missing"):
