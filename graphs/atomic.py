@@ -1,0 +1,184 @@
+"""Writing artefacts so that nothing half-written ever bears the final name.
+
+A folder or file is written under ``.{name}.partial-{pid}-…`` beside its target, synced, and renamed.
+While it is written its partial is locked; the lock dies with the process, so the next run on the same
+target knows which partials were left by a killed one, and removes them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from graphs.errors import OperationFailed, UsageError
+
+RENAME_EXCHANGE = 2  # linux/fs.h
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def atomic_folder(target: Path, overwrite: bool = False, *, holds: str | None = None) -> Iterator[Path]:
+    """Yield a new folder beside ``target`` to write into; on success it becomes ``target``, else it is removed.
+
+    overwrite: replace an existing target, but only one that has the file ``holds`` (so that a slip of
+    ``-o`` cannot remove a folder of the user's). Without it an existing, non-empty target is a UsageError.
+    A full disk becomes OperationFailed; SIGTERM and SIGHUP end the block like an interrupt does.
+    """
+    target = Path(os.path.abspath(target))  # noqa: PTH100 (resolve() would follow a link at the target)
+    _check_target(target, overwrite, holds)
+    with _partial_of(target) as partial, _disk_full_in_words(target), _signals_raise():
+        partial.mkdir()
+        with _locked(partial):
+            yield partial
+            _sync_tree(partial)
+            if target.exists():
+                _exchange(partial, target)  # the partial now holds the old one, removed on the way out
+            else:
+                partial.rename(target)
+            _sync(target.parent)
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield a path beside ``target`` to write to; on success it replaces ``target``, else it is removed."""
+    target = Path(os.path.abspath(target))  # noqa: PTH100 (resolve() would follow a link at the target)
+    if target.is_dir():
+        raise UsageError(f"{target} is a folder; give a file name to write to")
+    with _partial_of(target) as partial, _disk_full_in_words(target), _signals_raise():
+        partial.touch()
+        with _locked(partial):
+            yield partial
+            _sync(partial)
+            partial.replace(target)
+            _sync(target.parent)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception, ours or a library's, means that no more could be written."""
+    if isinstance(error, OSError):
+        return error.errno in DISK_FULL
+    return any(f"os error {code}" in str(error) for code in DISK_FULL) or "No space left" in str(error)
+
+
+@contextmanager
+def _disk_full_in_words(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:
+        if is_disk_full(e):
+            raise OperationFailed(
+                f"the disk is full while writing {target}; nothing was left there: make room and run it again"
+            ) from e
+        raise
+
+
+@contextmanager
+def _partial_of(target: Path) -> Iterator[Path]:
+    """A free partial name of ``target``; whatever bears it afterwards is removed."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{target.parent} is a file, so nothing can be written below it; give another place") from None
+    _remove_stale(target)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(3)}")
+    try:
+        yield partial
+    finally:
+        _remove(partial)
+
+
+def _check_target(target: Path, overwrite: bool, holds: str | None) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UsageError(f"{target} exists and is no folder; give another place to write to")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(f"{target} exists and is not empty; give another place, or --overwrite to replace it")
+    if holds and not (target / holds).is_file():
+        raise UsageError(f"{target} has no {holds}, so it is none of ours and is not replaced; give another place")
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove the partials of ``target`` whose writer is dead: their lock can be had."""
+    for left in target.parent.glob(f".{_escaped(target.name)}.partial-*"):
+        with suppress(OSError), _locked(left):
+            _remove(left)
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the advisory lock of a file or folder; OSError where another process has it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Swap two folders' names in one step where the system can, else in three."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2") and libc.renameat2(-100, bytes(a), -100, bytes(b), RENAME_EXCHANGE) == 0:
+        return
+    aside = a.with_name(a.name + "-old")
+    b.rename(aside)
+    a.rename(b)
+    aside.rename(a)
+
+
+def _sync_tree(folder: Path) -> None:
+    for here, _, names in os.walk(folder):
+        for name in names:
+            _sync(Path(here, name))
+        _sync(Path(here))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP raise SystemExit, unless the program handles them itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    taken = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _exit_on)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _exit_on(number: int, _: Any) -> None:
+    raise SystemExit(128 + number)

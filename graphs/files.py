@@ -1,0 +1,66 @@
+"""Writing and reading files of artefacts: atomically, as clones where the disk can, never through links."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import shutil
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from graphs.atomic import DISK_FULL, atomic_file, atomic_folder, is_disk_full
+from graphs.errors import BadArtefact
+
+__all__ = [
+    "atomic_file",
+    "atomic_folder",
+    "clone_or_copy",
+    "is_disk_full",
+    "path_inside",
+    "sha256_of",
+    "unreadable",
+]
+
+FICLONE = 0x40049409  # linux/fs.h
+
+
+def clone_or_copy(source: Path, target: Path) -> Literal["clone", "copy"]:
+    """Make ``target`` the content of ``source``: a copy-on-write clone where the file system can, else a copy.
+
+    Never a link: onnx's loaders refuse hard and symbolic links in external data.
+    """
+    with source.open("rb") as src, target.open("wb") as dst:
+        try:
+            fcntl.ioctl(dst, FICLONE, src.fileno())
+            return "clone"
+        except OSError as e:
+            if e.errno in DISK_FULL:
+                raise
+    shutil.copyfile(source, target)
+    return "copy"
+
+
+def sha256_of(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal, read as a stream."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def path_inside(folder: Path, name: str) -> Path | None:
+    """``folder / name``, or None where the name leaves the folder: absolute, with ``..``, or by a symbolic link."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
+        return None
+    path = folder
+    for part in parts:
+        path = path / part
+        if path.is_symlink():
+            return None
+    return path
+
+
+def unreadable(path: Path, error: OSError, remedy: str) -> BadArtefact:
+    """The error for a file that cannot be read, with what to do about it."""
+    why = "is missing" if error.errno == errno.ENOENT else f"cannot be read ({error.strerror})"
+    return BadArtefact(f"{path} {why}; {remedy}")
