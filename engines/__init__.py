@@ -1,0 +1,1 @@
+"""The deployment side: build, bundle, sessions, generation, cascade. Runs without torch and without the exporter."""

@@ -1,0 +1,103 @@
+"""What a question gets back, and its document form ``saccade.answer/1``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from engines.confidence import Confidence
+from engines.model import Prompt
+from graphs.plan import PruningPlan, average_retention
+
+SCHEMA = "saccade.answer/1"
+
+
+@dataclass(frozen=True)
+class SmallPass:
+    """What the small model gave for one image and question; many large passes can share it.
+
+    guidance: float32 [V], one value per visual token. milliseconds: stage → what it took.
+    """
+
+    image: Image.Image
+    question: str
+    prompt: Prompt
+    text: str
+    tokens: tuple[int, ...]
+    stopped: Literal["end", "length"]
+    guidance: np.ndarray
+    confidence: Confidence
+    milliseconds: dict[str, float] = field(compare=False)
+    # The large model's prompt for the same question, kept so that its image is seen once.
+    shared: dict[str, Prompt] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and how it came about.
+
+    model: who gave it. exited: whether the small model's answer was good enough, None where there
+    is no choice. confidence: None without a small model. kept: per prune point the visual tokens
+    that stayed, as indices into the image's own, None where no large model ran. average_retention: of the
+    visual tokens over the layers of the model that was pruned. milliseconds: stage → what it took;
+    a stage whose result was shared is counted with the time it took once.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    model: Literal["small", "large", "alone"]
+    stopped: Literal["end", "length"]
+    exited: bool | None
+    threshold: float | None
+    confidence: Confidence | None
+    keep: tuple[float, ...]
+    kept: tuple[np.ndarray, ...] | None
+    average_retention: float | None
+    guidance: np.ndarray | None
+    prompt_tokens: int
+    visual_tokens: int
+    milliseconds: dict[str, float] = field(compare=False)
+
+    @property
+    def score(self) -> float | None:
+        """S, the mean of both scores."""
+        return self.confidence.score if self.confidence else None
+
+    def document(self) -> dict[str, Any]:
+        """Return the answer as JSON knows it."""
+        scores = self.confidence
+        return {
+            "schema": SCHEMA,
+            "answer": self.text,
+            "model": self.model,
+            "exited": self.exited,
+            "confidence": scores.confidence if scores else None,
+            "consistency": scores.consistency if scores else None,
+            "score": self.score,
+            "threshold": self.threshold,
+            "keep": list(self.keep),
+            "average_retention": self.average_retention,
+            "kept": None if self.kept is None else [k.tolist() for k in self.kept],
+            "tokens": list(self.tokens),
+            "new_tokens": len(self.tokens),
+            "stopped": self.stopped,
+            "prompt_tokens": self.prompt_tokens,
+            "visual_tokens": self.visual_tokens,
+            "guidance": None if self.guidance is None else [round(float(a), 6) for a in self.guidance],
+            "milliseconds": {
+                **{stage: round(ms, 3) for stage, ms in self.milliseconds.items()},
+                "total": round(sum(self.milliseconds.values()), 3),
+            },
+        }
+
+
+def retention_of(plan: PruningPlan, layers: int, ratios: tuple[float, ...]) -> float:
+    """Return the average share of visual tokens over the layers, for any number of prune points."""
+    share, before = 1.0, 1.0
+    for point, ratio in zip(plan.points, ratios, strict=True):
+        share += average_retention(layers, point.layer, ratio) - average_retention(layers, point.layer, before)
+        before = ratio
+    return share

@@ -1,0 +1,65 @@
+"""The KV cache of a conversation: one length per segment of layers, values that never leave the device.
+
+Legend: Hkv key-value heads, P_j cached rows of segment j, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from engines.session import Value
+from graphs.spec import ExportSpec, past_names, present_names
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Immutable: a run returns the next one, and an older one can be continued a second time.
+
+    values: input name of the decoder → [1, Hkv, P_j, d], on the device.
+    positions: per segment the original positions of its rows, int64 [P_j], ascending.
+    """
+
+    values: Mapping[str, Value]
+    positions: tuple[np.ndarray, ...]
+    next_position: int
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """P_j of every segment."""
+        return tuple(len(p) for p in self.positions)
+
+
+def empty_cache(spec: ExportSpec) -> Cache:
+    """Return the cache of a conversation that has not begun: every P_j is 0."""
+    language = spec.language
+    dtype = {t.name: t.dtype for t in spec.stages["decoder"].inputs}
+    values = {
+        name: np.zeros((1, language.kv_heads, 0, language.head_dim), dtype=dtype[name])
+        for layer in range(language.layers)
+        for name in past_names(layer)
+    }
+    segments = spec.plan.segments(language.layers)
+    return Cache(values, tuple(np.zeros(0, np.int64) for _ in segments), 0)
+
+
+def present_outputs(spec: ExportSpec) -> tuple[str, ...]:
+    """Return the decoder's cache outputs, in the order of its layers."""
+    return tuple(name for layer in range(spec.language.layers) for name in present_names(layer))
+
+
+def grown(cache: Cache, outputs: Mapping[str, Value], position_S: np.ndarray, kept: tuple[np.ndarray, ...]) -> Cache:
+    """Return the cache after a run.
+
+    outputs: the run's ``present_*`` values. position_S: original positions of the chunk's rows.
+    kept: per prune point the rows of the chunk that reach the segment behind it.
+    """
+    values = {}
+    for layer in range(len(cache.values) // 2):
+        for past, present in zip(past_names(layer), present_names(layer), strict=True):
+            values[past] = outputs[present]
+    rows = (np.arange(len(position_S)), *kept)
+    positions = tuple(np.concatenate([old, position_S[r]]) for old, r in zip(cache.positions, rows, strict=True))
+    return Cache(values, positions, int(position_S[-1]) + 1)

@@ -1,0 +1,191 @@
+"""One decoder graph, run for a prefill, a decode step or a chunk on top of a past.
+
+Legend: S rows of the chunk, D width, T = P_0 + S keys, R rows with logits, V vocabulary.
+The carriers guide, keep_i and tail are read for their length only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
+
+import numpy as np
+
+from engines.cache import Cache, empty_cache, grown, present_outputs
+from engines.session import Session, Value
+from graphs.errors import OperationFailed, UsageError
+from graphs.plan import PruningPlan, Rows, kept_count
+from graphs.spec import ExportSpec
+
+Keep: TypeAlias = float | Sequence[float] | None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows of a conversation that are fed together.
+
+    inputs_embeds: [1, S, D], host or device. is_visual: bool [S]. positions: original ones,
+    int64 [S] ascending, None for the rows that follow the cache.
+    """
+
+    inputs_embeds: Value
+    is_visual: np.ndarray
+    positions: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.is_visual)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a run gave.
+
+    logits: float32 [R, V]. kept: per prune point the rows of the chunk that went on, int64 ascending.
+    received: float32 [T], what each cached and new row received from the guide rows, where the plan
+    gives guidance.
+    """
+
+    logits: np.ndarray
+    kept: tuple[np.ndarray, ...]
+    received: np.ndarray | None
+    cache: Cache
+
+
+class Decoder:
+    """A decoder session with the host's side of the contract: lengths, positions and their rules."""
+
+    def __init__(self, session: Session, spec: ExportSpec) -> None:
+        self._session = session
+        self._spec = spec
+        self._dtype = {t.name: t.dtype for t in spec.stages["decoder"].inputs}
+        self._kept_names = tuple(f"kept_{i}" for i in range(len(spec.plan.points)))
+
+    def run(
+        self,
+        chunk: Chunk,
+        cache: Cache | None = None,
+        keep: Keep = None,
+        tail: int = 1,
+        priority_S: np.ndarray | None = None,
+    ) -> Step:
+        """Feed a chunk on top of a cache (None: of nothing).
+
+        keep: share of the image's visual tokens behind each prune point, None for the plan's own.
+        tail: how many of the last rows get logits. priority_S: float [S], where the plan prunes by it.
+        Raises UsageError where the plan cannot serve the chunk, OperationFailed for NaN in the logits.
+        """
+        plan, rows = self._spec.plan, len(chunk)
+        cache = cache or empty_cache(self._spec)
+        position_S = chunk.positions
+        if position_S is None:
+            position_S = np.arange(cache.next_position, cache.next_position + rows, dtype=np.int64)
+        if position_S[-1] >= self._spec.language.max_positions:
+            raise UsageError(
+                f"the conversation would be {int(position_S[-1]) + 1} tokens long, but the model has "
+                f"{self._spec.language.max_positions} positions; shorten it"
+            )
+        kept_rows = rows_behind(plan, chunk.is_visual, keep)
+        feeds: dict[str, Value] = {
+            "inputs_embeds": chunk.inputs_embeds,
+            "position_ids": position_S[None],
+            "tail": np.zeros(tail, np.int32),
+            **{f"keep_{i}": np.zeros(n, np.int32) for i, n in enumerate(kept_rows)},
+            **cache.values,
+        }
+        if plan.points:
+            feeds["is_visual"] = chunk.is_visual[None]
+        if plan.uses_guide:
+            feeds["guide"] = np.zeros(guide_rows(plan, chunk.is_visual), np.int32)
+        if plan.uses_priority:
+            feeds["priority"] = checked_priority(priority_S, chunk.is_visual, any(n < rows for n in kept_rows))
+        host = ("logits", *self._kept_names, *(("attention_received",) if plan.guidance else ()))
+        out = self._session.run(feeds, host=host, device=present_outputs(self._spec))
+        logits_RV = out["logits"][0].astype(np.float32)
+        if not np.isfinite(logits_RV.max(axis=-1)).all():
+            raise OperationFailed(
+                "the decoder's logits are not numbers (NaN or infinite), so no token can be chosen; "
+                "replay the golden tensors with: saccade verify"
+            )
+        kept = composed(rows, [out[name][0] for name in self._kept_names])
+        received_T = out["attention_received"][0].astype(np.float32) if plan.guidance else None
+        return Step(logits_RV, kept, received_T, grown(cache, out, position_S, kept))
+
+
+def guide_rows(plan: PruningPlan, is_visual_S: np.ndarray) -> int:
+    """Return G, how many trailing rows guide.
+
+    The text rows after the last image, one more where the plan says so, 1 for rows ``last``; every
+    row of a chunk without an image. Raises UsageError where an image has no text behind it.
+    """
+    rows: Rows = plan.guidance.rows if plan.guidance else next(p.rows for p in plan.points if p.score == "attention")
+    visual = np.flatnonzero(is_visual_S)
+    if not len(visual):
+        return len(is_visual_S)
+    text = len(is_visual_S) - 1 - int(visual[-1])
+    if not text:
+        raise UsageError(
+            "the question is not in the same chunk as its image, and guidance is computed from the text rows "
+            "behind the image; feed image and question together"
+        )
+    return {"text": text, "last": 1, "text_and_last_visual": text + 1}[rows]
+
+
+def rows_behind(plan: PruningPlan, is_visual_S: np.ndarray, keep: Keep) -> tuple[int, ...]:
+    """Return S_{i+1} of every prune point: all text rows, and int(N·r) of the chunk's N visual ones."""
+    visual = int(is_visual_S.sum())
+    text = len(is_visual_S) - visual
+    ratios = keep_ratios(plan, keep)
+    if not visual:
+        if keep is not None and any(r < 1 for r in ratios):
+            raise UsageError("a chunk without an image has nothing to prune; leave keep out")
+        return tuple(len(is_visual_S) for _ in ratios)
+    return tuple(text + kept_count(visual, r) for r in ratios)
+
+
+def keep_ratios(plan: PruningPlan, keep: Keep) -> tuple[float, ...]:
+    """Return one share of the original visual tokens per prune point; None stands for the plan's own.
+
+    Raises UsageError for a share outside (0, 1], for shares that grow, for another number of them
+    than there are prune points, and for any share below 1 where nothing can be pruned.
+    """
+    if keep is None:
+        return tuple(p.keep for p in plan.points)
+    ratios = (float(keep),) if isinstance(keep, int | float) else tuple(float(r) for r in keep)
+    for ratio in ratios:
+        kept_count(1, ratio)
+    if not plan.points and all(r == 1 for r in ratios):
+        return ()
+    if len(ratios) != len(plan.points):
+        raise UsageError(
+            f"{len(ratios)} keep ratios were given, but plan {plan.name} has {len(plan.points)} prune points; "
+            "give one for each, or export with another plan"
+        )
+    if any(b > a for a, b in pairwise(ratios)):
+        raise UsageError(f"keep ratios {list(ratios)} grow with depth, but what is dropped is gone; order them down")
+    return ratios
+
+
+def checked_priority(priority_S: np.ndarray | None, is_visual_S: np.ndarray, prunes: bool) -> np.ndarray:
+    """Return the graph's ``priority``, float32 [1, S]; UsageError where it is needed and missing, or misshapen."""
+    if priority_S is None:
+        if prunes:
+            raise UsageError(
+                "this model is pruned by guidance from a small model, and none was given; "
+                "build a bundle of both, or give a priority"
+            )
+        return np.zeros((1, len(is_visual_S)), np.float32)
+    if priority_S.shape != is_visual_S.shape:
+        raise UsageError(f"the priority has {priority_S.shape} values, but the chunk has {is_visual_S.shape} rows")
+    return priority_S.astype(np.float32)[None]
+
+
+def composed(rows: int, kept: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Turn indices into the rows of the segment before into rows of the chunk, point after point."""
+    reached = np.arange(rows)
+    result = []
+    for kept_S in kept:
+        reached = reached[kept_S]
+        result.append(reached)
+    return tuple(result)

@@ -1,0 +1,48 @@
+"""Where the small model looks: what each visual token receives from the text, summed and never normalised.
+
+Legend: V visual tokens, T keys of the cache (P_0 + S), k kept.
+Source: SGL, arXiv 2412.03324 §3.2: A = A^P + A^D over all layers and heads; the prefill's text rows
+and every generated token that is fed back (the last one never is). The graph sums over layers, heads
+and rows in fp32; over steps the host does, also in fp32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from graphs.errors import OperationFailed
+from graphs.plan import kept_count
+
+
+class GuidanceSum:
+    """A^P plus one A^D per fed-back token, over the visual rows of the prompt."""
+
+    def __init__(self, is_visual_S: np.ndarray) -> None:
+        self._visual = np.flatnonzero(is_visual_S)
+        self.total = np.zeros(len(self._visual), np.float32)
+
+    def add(self, received_T: np.ndarray) -> None:
+        """Add what one run's guide rows gave; the prompt's rows come first among the keys."""
+        self.total += received_T[self._visual]
+
+
+def top_visual(guidance_V: np.ndarray, keep: float) -> np.ndarray:
+    """Return the int(V·keep) visual tokens of highest guidance, ascending; ties go to the lower index."""
+    if not np.isfinite(guidance_V).all():
+        raise OperationFailed(
+            "the guidance is not a number for some visual tokens; replay the golden tensors with: saccade verify"
+        )
+    order = np.argsort(-guidance_V.astype(np.float64), kind="stable")
+    return np.sort(order[: kept_count(len(guidance_V), keep)])
+
+
+def priority_of_rows(guidance_V: np.ndarray, is_visual_S: np.ndarray) -> np.ndarray:
+    """Scatter guidance on the visual rows of a prompt, float32 [S]; text rows need none."""
+    priority_S = np.zeros(len(is_visual_S), np.float32)
+    priority_S[is_visual_S] = guidance_V
+    return priority_S
+
+
+def random_guidance(tokens: int, seed: int) -> np.ndarray:
+    """Return a seeded uniform score per visual token, float32 [V]: the baseline of every comparison."""
+    return np.random.default_rng(seed).random(tokens, dtype=np.float32)

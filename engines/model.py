@@ -1,0 +1,113 @@
+"""One model of a bundle: its processor and its three sessions, opened on first use and kept open.
+
+Legend: S prompt rows, V visual tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from engines.clock import Clock
+from engines.decoder import Decoder, Keep
+from engines.generate import Generation
+from engines.processing import Processor
+from engines.session import Session, Value, open_session
+from graphs.spec import ExportSpec
+
+DEFAULT_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An image and a question, ready for the decoder.
+
+    input_ids: int64 [1, S]. pixel_values: float32 [1, 3, H, W]. inputs_embeds: [1, S, D] on the
+    device. ms: what each step took.
+    """
+
+    input_ids: np.ndarray
+    pixel_values: np.ndarray
+    inputs_embeds: Value
+    is_visual: np.ndarray
+    ms: dict[str, float] = field(compare=False)
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[1]
+
+
+class Model:
+    """A member of a bundle, or an export folder, on one target."""
+
+    def __init__(self, folder: Path, spec: ExportSpec, target: str = "cpu", threads: int | None = None) -> None:
+        self.folder, self.spec = Path(folder), spec
+        self.processor = Processor(folder, spec)
+        self._target, self._threads = target, threads
+        self._sessions: dict[str, Session] = {}
+
+    @property
+    def opened(self) -> frozenset[str]:
+        """The stages whose sessions are open."""
+        return frozenset(self._sessions)
+
+    def session(self, stage: str) -> Session:
+        """Return a stage's session, opening it the first time."""
+        if stage not in self._sessions:
+            file = self.folder / self.spec.stages[stage].file
+            self._sessions[stage] = open_session(file, self._target, self._threads)
+        return self._sessions[stage]
+
+    def open(self) -> None:
+        """Open every stage now, for one who measures."""
+        for stage in self.spec.stages:
+            self.session(stage)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The decoder with the host's rules around it."""
+        return Decoder(self.session("decoder"), self.spec)
+
+    def prompt(self, image: Image.Image, question: str) -> Prompt:
+        """See the image and merge it with the question; the first three stages of every answer."""
+        clock, ms = Clock(), {}
+        input_ids = self.processor.prompt(question)
+        pixel_values = self.processor.pixels(image)
+        ms["prepare"] = clock.lap()
+        self.open()
+        ms["open"] = clock.lap()
+        vision = self.session("vision").run({"pixel_values": pixel_values}, device=("visual_embeds",))
+        ms["vision"] = clock.lap()
+        embeds = self._embeds(input_ids, vision["visual_embeds"])
+        ms["embed"] = clock.lap()
+        is_visual_S = input_ids[0] == self.spec.tokens.image
+        return Prompt(input_ids, pixel_values, embeds, is_visual_S, ms)
+
+    def embed_text(self, tokens: Sequence[int]) -> Value:
+        """Return inputs_embeds [1, S, D] of text alone."""
+        dtype = next(t.dtype for t in self.spec.stages["embed"].inputs if t.name == "visual_embeds")
+        no_image = np.zeros((1, self.spec.language.width), dtype=dtype)
+        return self._embeds(np.asarray([tokens], np.int64), no_image)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int | None = None,
+        keep: Keep = None,
+        priority_S: np.ndarray | None = None,
+    ) -> Generation:
+        """Return a greedy generation that has not begun; ``max_new_tokens`` defaults to the checkpoint's."""
+        limit = self.processor.max_new_tokens or DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        return Generation(self, prompt, limit, keep, priority_S)
+
+    def to_host(self, value: Value) -> np.ndarray:
+        """Copy a device value to the host."""
+        return self.session("decoder").to_host(value)
+
+    def _embeds(self, input_ids: np.ndarray, visual_embeds: Value) -> Value:
+        feeds = {"input_ids": input_ids, "visual_embeds": visual_embeds}
+        return self.session("embed").run(feeds, device=("inputs_embeds",))["inputs_embeds"]

@@ -1,0 +1,216 @@
+"""From an image and a question to pixels and token ids, as the checkpoint's own processor does it, without torch.
+
+Image processor, tokenizer and chat template are loaded each by itself (an AutoProcessor may want
+torchvision), and the image processor always with Pillow, so that every machine sees the same pixels.
+Legend: N images, H and W the processed size, S tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from graphs.errors import BadArtefact, UsageError
+from graphs.spec import PROCESSOR_FOLDER, ExportSpec
+
+
+class Processor:
+    """The ``processor/`` folder of an export, loaded part by part on first use."""
+
+    def __init__(self, folder: Path, spec: ExportSpec) -> None:
+        self.folder = Path(folder) / PROCESSOR_FOLDER
+        self.spec = spec
+        if not self.folder.is_dir():
+            raise BadArtefact(f"{self.folder} is missing; export the checkpoint again")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer."""
+        return self._loaded("AutoTokenizer")
+
+    @cached_property
+    def image_processor(self) -> Any:
+        """The checkpoint's image processor on Pillow and numpy."""
+        return self._loaded("AutoImageProcessor", backend="pil")
+
+    @cached_property
+    def chat_template(self) -> str:
+        """The text of the chat template, from wherever this checkpoint keeps it."""
+        return chat_template_of(self.folder)
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """Return pixel_values, float32 [1, 3, H, W], of the size the export was traced for."""
+        try:
+            values = self.image_processor(images=[image], return_tensors="np")["pixel_values"]
+        except (ValueError, TypeError, OSError, MemoryError) as e:
+            raise BadArtefact(f"the image processor of {self.folder} refused the image ({e}); try another") from None
+        pixel_values = np.asarray(values, dtype=np.float32)
+        grid = self.spec.grid
+        wanted = (1, 3, grid.image_height, grid.image_width)
+        if pixel_values.shape != wanted:
+            raise BadArtefact(
+                f"{self.folder} makes pixels of shape {list(pixel_values.shape)}, but the vision graph takes "
+                f"{list(wanted)}; export the checkpoint again"
+            )
+        return pixel_values
+
+    def seen(self, pixel_values: np.ndarray) -> Image.Image:
+        """Return what the model sees of an image, RGB [H, W]: cropped and resized, normalisation undone."""
+        mean, std = (
+            np.asarray(getattr(self.image_processor, name, None) or default, np.float32)
+            for name, default in (("image_mean", [0.0] * 3), ("image_std", [1.0] * 3))
+        )
+        colour = pixel_values[0].transpose(1, 2, 0) * std + mean
+        return Image.fromarray((colour * 255).round().clip(0, 255).astype(np.uint8))
+
+    def prompt(self, question: str) -> np.ndarray:
+        """Return token ids, int64 [1, S], of one image and a question, one placeholder per visual token.
+
+        Raises UsageError for an empty question, one that holds the placeholder's text, or a prompt
+        that leaves no position for an answer.
+        """
+        question = question.strip()
+        if not question:
+            raise UsageError("the question is empty; write what you want to know about the image")
+        tokens, grid = self.spec.tokens, self.spec.grid
+        if tokens.image_text in question:
+            raise UsageError(
+                f"the question holds {tokens.image_text!r}, which stands for the image itself; leave it out"
+            )
+        text = self._rendered(question)
+        if text.count(tokens.image_text) != 1:
+            raise BadArtefact(
+                f"the chat template of {self.folder} writes {text.count(tokens.image_text)} placeholders "
+                f"{tokens.image_text!r} for one image, wanted 1; use the template the model was trained with"
+            )
+        text = text.replace(tokens.image_text, tokens.image_text * grid.tokens)
+        bos = self.tokenizer.bos_token
+        ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
+        input_ids = np.asarray([ids], dtype=np.int64)
+        if (found := int((input_ids == tokens.image).sum())) != grid.tokens:
+            raise BadArtefact(
+                f"the tokenizer of {self.folder} makes {found} placeholder tokens of {grid.tokens} visual ones; "
+                "tokenizer and spec.json disagree, export the checkpoint again"
+            )
+        limit = self.spec.language.max_positions
+        if input_ids.shape[1] >= limit:
+            raise UsageError(
+                f"the prompt is {input_ids.shape[1]} tokens long ({grid.tokens} of the image), but the model has "
+                f"{limit} positions and the answer needs one; shorten the question"
+            )
+        return input_ids
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer, special tokens left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    @cached_property
+    def max_new_tokens(self) -> int | None:
+        """The answer's length that the checkpoint's generation config asks for, if it does."""
+        path = self.folder / "generation_config.json"
+        value = _json_of(path).get("max_new_tokens") if path.is_file() else None
+        return value if isinstance(value, int) and value > 0 else None
+
+    def _rendered(self, question: str) -> str:
+        from jinja2 import TemplateError
+
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [{"role": "user", "content": content}],
+                    chat_template=self.chat_template,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as e:
+            raise BadArtefact(
+                f"the chat template of {self.folder} fails on one image and a question ({e}); "
+                "use the template the model was trained with"
+            ) from None
+
+    def _loaded(self, auto_class: str, **options: Any) -> Any:
+        # In an environment without torch, transformers would say so on every start.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        import transformers
+
+        try:
+            return getattr(transformers, auto_class).from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=False, **options
+            )
+        except Exception as e:  # what a broken file raises is not documented
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+            raise BadArtefact(
+                f"{auto_class} cannot read {self.folder} ({reason}); export the checkpoint again"
+            ) from None
+
+
+def chat_template_of(folder: Path) -> str:
+    """Return a processor folder's chat template; BadArtefact where it has none."""
+    plain = folder / "chat_template.jinja"
+    try:
+        if plain.is_file():
+            return plain.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadArtefact(f"{plain} cannot be read ({e}); export the checkpoint again") from None
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        path = folder / name
+        template = _json_of(path).get("chat_template") if path.is_file() else None
+        if isinstance(template, str):
+            return template
+    raise BadArtefact(
+        f"{folder} has no chat template, so a question cannot be put as the model expects it; "
+        "add chat_template.jinja to the checkpoint and export it again"
+    )
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as e:
+        raise BadArtefact(f"{path} cannot be read ({e}); export the checkpoint again") from None
+    return document if isinstance(document, dict) else {}
+
+
+def check_pair(small: Processor, large: Processor) -> None:
+    """Raise UsageError unless both models cut an image into the same grid and speak the same tokens.
+
+    Guidance travels by index (arXiv 2412.03324, §3.2), and the small model's answer is compared and
+    handed out as token ids, so neither can be mapped from one model to the other.
+    """
+    a, b = small.spec.grid, large.spec.grid
+    if (a.rows, a.columns) != (b.rows, b.columns):
+        raise UsageError(
+            f"the small model cuts an image into {a.rows}×{a.columns} visual tokens, the large one into "
+            f"{b.rows}×{b.columns}, and guidance travels by index; pair models of one grid"
+        )
+    for what, differs in _token_differences(small, large):
+        if differs:
+            raise UsageError(
+                f"the two models differ in {what}, so the small one's tokens mean nothing to the large one; "
+                "pair models of one family"
+            )
+
+
+def _token_differences(small: Processor, large: Processor) -> list[tuple[str, bool]]:
+    try:
+        texts = [p.folder.joinpath("tokenizer.json").read_text("utf-8") for p in (small, large)]
+        if texts[0] == texts[1]:
+            vocabularies: list[Any] = [None, None]
+        else:
+            vocabularies = [(t.get("added_tokens"), t.get("model")) for t in map(json.loads, texts)]
+    except (OSError, ValueError, AttributeError) as e:
+        raise BadArtefact(f"a tokenizer.json of the pair cannot be read ({e}); export the checkpoint again") from None
+    return [
+        ("their vocabulary", vocabularies[0] != vocabularies[1]),
+        ("the ids of their special tokens", small.spec.tokens != large.spec.tokens),
+        ("their chat template", small.chat_template != large.chat_template),
+    ]
