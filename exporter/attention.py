@@ -1,0 +1,87 @@
+"""The decoder's attention: one canonical op with a past, and the function that transformers' layers call.
+
+Legend: B batch, H query heads, V key-value heads, S rows, P past rows, T = P + S keys, D head width.
+
+``torch.onnx.ops.attention`` is not used: its eager meaning aligns causality upper-left even with a
+past (torch 2.13), where ONNX Attention-23 with ``past_key`` aligns it bottom-right.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from graphs.ops import OPS
+
+NAME = "saccade"
+
+
+@torch.library.custom_op("saccade::attention", mutates_args=())
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past_k: torch.Tensor, past_v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Causal attention on top of a cache: q [B,H,S,D], k and v [B,V,S,D], past [B,V,P,D].
+
+    Returns the output [B,H,S,D] and the grown cache [B,V,T,D] twice. Row s sees keys t ≤ P + s.
+    Source: ONNX Attention-23, is_causal with past_key.
+    """
+    present_k, present_v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+    rows, keys = q.shape[2], present_k.shape[2]
+    visible_ST = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril(keys - rows)
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(
+        q, present_k, present_v, attn_mask=visible_ST, scale=scale, enable_gqa=grouped
+    )
+    return out, present_k, present_v
+
+
+@attention.register_fake
+def _(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past_k: torch.Tensor, past_v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    b, groups, p, d = past_k.shape
+    present_shape = (b, groups, p + k.shape[2], d)
+    return torch.empty_like(q), k.new_empty(present_shape), v.new_empty(present_shape)
+
+
+@dataclass
+class LayerRun:
+    """What one decoder layer is given and gives back besides its hidden states.
+
+    guide: the carrier [G] where this layer's received attention is wanted, else None.
+    """
+
+    past_k: torch.Tensor
+    past_v: torch.Tensor
+    guide: torch.Tensor | None = None
+    present_k: torch.Tensor | None = None
+    present_v: torch.Tensor | None = None
+    received: torch.Tensor | None = None
+
+
+def attention_function(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    *,
+    saccade_run: LayerRun,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention that transformers' layers call; what it learns goes into ``saccade_run``."""
+    run = saccade_run
+    out, run.present_k, run.present_v = attention(query, key, value, run.past_k, run.past_v, scaling)
+    if run.guide is not None:
+        run.received = OPS["AttentionReceived"].torch_op(query, run.present_k, run.guide, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def register() -> str:
+    """Make the function known to transformers under ``NAME``, and return that name."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attention_function)
+    return NAME

@@ -1,0 +1,130 @@
+"""A Hugging Face checkpoint in a local folder: its configuration, its family, where its weights lie.
+
+No weight is read here. The model is a skeleton: real modules and buffers over parameters of
+uninitialised memory that is never touched, so a model of any size costs only its address space.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporter import attention
+from exporter.families import FAMILIES
+from exporter.family import Family, family_of
+from graphs.errors import BadArtefact
+from graphs.files import unreadable
+from graphs.weights import TensorSlice, tensors_from_checkpoint
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """config: the transformers configuration; tensors: by their names in the files."""
+
+    folder: Path
+    config: Any
+    family: Family
+    tensors: dict[str, TensorSlice]
+
+    @property
+    def text(self) -> Any:
+        """The configuration of the language model."""
+        return self.config.get_text_config()
+
+
+def checkpoint_from_folder(folder: Path) -> Checkpoint:
+    """Read a checkpoint's configuration and headers; BadArtefact says what is missing, broken or unknown."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadArtefact(f"{folder} is no folder; give the local folder of a Hugging Face checkpoint")
+    path = folder / "config.json"
+    try:
+        entries = json.loads(path.read_text("utf-8"))
+        architectures = entries.get("architectures")
+    except OSError as e:
+        raise unreadable(path, e, "give the folder of a Hugging Face checkpoint") from None
+    except (ValueError, AttributeError):
+        raise BadArtefact(f"{path} is no JSON object; download the checkpoint again") from None
+    family = family_of(architectures, FAMILIES)
+    tensors = tensors_from_checkpoint(folder)
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as e:
+        raise BadArtefact(f"{path} is no configuration of {family.architecture}: {e}; download it again") from None
+    return Checkpoint(folder, config, family, tensors)
+
+
+def skeleton_of(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The model's modules in eval mode, parameters uninitialised, the decoder's attention ours."""
+    from transformers.initialization import no_init_weights
+
+    try:
+        with no_init_weights():
+            model = checkpoint.family.model_class()._from_config(checkpoint.config, dtype=dtype)
+    except Exception as e:
+        raise BadArtefact(
+            f"{checkpoint.folder / 'config.json'} describes no {checkpoint.family.architecture} that can be built "
+            f"({e}); download the checkpoint again"
+        ) from None
+    model.tie_weights()
+    checkpoint.family.language(model).config._attn_implementation = attention.register()
+    return model.eval().requires_grad_(False)
+
+
+def slices_of_parameters(model: Any, checkpoint: Checkpoint) -> dict[str, TensorSlice]:
+    """Parameter name in ``model`` → its place in the checkpoint, through transformers' own renamings.
+
+    BadArtefact names a parameter that no tensor fills, or whose shape differs.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    state = model.state_dict()
+    by_name: dict[str, TensorSlice] = {}
+    for key, where in checkpoint.tensors.items():
+        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if converted is not None:
+            raise BadArtefact(
+                f"{checkpoint.folder}: tensor {key} is stored in a layout that transformers converts at load; "
+                "load and save the checkpoint once with transformers, then export that"
+            )
+        by_name[name] = where
+    for name, tied_to in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if name not in by_name and tied_to in by_name:
+            by_name[name] = by_name[tied_to]
+        elif tied_to not in by_name and name in by_name:
+            by_name[tied_to] = by_name[name]
+    parameters = dict(model.named_parameters())
+    if lacking := [name for name in parameters if name not in by_name]:
+        raise BadArtefact(
+            f"{checkpoint.folder} has no weight for {_some(lacking)} of {checkpoint.family.architecture}; "
+            "the files do not belong to this config.json, download the checkpoint again"
+        )
+    for name, parameter in parameters.items():
+        if tuple(parameter.shape) != by_name[name].shape:
+            raise BadArtefact(
+                f"{checkpoint.folder}: {name} has shape {list(by_name[name].shape)}, config.json wants "
+                f"{list(parameter.shape)}; the files do not belong together, download the checkpoint again"
+            )
+        if by_name[name].dtype not in DTYPES:
+            raise BadArtefact(
+                f"{checkpoint.folder}: {name} is stored as {by_name[name].dtype}; quantised checkpoints are not "
+                f"exported, give one in {', '.join(DTYPES)}"
+            )
+    return {name: by_name[name] for name in parameters}
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    listed = list(names)
+    rest = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + rest

@@ -1,0 +1,54 @@
+"""The exporter's verb."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from graphs.plan import POLICIES
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write; it must not exist yet.")
+@click.option("--policy", default="sgl", show_default=True, help=f"Named pruning plan: {', '.join(POLICIES)}.")
+@click.option(
+    "--role",
+    type=click.Choice(["small", "large", "alone"]),
+    default="large",
+    show_default=True,
+    help="small: guides another model; large: is guided by one; alone: goes by its own attention.",
+)
+@click.option("--layer-fraction", type=float, help="Prune before layer int(L·f)  [sgl: 0.05].")
+@click.option("--keep", type=float, help="Default share of visual tokens kept, chosen anew per question  [sgl: 0.05].")
+@click.option("--dtype", type=click.Choice(["float32", "float16"]), help="Of weights and activations.")
+@click.option("--in-place", is_flag=True, help="Write the graphs into CHECKPOINT itself; no weight is copied.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export.")
+@click.option("--json", "as_json", is_flag=True, help="Print the spec as one JSON document.")
+def export(
+    checkpoint: Path,
+    out: Path | None,
+    policy: str,
+    role: Any,
+    layer_fraction: float | None,
+    keep: float | None,
+    dtype: str | None,
+    in_place: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Turn the Hugging Face CHECKPOINT (a local folder) into ONNX stages under a pruning plan."""
+    from graphs.versions import require
+
+    require("torch", "transformers")
+    from exporter.export import export_checkpoint
+    from graphs.talk import emit_json
+
+    options = {k: v for k, v in (("fraction", layer_fraction), ("keep", keep)) if v is not None}
+    spec = export_checkpoint(
+        checkpoint, out, policy=policy, role=role, dtype=dtype, in_place=in_place, overwrite=overwrite, **options
+    )
+    if as_json:
+        emit_json(spec.model_dump(mode="json", by_alias=True))
+    else:
+        click.echo(out or checkpoint)

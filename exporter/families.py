@@ -1,0 +1,5 @@
+"""The table of known families."""
+
+from exporter import llava
+
+FAMILIES = (llava.FAMILY,)

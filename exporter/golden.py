@@ -1,0 +1,132 @@
+"""Golden tensors: what eager PyTorch gives for small inputs of every stage, to be replayed without torch.
+
+The chain is a real one: pixels → visual tokens → merged embeddings → prefill → a chunk of text on
+its cache → one decode step. Legend: S rows of a chunk, V visual rows, P_j past rows of segment j.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from exporter.program import DecoderProgram, EmbedProgram, Tensors, VisionProgram
+from graphs.errors import OperationFailed
+from graphs.plan import PruningPlan
+from graphs.spec import LanguageModel, Tokens, VisualGrid, past_names, present_names
+
+TEXT_BEFORE, VISUAL, TEXT_AFTER, FOLLOW_UP, SEED = 4, 16, 4, 3, 20241
+Cases = dict[str, tuple[Tensors, Tensors]]
+
+
+def vision_cases(program: VisionProgram, grid: VisualGrid) -> Cases:
+    """One image, and two."""
+    draw = torch.Generator().manual_seed(SEED)
+    cases = {}
+    for name, images in (("one", 1), ("two", 2)):
+        feed = {"pixel_values": torch.randn(images, 3, grid.image_height, grid.image_width, generator=draw)}
+        cases[name] = (feed, program(feed))
+    return cases
+
+
+def embed_cases(program: EmbedProgram, visual_embeds: torch.Tensor, tokens: Tokens, vocab: int) -> Cases:
+    """Text, visual placeholders, text."""
+    draw = torch.Generator().manual_seed(SEED)
+    ids = torch.randint(0, vocab - 1, (TEXT_BEFORE + VISUAL + TEXT_AFTER,), generator=draw)
+    ids += ids >= tokens.image
+    visual = min(VISUAL, visual_embeds.shape[0])
+    row = torch.cat([ids[:TEXT_BEFORE], torch.full((visual,), tokens.image), ids[-TEXT_AFTER:]])
+    feed = {"input_ids": row[None], "visual_embeds": visual_embeds[:visual]}
+    return {"one": (feed, program(feed))}
+
+
+def carrier(length: int) -> torch.Tensor:
+    """A shape carrier of this length."""
+    return torch.zeros(length, dtype=torch.int32)
+
+
+def guide_rows(plan: PruningPlan, text_after: int) -> int:
+    """How many of the last rows guide the pruning, by the plan's choice of rows."""
+    rows = plan.guidance.rows if plan.guidance else next(p.rows for p in plan.points if p.score == "attention")
+    return {"text": text_after, "last": 1, "text_and_last_visual": text_after + 1}[rows]
+
+
+def decoder_feed(
+    program: DecoderProgram,
+    embeds: torch.Tensor,
+    is_visual: torch.Tensor,
+    past: Tensors,
+    *,
+    start: int,
+    guide: int,
+    keep: tuple[int, ...],
+    tail: int,
+) -> Tensors:
+    """All inputs of one decoder run, in the program's order; ``keep`` are row counts behind each point."""
+    rows = embeds.shape[1]
+    draw = torch.Generator().manual_seed(SEED + rows)
+    ready = {
+        "inputs_embeds": embeds,
+        "position_ids": torch.arange(start, start + rows)[None],
+        "is_visual": is_visual,
+        "guide": carrier(guide),
+        "tail": carrier(tail),
+        "priority": torch.rand(1, rows, generator=draw),
+        **{f"keep_{i}": carrier(n) for i, n in enumerate(keep)},
+        **past,
+    }
+    return {name: ready[name] for name in program.inputs}
+
+
+def empty_past(program: DecoderProgram, language: LanguageModel, dtype: torch.dtype, lengths: list[int]) -> Tensors:
+    """A cache of the given length per segment, filled with zeros."""
+    shape = (1, language.kv_heads, 0, language.head_dim)
+    past: Tensors = {}
+    for segment, length in zip(program.segments, lengths, strict=True):
+        for i in segment:
+            past |= {n: torch.zeros(*shape[:2], length, shape[3], dtype=dtype) for n in past_names(i)}
+    return past
+
+
+def decoder_cases(program: DecoderProgram, embedded: Tensors, language: LanguageModel) -> Cases:
+    """Prefill with an empty cache, a follow-up chunk of text, one decode step."""
+    embeds, is_visual = embedded["inputs_embeds"], embedded["is_visual"]
+    visual = int(is_visual.sum())
+    text = embeds.shape[1] - visual
+    points = program.plan.points
+    keep = tuple(text + max(1, visual >> (i + 1)) for i in range(len(points)))
+    guide = guide_rows(program.plan, TEXT_AFTER) if program.plan.uses_guide else 1
+    past = empty_past(program, language, embeds.dtype, [0] * len(program.segments))
+    first = decoder_feed(program, embeds, is_visual, past, start=0, guide=guide, keep=keep, tail=2)
+    cases = {"prefill": (first, program(first))}
+    before, start = "prefill", embeds.shape[1]
+    for name, rows in (("chunk", FOLLOW_UP), ("decode", 1)):
+        out = cases[before][1]
+        past = {
+            p: out[q]
+            for i in range(language.layers)
+            for p, q in zip(past_names(i), present_names(i), strict=True)
+        }
+        text_rows = embeds[:, :rows]
+        nothing = torch.zeros(1, rows, dtype=torch.bool)
+        feed = decoder_feed(
+            program, text_rows, nothing, past, start=start, guide=rows, keep=(rows,) * len(points), tail=rows
+        )
+        cases[name] = (feed, program(feed))
+        before, start = name, start + rows
+    return cases
+
+
+def save_golden(path: Path, stages: dict[str, Cases]) -> None:
+    """Write ``{stage}/{case}/{in|out}/{tensor}``; OperationFailed where the checkpoint itself gives NaN."""
+    tensors = {}
+    for stage, cases in stages.items():
+        for case, (feed, out) in cases.items():
+            for side, named in (("in", feed), ("out", out)):
+                for name, tensor in named.items():
+                    if not bool(torch.isfinite(tensor).all()):
+                        raise OperationFailed(
+                            f"the checkpoint gives non-finite numbers ({stage}, {case}, {name}) in eager PyTorch; "
+                            "repair it, or export with --dtype float32 if it overflows"
+                        )
+                    tensors[f"{stage}/{case}/{side}/{name}"] = tensor.contiguous().clone()
+    save_file(tensors, path, metadata={"schema": "saccade.golden/1"})

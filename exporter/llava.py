@@ -1,0 +1,54 @@
+"""LLaVA-1.5: a CLIP tower, a two-layer projector, a Llama-like decoder (transformers models/llava)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from exporter.family import Family
+from graphs.errors import UsageError
+from graphs.spec import VisualGrid
+
+
+def model_class() -> Any:
+    """The transformers class, imported late."""
+    from transformers import LlavaForConditionalGeneration
+
+    return LlavaForConditionalGeneration
+
+
+def visual_embeds(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    """The selected tower layers through the projector: [N,3,H,W] → [V,D].
+
+    As LlavaModel.get_image_features does, which cannot be traced itself: it splits by a static batch.
+    """
+    config = model.config
+    hidden = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    layers = config.vision_feature_layer
+    chosen = [hidden[i] for i in ([layers] if isinstance(layers, int) else layers)]
+    if config.vision_feature_select_strategy == "default":
+        chosen = [h[:, 1:] for h in chosen]
+    return model.model.multi_modal_projector(torch.cat(chosen, dim=-1)).flatten(0, 1)
+
+
+def grid(config: Any) -> VisualGrid:
+    """A square grid of patches; strategy "full" adds the class token, which has no place on a grid."""
+    if config.vision_feature_select_strategy != "default":
+        raise UsageError(
+            f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}, but only 'default' "
+            "gives a grid of visual tokens; export a checkpoint with that strategy"
+        )
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size
+    return VisualGrid(image_height=vision.image_size, image_width=vision.image_size, rows=side, columns=side)
+
+
+FAMILY = Family(
+    name="llava",
+    architecture="LlavaForConditionalGeneration",
+    model_class=model_class,
+    language=lambda model: model.model.language_model,
+    visual_embeds=visual_embeds,
+    grid=grid,
+)

@@ -1,0 +1,140 @@
+"""The traced programs: vision, embed and decoder, each a module from named tensors to named tensors.
+
+Legend: B batch (1), S rows of the chunk, D width, V visual rows, N images, G guide rows, R logit rows,
+P_j past rows of segment j.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from exporter.attention import LayerRun
+from exporter.family import Family
+from graphs.ops import OPS
+from graphs.plan import PruningPlan
+from graphs.spec import past_names, present_names
+
+Tensors = dict[str, torch.Tensor]
+
+
+class VisionProgram(nn.Module):
+    """pixel_values fp32 [N,3,H,W] → visual_embeds [V,D]."""
+
+    inputs, outputs = ("pixel_values",), ("visual_embeds",)
+
+    def __init__(self, model: Any, family: Family) -> None:
+        super().__init__()
+        self.model, self.family = model, family
+
+    def forward(self, feed: Tensors) -> Tensors:
+        pixels = feed["pixel_values"].to(self.model.dtype)
+        return {"visual_embeds": self.family.visual_embeds(self.model, pixels)}
+
+
+class EmbedProgram(nn.Module):
+    """input_ids [1,S], visual_embeds [V,D] → inputs_embeds [1,S,D], is_visual [1,S].
+
+    The i-th image placeholder takes visual row i. V is at least 1 (a text-only chunk brings a dummy row).
+    """
+
+    inputs, outputs = ("input_ids", "visual_embeds"), ("inputs_embeds", "is_visual")
+
+    def __init__(self, model: Any, family: Family, image_token: int) -> None:
+        super().__init__()
+        self.embed_tokens, self.image_token = family.language(model).embed_tokens, image_token
+
+    def forward(self, feed: Tensors) -> Tensors:
+        is_visual = feed["input_ids"] == self.image_token
+        row = (is_visual.to(torch.int64).cumsum(1) - 1).clamp(min=0)
+        visual = feed["visual_embeds"].index_select(0, row[0])[None]
+        embeds = torch.where(is_visual[..., None], visual, self.embed_tokens(feed["input_ids"]))
+        return {"inputs_embeds": embeds, "is_visual": is_visual}
+
+
+class DecoderProgram(nn.Module):
+    """All decoder layers over one chunk on top of a cache, pruned where the plan says.
+
+    Inputs and outputs are DESIGN.md's table; ``inputs`` names those that this plan reads, in order.
+    """
+
+    def __init__(self, model: Any, family: Family, plan: PruningPlan) -> None:
+        super().__init__()
+        language = family.language(model)
+        self.layers, self.norm, self.rotary_emb = language.layers, language.norm, language.rotary_emb
+        self.lm_head, self.plan = model.lm_head, plan
+        self.segments = plan.segments(len(self.layers))
+
+    @property
+    def inputs(self) -> list[str]:
+        """Input names in the file's order."""
+        plan = self.plan
+        names = ["inputs_embeds", "position_ids"]
+        names += ["is_visual"] if plan.points else []
+        names += ["guide"] if plan.uses_guide else []
+        names += [f"keep_{i}" for i in range(len(plan.points))]
+        names += ["tail"]
+        names += ["priority"] if plan.uses_priority else []
+        return names + [n for i in range(len(self.layers)) for n in past_names(i)]
+
+    @property
+    def outputs(self) -> list[str]:
+        """Output names in the file's order."""
+        plan = self.plan
+        names = ["logits", *(["attention_received"] if plan.guidance else [])]
+        names += [f"kept_{i}" for i in range(len(plan.points))]
+        return names + [n for i in range(len(self.layers)) for n in present_names(i)]
+
+    def forward(self, feed: Tensors) -> Tensors:
+        hidden, position = feed["inputs_embeds"], feed["position_ids"]
+        is_visual, priority = feed.get("is_visual"), feed.get("priority")
+        out: Tensors = {}
+        summed: torch.Tensor | None = None
+        received: torch.Tensor | None = None
+        for j, segment in enumerate(self.segments):
+            if j:
+                point = self.plan.points[j - 1]
+                if point.score == "attention":
+                    assert received is not None
+                    past_rows = feed[past_names(point.layer - 1)[0]].shape[2]
+                    score = received[:, past_rows:]
+                else:
+                    score = priority
+                kept = OPS["KeepTopK"].torch_op(score, is_visual, feed[f"keep_{j - 1}"])
+                out[f"kept_{j - 1}"] = kept
+                compact = OPS["CompactRows"].torch_op
+                hidden, position = compact(hidden, kept), compact(position, kept)
+                if j < len(self.plan.points):
+                    is_visual = compact(is_visual, kept)
+                    priority = compact(priority, kept) if priority is not None else None
+            rotary = self.rotary_emb(hidden, position)
+            for i in segment:
+                past_k, past_v = (feed[name] for name in past_names(i))
+                run = LayerRun(past_k, past_v, feed["guide"] if self.listens(i) else None)
+                hidden = self.layers[i](
+                    hidden,
+                    attention_mask=None,
+                    position_ids=position,
+                    position_embeddings=rotary,
+                    use_cache=False,
+                    saccade_run=run,
+                )
+                received = run.received
+                if self.plan.guidance and received is not None:
+                    summed = received if summed is None else summed + received
+                out |= dict(zip(present_names(i), (run.present_k, run.present_v), strict=True))
+        if summed is not None:
+            out["attention_received"] = summed
+        rows, wanted = hidden.shape[1], feed["tail"].shape[0]
+        last = torch.arange(wanted, device=hidden.device) + (rows - wanted)
+        out["logits"] = self.lm_head(self.norm(hidden.index_select(1, last))).float()
+        return {name: out[name] for name in self.outputs}
+
+    def listens(self, layer: int) -> bool:
+        """Whether the plan reads what the keys of this layer receive."""
+        if self.plan.guidance:
+            return layer in self.plan.guidance.layers
+        return any(p.score == "attention" and p.layer == layer + 1 for p in self.plan.points)
+
+
+Program = VisionProgram | EmbedProgram | DecoderProgram
