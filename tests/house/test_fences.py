@@ -32,7 +32,7 @@ TRANSFORMERS_DATA_SIDE = re.compile(
     r"|utils(\.\w+)*|__version__"
     r"|\w*(Processor|ProcessorPil|ProcessorFast|Tokenizer|TokenizerFast|TokenizerBase|Config))"
 )
-HF_TRAINING = re.compile(r"glyphs/(train|evaluate|checkpoint|packed|model)\w*\.py")
+HF_TRAINING = re.compile(r"glyphs/(train|tower|evaluate|checkpoint|packed)\w*\.py")
 TORCH_HALF_OF_GRAPHS = re.compile(r"graphs/(ops/\w+|\w+_torch)\.py")
 
 
