@@ -1,0 +1,62 @@
+"""G2xx: causality is stated where it holds, and no map or logit is computed that nobody reads."""
+
+from __future__ import annotations
+
+from graphs.ops import DOMAIN
+from graphs.rules.rule import Node, Report, Stage, attribute_of, label, nodes_of, stage_rule
+
+PAST_KEY, VALID_LENGTH = 4, 6  # inputs of ONNX Attention-23 and -24
+MAP_OUTPUT = 3
+MATRIX_PRODUCTS = {"MatMul", "Gemm", "MatMulNBits", "MatMulInteger"}
+ROW_CUTS = {"Slice", "Gather", "GatherND", "GatherElements", "Compress", "CompactRows", "Split"}
+
+
+@stage_rule("G201", "causal without a past", "give the node its past_key and past_value, or an explicit mask")
+def causal_without_past(stage: Stage) -> Report:
+    """Attention with is_causal=1 has a past_key: without one it is aligned upper-left and wrong at decode."""
+    for node in nodes_of(stage.model.graph):
+        if node.op_type == "Attention" and attribute_of(node, "is_causal"):
+            given = [i < len(node.input) and bool(node.input[i]) for i in (PAST_KEY, VALID_LENGTH)]
+            if not any(given):
+                yield label(node), "is_causal=1 and neither past_key nor nonpad_kv_seqlen"
+
+
+@stage_rule("G202", "attention map", "take what each key received from saccade::AttentionReceived instead")
+def attention_map(stage: Stage) -> Report:
+    """No S×T map leaves an Attention node or is built by a Softmax outside our bodies (decoder)."""
+    graphs = [stage.model.graph, *(f for f in stage.model.functions if f.domain != DOMAIN)]
+    for graph in graphs:
+        for node in nodes_of(graph):
+            if node.op_type == "Attention" and len(node.output) > MAP_OUTPUT and node.output[MAP_OUTPUT]:
+                yield label(node), f"its map {node.output[MAP_OUTPUT]} is an output"
+            if stage.is_decoder and node.op_type == "Softmax":
+                yield label(node), "a Softmax over a whole map"
+
+
+@stage_rule("G203", "logits of all rows", "cut the hidden states to the last len(tail) rows before the head")
+def logits_of_all_rows(stage: Stage) -> Report:
+    """The decoder's head is applied to the last R rows only, R being the length of ``tail``."""
+    if not stage.is_decoder:
+        return
+    graph = stage.model.graph
+    if not any("tail" in node.input for node in nodes_of(graph)):
+        yield "tail", "no node reads its length"
+        return
+    makers = {name: node for node in graph.node for name in node.output}
+    head, cuts_behind = _head(makers, "logits")
+    if head and cuts_behind:
+        yield label(cuts_behind[0]), f"rows are cut behind the head {label(head)}, not before it"
+
+
+def _head(makers: dict[str, Node], output: str) -> tuple[Node | None, list[Node]]:
+    """The last matrix product before ``output`` on the way back along first inputs, and the cuts behind it."""
+    cuts: list[Node] = []
+    name = output
+    while name in makers:
+        node = makers[name]
+        if node.op_type in MATRIX_PRODUCTS:
+            return node, cuts
+        if node.op_type in ROW_CUTS:
+            cuts.append(node)
+        name = node.input[0] if node.input else ""
+    return None, cuts
