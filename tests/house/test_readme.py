@@ -71,7 +71,7 @@ def test_make_targets_exist() -> None:
 
 def test_the_extras_of_readme_exist() -> None:
     known = {extra for _, extra in pins().values()}
-    named = {name for group in re.findall(r"saccade\[([\w,]+)\]", README) for name in group.split(",")}
+    named = {name for group in re.findall(r"(?:saccade|\.)\[([\w,]+)\]", README) for name in group.split(",")}
     assert named - known == set()
 
 
