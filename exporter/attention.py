@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import scaled_dot_product_attention
 
 from graphs.ops import OPS
 
@@ -30,9 +30,7 @@ def attention(
     rows, keys = q.shape[2], present_k.shape[2]
     visible_ST = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril(keys - rows)
     grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(
-        q, present_k, present_v, attn_mask=visible_ST, scale=scale, enable_gqa=grouped
-    )
+    out = scaled_dot_product_attention(q, present_k, present_v, attn_mask=visible_ST, scale=scale, enable_gqa=grouped)
     return out, present_k, present_v
 
 

@@ -17,6 +17,7 @@ from exporter.families import FAMILIES
 from exporter.family import Family, family_of
 from graphs.errors import BadArtefact
 from graphs.files import unreadable
+from graphs.spec import LanguageModel
 from graphs.weights import TensorSlice, tensors_from_checkpoint
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -59,6 +60,21 @@ def checkpoint_from_folder(folder: Path) -> Checkpoint:
     except Exception as e:
         raise BadArtefact(f"{path} is no configuration of {family.architecture}: {e}; download it again") from None
     return Checkpoint(folder, config, family, tensors)
+
+
+def language_of(checkpoint: Checkpoint) -> LanguageModel:
+    """The decoder's sizes."""
+    text = checkpoint.text
+    heads = text.num_attention_heads
+    return LanguageModel(
+        layers=text.num_hidden_layers,
+        width=text.hidden_size,
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        vocab=text.vocab_size,
+        max_positions=text.max_position_embeddings,
+    )
 
 
 def skeleton_of(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:

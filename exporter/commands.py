@@ -32,7 +32,7 @@ def export(
     role: Any,
     layer_fraction: float | None,
     keep: float | None,
-    dtype: str | None,
+    dtype: Any,
     in_place: bool,
     overwrite: bool,
     as_json: bool,
@@ -44,9 +44,16 @@ def export(
     from exporter.export import export_checkpoint
     from graphs.talk import emit_json
 
-    options = {k: v for k, v in (("fraction", layer_fraction), ("keep", keep)) if v is not None}
     spec = export_checkpoint(
-        checkpoint, out, policy=policy, role=role, dtype=dtype, in_place=in_place, overwrite=overwrite, **options
+        checkpoint,
+        out,
+        policy=policy,
+        role=role,
+        dtype=dtype,
+        in_place=in_place,
+        overwrite=overwrite,
+        fraction=layer_fraction,
+        keep=keep,
     )
     if as_json:
         emit_json(spec.model_dump(mode="json", by_alias=True))

@@ -101,11 +101,7 @@ def decoder_cases(program: DecoderProgram, embedded: Tensors, language: Language
     before, start = "prefill", embeds.shape[1]
     for name, rows in (("chunk", FOLLOW_UP), ("decode", 1)):
         out = cases[before][1]
-        past = {
-            p: out[q]
-            for i in range(language.layers)
-            for p, q in zip(past_names(i), present_names(i), strict=True)
-        }
+        past = {p: out[q] for i in range(language.layers) for p, q in zip(past_names(i), present_names(i), strict=True)}
         text_rows = embeds[:, :rows]
         nothing = torch.zeros(1, rows, dtype=torch.bool)
         feed = decoder_feed(

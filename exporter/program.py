@@ -94,12 +94,9 @@ class DecoderProgram(nn.Module):
         for j, segment in enumerate(self.segments):
             if j:
                 point = self.plan.points[j - 1]
-                if point.score == "attention":
-                    assert received is not None
-                    past_rows = feed[past_names(point.layer - 1)[0]].shape[2]
-                    score = received[:, past_rows:]
-                else:
-                    score = priority
+                score = priority
+                if point.score == "attention" and received is not None:
+                    score = received[:, feed[past_names(point.layer - 1)[0]].shape[2] :]
                 kept = OPS["KeepTopK"].torch_op(score, is_visual, feed[f"keep_{j - 1}"])
                 out[f"kept_{j - 1}"] = kept
                 compact = OPS["CompactRows"].torch_op

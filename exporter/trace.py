@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import onnx_ir as ir
@@ -87,13 +87,17 @@ def onnx_from_program(program: Program, feed: Tensors, dims: Mapping[str, tuple[
             dynamic_shapes={"feed": shapes},
             custom_translation_table=translations(),
         )
-    assert exported is not None
-    return exported.model
+    return cast("torch.onnx.ONNXProgram", exported).model
+
+
+def reads_weight(node: ir.Node) -> bool:
+    """Whether folding this node would put a second copy of a weight into the graph."""
+    return any(value is not None and isinstance(value.const_value, ir.ExternalTensor) for value in node.inputs)
 
 
 def finish(model: ir.Model) -> ir.Model:
     """Optimise without touching weights, attach the bodies of the ops in use, and declare our opset."""
-    optimize_ir(model, should_fold=lambda node: False if node.op_type == "Transpose" else None)
+    optimize_ir(model, should_fold=lambda node: False if reads_weight(node) else None)
     used = {node.op_type for node in model.graph if node.domain == DOMAIN}
     for name in OPS:
         if name in used:

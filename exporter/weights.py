@@ -40,7 +40,7 @@ class PlacedWeights:
 
 
 def place_weights(slices: Mapping[str, TensorSlice], dtype: str, folder: Path, *, in_place: bool) -> PlacedWeights:
-    """Bring the weights a set of graphs uses into ``folder`` in ``dtype``; UsageError-free, streamed.
+    """Bring the weights a set of graphs uses into ``folder`` in ``dtype``.
 
     ``in_place`` leaves them where they are, which needs the checkpoint's dtype to be the wanted one.
     """
@@ -97,8 +97,8 @@ def _chunks(s: TensorSlice) -> Iterator[torch.Tensor]:
 
 
 def _read(f: BinaryIO, size: int, s: TensorSlice) -> torch.Tensor:
-    data = bytearray(size)
-    if f.readinto(data) != size:
+    data = bytearray(f.read(size))
+    if len(data) != size:
         raise BadArtefact(f"{s.file} ended early while its weights were read; download the checkpoint again")
     return torch.frombuffer(data, dtype=DTYPES[s.dtype])
 

@@ -6,6 +6,7 @@ Legend: L decoder layers, K the layer before which a prune point sits, N visual 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -71,7 +72,7 @@ class PruningPlan(Record):
         Segment 0 is empty where a point sits before layer 0.
         """
         cuts = [0, *(p.layer for p in self.points), layers]
-        return tuple(range(a, b) for a, b in zip(cuts, cuts[1:], strict=False))
+        return tuple(range(a, b) for a, b in pairwise(cuts))
 
     def validated(self, layers: int) -> PruningPlan:
         """Return the plan itself, or raise UsageError naming the first thing that cannot be."""

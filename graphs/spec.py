@@ -87,7 +87,7 @@ class WeightFile(Record):
 class ExportSpec(Record):
     """The whole of ``spec.json``."""
 
-    schema_id: Literal["saccade.spec/1"] = Field("saccade.spec/1", alias="schema")
+    schema_id: Literal["saccade.spec/1"] = Field(default="saccade.spec/1", alias="schema")
     family: str
     architecture: str
     role: Role
@@ -125,7 +125,7 @@ def spec_from_folder(folder: Path) -> ExportSpec:
         text = path.read_text("utf-8")
     except FileNotFoundError:
         raise BadArtefact(
-            f"{folder} is no export folder: {SPEC_FILE} is missing; make one with: saccade export CHECKPOINT -o {folder}"
+            f"{folder} is no export folder: {SPEC_FILE} is missing; make one with: saccade export CHECKPOINT -o DIR"
         ) from None
     except (OSError, UnicodeDecodeError) as e:
         raise BadArtefact(f"{path} cannot be read ({e}); export the checkpoint again") from None

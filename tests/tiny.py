@@ -9,7 +9,12 @@ TEMPLATE = (
     "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-WORDS = ["USER:", "ASSISTANT:", *"what which where how many digit colour is the red green blue ?".split(), *"0123456789"]
+WORDS = [
+    "USER:",
+    "ASSISTANT:",
+    *"what which where how many digit colour is the red green blue ?".split(),
+    *"0123456789",
+]
 
 
 def write_processor(folder: Path, image_size: int, patch_size: int) -> None:

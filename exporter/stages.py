@@ -1,0 +1,105 @@
+"""From a traced program to one ONNX file: example inputs, weights bound to their files, the interface."""
+
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from exporter import golden
+from exporter.program import DecoderProgram, Program, Tensors
+from exporter.weights import PlacedWeights
+from graphs.errors import OperationFailed
+from graphs.spec import DType, LanguageModel, StageSpec, TensorSpec, VisualGrid
+from graphs.weights import TensorSlice
+
+ONNX_NAME = {"float32": "FLOAT", "float16": "FLOAT16"}
+CARRIERS = ("guide", "tail", "keep_")
+DTYPES: dict[str, DType] = {
+    "FLOAT": "float32",
+    "FLOAT16": "float16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "BOOL": "bool",
+}
+
+
+def examples_of(
+    decoder: DecoderProgram, language: LanguageModel, grid: VisualGrid, dtype: torch.dtype
+) -> dict[str, tuple[Tensors, dict[str, tuple[int | str, ...]]]]:
+    """Example inputs and dimension names per stage; no two dimensions of one stage share a size by chance."""
+    width, rows = language.width, 23
+    points = len(decoder.plan.points)
+    past = golden.empty_past(decoder, language, dtype, [3 + 2 * j for j in range(points + 1)])
+    feed = golden.decoder_feed(
+        decoder,
+        torch.zeros(1, rows, width, dtype=dtype),
+        torch.zeros(1, rows, dtype=torch.bool),
+        past,
+        start=0,
+        guide=6,
+        keep=tuple(rows - 2 - i for i in range(points)),
+        tail=2,
+    )
+    dims: dict[str, tuple[int | str, ...]] = {
+        "inputs_embeds": (1, "S", width),
+        "position_ids": (1, "S"),
+        "is_visual": (1, "S"),
+        "priority": (1, "S"),
+        "guide": ("G",),
+        "tail": ("R",),
+        **{f"keep_{i}": (f"S_{i + 1}",) for i in range(points)},
+    }
+    for j, segment in enumerate(decoder.segments):
+        for i in segment:
+            dims |= dict.fromkeys(golden.past_names(i), (1, language.kv_heads, f"P_{j}", language.head_dim))
+    pixels = torch.zeros(2, 3, grid.image_height, grid.image_width)
+    embed_feed = {
+        "input_ids": torch.zeros(1, 7, dtype=torch.int64),
+        "visual_embeds": torch.zeros(5, width, dtype=dtype),
+    }
+    return {
+        "vision": ({"pixel_values": pixels}, {"pixel_values": ("N", 3, grid.image_height, grid.image_width)}),
+        "embed": (embed_feed, {"input_ids": (1, "S"), "visual_embeds": ("V", width)}),
+        "decoder": (feed, {name: dims[name] for name in feed}),
+    }
+
+
+def weights_used(model: ir.Model, program: Program, names: dict[int, str]) -> dict[str, str]:
+    """Initialiser name → the model's name of that parameter, for those that are parameters."""
+    parameters = dict(program.named_parameters(remove_duplicate=False))
+    return {name: names[id(parameters[name])] for name in model.graph.initializers if name in parameters}
+
+
+def bind(model: ir.Model, used: dict[str, str], placed: PlacedWeights, base: Path) -> None:
+    """Point the initialisers into the weight files."""
+    for name, parameter in used.items():
+        where: TensorSlice = placed.slices[parameter]
+        value = model.graph.initializers[name]
+        value.const_value = ir.ExternalTensor(
+            where.file.name,
+            where.offset,
+            where.length,
+            ir.DataType[ONNX_NAME[where.dtype]],
+            shape=ir.Shape(where.shape),
+            name=name,
+            base_dir=base,
+        )
+
+
+def write_stage(model: ir.Model, work: Path, name: str) -> StageSpec:
+    """Save one stage's file and return its interface, read from the finished graph."""
+    ir.save(model, work / f"{name}.onnx")
+    return StageSpec(
+        file=f"{name}.onnx",
+        inputs=tuple(_tensor_spec(v) for v in model.graph.inputs),
+        outputs=tuple(_tensor_spec(v) for v in model.graph.outputs),
+    )
+
+
+def _tensor_spec(value: ir.Value) -> TensorSpec:
+    if value.name is None or value.dtype is None or value.shape is None:
+        raise OperationFailed(f"tracing left {value!r} without name, dtype or shape; report this checkpoint")
+    shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+    return TensorSpec(
+        name=value.name, dtype=DTYPES[value.dtype.name], shape=shape, carrier=value.name.startswith(CARRIERS)
+    )
