@@ -19,6 +19,7 @@ from graphs.errors import BadArtefact
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+DOWNLOAD = "download the checkpoint again"
 LONGEST_HEADER = 100_000_000  # the safetensors library's own limit
 
 # safetensors' name of a dtype → ours (spec.json's) and its bytes
@@ -62,34 +63,44 @@ class SafetensorsFile:
     bytes: int
 
 
-def safetensors_file(path: Path) -> SafetensorsFile:
-    """Read and check the header of a safetensors file; BadArtefact says what does not hold."""
-    path = Path(path)
+def safetensors_file(path: Path, remedy: str = DOWNLOAD) -> SafetensorsFile:
+    """Read and check the header of a safetensors file; BadArtefact says what does not hold, and the remedy."""
+    try:
+        return _checked(Path(path))
+    except _Broken as broken:
+        raise BadArtefact(f"{path} {broken}; {remedy}") from None
+
+
+class _Broken(Exception):
+    """Why a file is no whole safetensors file, as a sentence about it."""
+
+
+def _checked(path: Path) -> SafetensorsFile:
     try:
         size = path.stat().st_size
         with path.open("rb") as f:
             head = f.read(8)
             if len(head) < 8:
-                raise _not_safetensors(path, f"it has {size} bytes, too few for a header")
+                raise _not_safetensors(f"it has {size} bytes, too few for a header")
             (length,) = struct.unpack("<Q", head)
             if length > LONGEST_HEADER:
-                raise _not_safetensors(path, f"its first 8 bytes claim a header of {length} bytes")
+                raise _not_safetensors(f"its first 8 bytes claim a header of {length} bytes")
             if 8 + length > size:
-                raise _truncated(path, 8 + length, size)
+                raise _truncated(8 + length, size)
             text = f.read(length)
     except FileNotFoundError:
-        raise BadArtefact(f"{path} is missing; download the checkpoint again") from None
+        raise _Broken("is missing") from None
     except OSError as e:
         raise BadArtefact(f"{path} cannot be read ({e.strerror}); check the file and its rights") from None
     try:
         header = json.loads(text)
     except (UnicodeDecodeError, ValueError, RecursionError):
-        raise _not_safetensors(path, "its header is no JSON") from None
+        raise _not_safetensors("its header is no JSON") from None
     if not isinstance(header, dict):
-        raise _not_safetensors(path, "its header is no JSON object")
+        raise _not_safetensors("its header is no JSON object")
     metadata = header.pop("__metadata__", None) or {}
     tensors = {name: _slice(path, name, entry, 8 + length) for name, entry in header.items()}
-    _check_layout(path, tensors, start=8 + length, size=size)
+    _check_layout(tensors, start=8 + length, size=size)
     return SafetensorsFile(path, tensors, metadata if isinstance(metadata, dict) else {}, size)
 
 
@@ -132,34 +143,34 @@ def _slice(path: Path, name: str, entry: Any, start: int) -> TensorSlice:
     try:
         kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise _not_safetensors(path, f"its entry {name!r} lacks dtype, shape or data_offsets") from None
+        raise _not_safetensors(f"its entry {name!r} lacks dtype, shape or data_offsets") from None
     if not isinstance(kind, str) or kind not in DTYPES:
         raise BadArtefact(
             f"{path}: tensor {name} has dtype {kind!r}, which is none of {', '.join(DTYPES)}; "
             "save the checkpoint in one of them"
         )
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-        raise _not_safetensors(path, f"tensor {name} has a shape or an offset that is no count")
+        raise _not_safetensors(f"tensor {name} has a shape or an offset that is no count")
     dtype, width = DTYPES[kind]
     if end - begin != prod(shape) * width:
         raise _not_safetensors(
-            path, f"tensor {name} is given {end - begin} bytes, but {kind} {list(shape)} takes {prod(shape) * width}"
+            f"tensor {name} is given {end - begin} bytes, but {kind} {list(shape)} takes {prod(shape) * width}"
         )
     return TensorSlice(path, dtype, shape, start + begin, end - begin)
 
 
-def _check_layout(path: Path, tensors: dict[str, TensorSlice], *, start: int, size: int) -> None:
+def _check_layout(tensors: dict[str, TensorSlice], *, start: int, size: int) -> None:
     """Tensors follow one another without overlap or hole and end where the file does."""
     at = start
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].length)):
         if tensor.offset != at:
             what = "overlaps the tensor before it" if tensor.offset < at else "leaves a hole before it"
-            raise _not_safetensors(path, f"tensor {name} at byte {tensor.offset} {what} (expected {at})")
+            raise _not_safetensors(f"tensor {name} at byte {tensor.offset} {what} (expected {at})")
         at += tensor.length
     if at > size:
-        raise _truncated(path, at, size)
+        raise _truncated(at, size)
     if at < size:
-        raise _not_safetensors(path, f"the header describes {at} bytes, the file has {size}")
+        raise _not_safetensors(f"the header describes {at} bytes, the file has {size}")
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -190,9 +201,9 @@ def _no_weights(folder: Path) -> str:
     return f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; give the folder of a Hugging Face checkpoint"
 
 
-def _not_safetensors(path: Path, why: str) -> BadArtefact:
-    return BadArtefact(f"{path} is no safetensors file: {why}; download the checkpoint again")
+def _not_safetensors(why: str) -> _Broken:
+    return _Broken(f"is no safetensors file: {why}")
 
 
-def _truncated(path: Path, wanted: int, got: int) -> BadArtefact:
-    return BadArtefact(f"{path} is truncated: its header says {wanted} bytes, the file has {got}; download it again")
+def _truncated(wanted: int, got: int) -> _Broken:
+    return _Broken(f"is truncated: its header says {wanted} bytes, the file has {got}")

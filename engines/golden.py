@@ -1,0 +1,125 @@
+"""Replaying the golden tensors that travel with an artefact, on any machine and without torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engines.session import Session, open_session
+from graphs.compare import Comparison, compare
+from graphs.errors import BadArtefact, OperationFailed
+from graphs.spec import GOLDEN_FILE, ExportSpec, StageSpec
+from graphs.weights import safetensors_file
+
+SCHEMA = "saccade.golden/1"
+Tensors = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of one stage: what goes in and what must come out."""
+
+    stage: str
+    name: str
+    inputs: Tensors
+    outputs: Tensors
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What came out of one case."""
+
+    stage: str
+    case: str
+    tensors: tuple[Comparison, ...]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every tensor agrees with its reference."""
+        return all(tensor.agrees for tensor in self.tensors)
+
+    @property
+    def max_error(self) -> float:
+        """The largest numeric error of the case."""
+        return max((t.error for t in self.tensors if t.error is not None), default=0.0)
+
+    @property
+    def overlap(self) -> float | None:
+        """The smallest share of kept rows in common; None where nothing is pruned."""
+        return min((t.overlap for t in self.tensors if t.overlap is not None), default=None)
+
+
+def replay(
+    folder: Path, spec: ExportSpec, open_stage: Callable[[Path], Session] = open_session, model: str = ""
+) -> Iterator[Replay]:
+    """Run every golden case of a folder, yielding what came out; OperationFailed at the first that disagrees.
+
+    open_stage: opens a stage's file. model: how the message calls the model. BadArtefact where the
+    golden file is missing, broken or does not fit spec.json.
+    """
+    session: tuple[str, Session] | None = None
+    for case in cases_of(folder, spec):
+        if session is None or session[0] != case.stage:
+            session = case.stage, open_stage(folder / spec.stages[case.stage].file)
+        replayed = _replayed(case, session[1])
+        if not replayed.agrees:
+            raise _disagrees(replayed, model or str(folder))
+        yield replayed
+
+
+def cases_of(folder: Path, spec: ExportSpec) -> list[Case]:
+    """All cases of ``golden.safetensors``, stage by stage, in the order of spec.json."""
+    path = Path(folder) / GOLDEN_FILE
+    sides: dict[tuple[str, str], dict[str, Tensors]] = defaultdict(lambda: {"in": {}, "out": {}})
+    for key, value in _tensors(path).items():
+        parts = key.split("/")
+        if len(parts) != 4 or parts[2] not in ("in", "out") or parts[0] not in spec.stages:
+            raise _bad(path, f"key {key!r} is no {{stage}}/{{case}}/{{in|out}}/{{tensor}} of this export")
+        stage, run, side, name = parts
+        sides[stage, run][side][name] = value
+    cases = [Case(stage, name, found["in"], found["out"]) for (stage, name), found in sorted(sides.items())]
+    for case in cases:
+        _check_names(path, case, spec.stages[case.stage])
+    if missing := [stage for stage in spec.stages if stage not in {case.stage for case in cases}]:
+        raise _bad(path, f"it has no case for {', '.join(missing)}")
+    return sorted(cases, key=lambda case: list(spec.stages).index(case.stage))
+
+
+def _tensors(path: Path) -> Tensors:
+    from safetensors.numpy import load_file
+
+    file = safetensors_file(path, remedy="export the checkpoint again")
+    if file.metadata.get("schema") != SCHEMA:
+        raise _bad(path, f"its schema is {file.metadata.get('schema')!r}, this version reads {SCHEMA!r}")
+    return load_file(path)
+
+
+def _check_names(path: Path, case: Case, stage: StageSpec) -> None:
+    for side, found, wanted in (("inputs", case.inputs, stage.inputs), ("outputs", case.outputs, stage.outputs)):
+        if set(found) != {tensor.name for tensor in wanted}:
+            differ = sorted(set(found) ^ {tensor.name for tensor in wanted})
+            raise _bad(path, f"{side} of {case.stage}/{case.name} and of spec.json differ in {', '.join(differ)}")
+
+
+def _replayed(case: Case, session: Session) -> Replay:
+    got = session.run(case.inputs, host=list(case.outputs))
+    # Kept rows first: where they differ, that is the reason for every number behind them.
+    names = sorted(case.outputs, key=lambda name: not name.startswith("kept_"))
+    return Replay(case.stage, case.name, tuple(compare(n, got[n], case.outputs[n]) for n in names))
+
+
+def _disagrees(replayed: Replay, model: str) -> OperationFailed:
+    worst = next(tensor for tensor in replayed.tensors if not tensor.agrees)
+    count = sum(not tensor.agrees for tensor in replayed.tensors)
+    return OperationFailed(
+        f"{model}: golden replay of {replayed.stage}/{replayed.case} disagrees in {count} of {len(replayed.tensors)} "
+        f"tensors, first {worst.name}: {worst.problem}; this runtime or a changed file computes something else"
+    )
+
+
+def _bad(path: Path, why: str) -> BadArtefact:
+    return BadArtefact(f"{path}: {why}; export the checkpoint again")
