@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from engines.session import Session, open_session
-from graphs.compare import Comparison, compare
+from graphs.compare import TOLERANCES, Comparison, compare
 from graphs.errors import BadArtefact, OperationFailed
 from graphs.spec import GOLDEN_FILE, ExportSpec, StageSpec
 from graphs.weights import safetensors_file
@@ -58,14 +58,15 @@ def replay(
 ) -> Iterator[Replay]:
     """Run every golden case of a folder, yielding what came out; OperationFailed at the first that disagrees.
 
-    open_stage: opens a stage's file. model: how the message calls the model. BadArtefact where the
+    The tolerance is that of the export's dtype. open_stage: opens a stage's file. model: how the message
+    calls the model. BadArtefact where the
     golden file is missing, broken or does not fit spec.json.
     """
     session: tuple[str, Session] | None = None
     for case in cases_of(folder, spec):
         if session is None or session[0] != case.stage:
             session = case.stage, open_stage(folder / spec.stages[case.stage].file)
-        replayed = _replayed(case, session[1])
+        replayed = _replayed(case, session[1], TOLERANCES[spec.dtype])
         if not replayed.agrees:
             raise _disagrees(replayed, model or str(folder))
         yield replayed
@@ -105,11 +106,12 @@ def _check_names(path: Path, case: Case, stage: StageSpec) -> None:
             raise _bad(path, f"{side} of {case.stage}/{case.name} and of spec.json differ in {', '.join(differ)}")
 
 
-def _replayed(case: Case, session: Session) -> Replay:
+def _replayed(case: Case, session: Session, tolerance: float) -> Replay:
     got = session.run(case.inputs, host=list(case.outputs))
     # Kept rows first: where they differ, that is the reason for every number behind them.
     names = sorted(case.outputs, key=lambda name: not name.startswith("kept_"))
-    return Replay(case.stage, case.name, tuple(compare(n, got[n], case.outputs[n]) for n in names))
+    tensors = tuple(compare(name, got[name], case.outputs[name], tolerance) for name in names)
+    return Replay(case.stage, case.name, tensors)
 
 
 def _disagrees(replayed: Replay, model: str) -> OperationFailed:

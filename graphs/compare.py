@@ -1,7 +1,8 @@
 """The one comparison of tensors and the one tolerance table.
 
-error = max |got − wanted| / max |wanted|, in float64, the divisor at least 0.001. Integer and boolean tensors must be equal. For a set of kept
-rows the share in common is told beside it: a near-tie flips one row, and then every later number.
+error = max |got − wanted| / max |wanted|, in float64, the divisor at least 0.001. Integer and boolean
+tensors must be equal. For a set of kept rows the share in common is told beside it: a near-tie flips
+one row, and then every later number.
 """
 
 from __future__ import annotations
