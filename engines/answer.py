@@ -15,7 +15,7 @@ from graphs.plan import PruningPlan, average_retention
 SCHEMA = "saccade.answer/1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SmallPass:
     """What the small model gave for one image and question; many large passes can share it.
 
@@ -30,12 +30,12 @@ class SmallPass:
     stopped: Literal["end", "length"]
     guidance: np.ndarray
     confidence: Confidence
-    milliseconds: dict[str, float] = field(compare=False)
+    milliseconds: dict[str, float]
     # The large model's prompt for the same question, kept so that its image is seen once.
-    shared: dict[str, Prompt] = field(default_factory=dict, compare=False, repr=False)
+    shared: dict[str, Prompt] = field(default_factory=dict, repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Answer:
     """An answer and how it came about.
 
@@ -59,7 +59,7 @@ class Answer:
     guidance: np.ndarray | None
     prompt_tokens: int
     visual_tokens: int
-    milliseconds: dict[str, float] = field(compare=False)
+    milliseconds: dict[str, float]
 
     @property
     def score(self) -> float | None:

@@ -14,7 +14,7 @@ from engines.session import Value
 from graphs.spec import ExportSpec, past_names, present_names
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cache:
     """Immutable: a run returns the next one, and an older one can be continued a second time.
 

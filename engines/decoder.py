@@ -22,7 +22,7 @@ from graphs.spec import ExportSpec
 Keep: TypeAlias = float | Sequence[float] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chunk:
     """Rows of a conversation that are fed together.
 
@@ -38,7 +38,7 @@ class Chunk:
         return len(self.is_visual)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """What a run gave.
 

@@ -6,7 +6,7 @@ Legend: S prompt rows, V visual tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from graphs.spec import ExportSpec
 DEFAULT_NEW_TOKENS = 128
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompt:
     """An image and a question, ready for the decoder.
 
@@ -35,7 +35,7 @@ class Prompt:
     pixel_values: np.ndarray
     inputs_embeds: Value
     is_visual: np.ndarray
-    ms: dict[str, float] = field(compare=False)
+    ms: dict[str, float]
 
     def __len__(self) -> int:
         return self.input_ids.shape[1]
@@ -63,7 +63,8 @@ class Model:
         return self._sessions[stage]
 
     def open(self) -> None:
-        """Open every stage now, for one who measures."""
+        """Load the processor and open every stage now, so that no question has to wait for it."""
+        self.processor.load()
         for stage in self.spec.stages:
             self.session(stage)
 
@@ -73,13 +74,14 @@ class Model:
         return Decoder(self.session("decoder"), self.spec)
 
     def prompt(self, image: Image.Image, question: str) -> Prompt:
-        """See the image and merge it with the question; the first three stages of every answer."""
+        """See the image and merge it with the question; the first stages of every answer."""
+        self.processor.checked(question)
         clock, ms = Clock(), {}
+        self.open()
+        ms["open"] = clock.lap()
         input_ids = self.processor.prompt(question)
         pixel_values = self.processor.pixels(image)
         ms["prepare"] = clock.lap()
-        self.open()
-        ms["open"] = clock.lap()
         vision = self.session("vision").run({"pixel_values": pixel_values}, device=("visual_embeds",))
         ms["vision"] = clock.lap()
         embeds = self._embeds(input_ids, vision["visual_embeds"])

@@ -40,6 +40,10 @@ class Processor:
         """The checkpoint's image processor on Pillow and numpy."""
         return self._loaded("AutoImageProcessor", backend="pil")
 
+    def load(self) -> None:
+        """Load every part now."""
+        _ = self.tokenizer, self.image_processor, self.chat_template
+
     @cached_property
     def chat_template(self) -> str:
         """The text of the chat template, from wherever this checkpoint keeps it."""
@@ -76,15 +80,8 @@ class Processor:
         Raises UsageError for an empty question, one that holds the placeholder's text, or a prompt
         that leaves no position for an answer.
         """
-        question = question.strip()
-        if not question:
-            raise UsageError("the question is empty; write what you want to know about the image")
         tokens, grid = self.spec.tokens, self.spec.grid
-        if tokens.image_text in question:
-            raise UsageError(
-                f"the question holds {tokens.image_text!r}, which stands for the image itself; leave it out"
-            )
-        text = self._rendered(question)
+        text = self._rendered(self.checked(question))
         if text.count(tokens.image_text) != 1:
             raise BadArtefact(
                 f"the chat template of {self.folder} writes {text.count(tokens.image_text)} placeholders "
@@ -106,6 +103,17 @@ class Processor:
                 f"{limit} positions and the answer needs one; shorten the question"
             )
         return input_ids
+
+    def checked(self, question: str) -> str:
+        """Return the question without outer blanks, or UsageError where it is empty or no plain text."""
+        question = question.strip()
+        if not question:
+            raise UsageError("the question is empty; write what you want to know about the image")
+        if self.spec.tokens.image_text in question:
+            raise UsageError(
+                f"the question holds {self.spec.tokens.image_text!r}, which stands for the image itself; leave it out"
+            )
+        return question
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of an answer, special tokens left out."""
