@@ -65,9 +65,10 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether an exception, ours or a library's, means that no more could be written."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno in DISK_FULL
-    return any(f"os error {code}" in str(error) for code in DISK_FULL) or "No space left" in str(error)
+    said = str(error)  # safetensors words it "(os error 28)"; shutil collects the system's own sentences
+    return any(f"(os error {code})" in said or os.strerror(code) in said for code in DISK_FULL)
 
 
 @contextmanager

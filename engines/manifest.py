@@ -1,0 +1,119 @@
+"""What a bundle says about itself: ``manifest.json``.
+
+Everything ``show`` prints stands here, and every file of the bundle with its size and digest. The
+manifest carries a digest of itself, so that an edited threshold is noticed like an edited weight.
+This guards against damage and accidents; who can write the whole folder can also write the digests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from graphs.errors import BadArtefact
+from graphs.files import unreadable
+from graphs.plan import PruningPlan, Record, Role
+from graphs.spec import LanguageModel, StageSpec, VisualGrid
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = 1
+SCHEMA = f"saccade.bundle/{FORMAT}"
+REBUILD = "build it again with: saccade build"
+
+Served = Literal["kernel", "body"]
+
+
+class FileEntry(Record):
+    """One file of the bundle; ``path`` is relative, with forward slashes."""
+
+    path: str
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class MemberEntry(Record):
+    """One model of the bundle, and for each op of its plan whether a kernel or the body serves it."""
+
+    folder: str
+    family: str
+    architecture: str
+    role: Role
+    dtype: str
+    plan: PruningPlan
+    language: LanguageModel
+    grid: VisualGrid
+    stages: dict[str, StageSpec]
+    ops: dict[str, Served]
+    weight_bytes: int
+
+
+class Manifest(Record):
+    """The whole of ``manifest.json``."""
+
+    schema_id: Literal["saccade.bundle/1"] = Field("saccade.bundle/1", alias="schema")
+    created_by: str
+    tools: dict[str, str]
+    target: str
+    threshold: float = Field(ge=0, le=1)
+    members: dict[Literal["small", "large", "alone"], MemberEntry]
+    files: tuple[FileEntry, ...]
+    sha256: str = ""
+
+    model_config = {**Record.model_config, "populate_by_name": True}
+
+    def signed(self) -> Manifest:
+        """The same manifest with the digest of its own content filled in."""
+        return self.model_copy(update={"sha256": digest_of(self.model_dump(mode="json", by_alias=True))})
+
+    def dumps(self) -> str:
+        """The file's text."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2) + "\n"
+
+
+def digest_of(document: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's content without its own digest."""
+    content = {key: value for key, value in document.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def manifest_of(bundle: Path) -> Manifest:
+    """Read and check a bundle's manifest; BadArtefact says what does not hold and what mends it."""
+    path = bundle / MANIFEST_FILE
+    if not bundle.is_dir():
+        what = "is a file" if bundle.exists() else "does not exist"
+        raise BadArtefact(f"bundle {bundle} {what}; give the folder that saccade build wrote")
+    if not path.exists():
+        raise BadArtefact(f"{bundle} is no bundle: {MANIFEST_FILE} is missing; {REBUILD} SMALL LARGE -o {bundle}")
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except OSError as e:
+        raise unreadable(path, e, REBUILD) from None
+    except (UnicodeDecodeError, ValueError, RecursionError):
+        raise BadArtefact(f"{path} is no JSON, so it is damaged or truncated; {REBUILD}") from None
+    _check_format(path, document)
+    if digest_of(document) != document.get("sha256"):
+        raise BadArtefact(f"{path} was changed after it was written (its digest does not match); {REBUILD}")
+    try:
+        return Manifest.model_validate(document)
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the document"
+        raise BadArtefact(f"{path}: {where}: {first['msg']}; {REBUILD}") from None
+
+
+def _check_format(path: Path, document: Any) -> None:
+    """Which format the file is in is told before anything else of it is believed."""
+    schema = document.get("schema") if isinstance(document, dict) else None
+    name, _, version = str(schema).partition("/")
+    if name != "saccade.bundle" or not version.isdigit():
+        raise BadArtefact(f"{path} is no manifest of a bundle (schema {schema!r}, wanted {SCHEMA!r}); {REBUILD}")
+    if int(version) > FORMAT:
+        maker = document.get("created_by", "a newer saccade")
+        raise BadArtefact(
+            f"{path.parent} is of bundle format {version}, written by {maker}, and this saccade reads up to "
+            f"{FORMAT}; upgrade saccade to that version, or {REBUILD}"
+        )
