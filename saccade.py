@@ -33,10 +33,12 @@ PUBLIC = {
     "Cascade": "engines.cascade:Cascade",
     "export": "exporter.export:export_checkpoint",
     "build": "engines.build:build_bundle",
+    "show_kept_tokens": "engines.picture:show_kept_tokens",
+    "Reference": "exporter.reference:Reference",
     "SaccadeError": "graphs.errors:SaccadeError",
 }
 
-__all__ = ["Cascade", "SaccadeError", "build", "export", "main"]  # noqa: F822 (resolved by __getattr__)
+__all__ = ["Cascade", "Reference", "SaccadeError", "build", "export", "main", "show_kept_tokens"]  # noqa: F822 (resolved by __getattr__)
 
 
 def __getattr__(name: str) -> Any:
