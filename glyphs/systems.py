@@ -7,16 +7,18 @@ count every stage that it needs, so they add up to what it would take alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from engines.answer import Answer, SmallPass
-    from engines.cascade import Cascade
-    from glyphs.data import Question
+from glyphs.data import Question
+
+# What saccade.Cascade and its answers are; this room knows them by the front door only.
+Cascade: TypeAlias = Any
+SmallPass: TypeAlias = Any
+Answer: TypeAlias = Any
 
 RETENTIONS = (0.64, 0.35, 0.09)
 
