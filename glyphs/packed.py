@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from glyphs.train_data import IGNORE, NO_COLOUR, NO_DIGIT, Batch
 
 NO_KEYWORD = -2  # equals no keyword, and not -1, which marks a row without one
-LOOKING = (1, 3)  # the layers, counted among those that take part, that `look_loss` teaches
+LOOKING = (1, 3, 5)  # the layers, counted among those that take part, that `look_loss` teaches
 ATTENTION = "glyphs_packed"
 
 
@@ -109,16 +109,14 @@ def packed_hidden(
 
 
 def look_loss(layer: nn.Module, hidden_NSD: Tensor, rotary: tuple[Tensor, Tensor], at: int, batch: Batch) -> Tensor:
-    """How little attention the right patches get: the ones with the colour or the digit that the keyword names.
+    """How little attention the right patches get: the ones with the digit that the keyword names.
 
-    -log of their share among all patches, over the rows from the keyword on; one head looks for colours, and one
-    with other keys for digits.
+    -log of their share among all patches, over the rows from the keyword on.
     """
-    attention, v = layer.self_attn, batch.cell_colour.shape[1]
+    attention, v = layer.self_attn, batch.cell_digit.shape[1]
     keyword = torch.from_numpy(batch.tail_keyword)
-    digit, colour = torch.from_numpy(batch.cell_digit), torch.from_numpy(batch.cell_colour)
-    shown = torch.stack((digit.where(digit != NO_DIGIT, NO_KEYWORD), colour + 10))
-    target = (keyword[:, :, None, None] == shown.permute(1, 2, 0)[:, None]).any(-1)
+    digit = torch.from_numpy(batch.cell_digit)
+    target = keyword[:, :, None] == digit.where(digit != NO_DIGIT, NO_KEYWORD)[:, None]
     normed = layer.input_layernorm(hidden_NSD)
     split = lambda x: x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # noqa: E731
     query, key = split(attention.q_proj(normed)), split(attention.k_proj(normed))
@@ -126,8 +124,7 @@ def look_loss(layer: nn.Module, hidden_NSD: Tensor, rotary: tuple[Tensor, Tensor
     query = query[:, :: attention.num_key_value_groups, -keyword.shape[1] :]
     scores = query @ key[:, :, at : at + v].transpose(2, 3) * attention.scaling
     mass = scores.float().log_softmax(-1).masked_fill(~target[:, None], -1e4).logsumexp(-1)
-    mass = torch.where(keyword < NO_DIGIT, mass[:, -1], mass[:, 0])
-    return -mass[target.any(-1)].mean()
+    return -mass.transpose(1, 2)[target.any(-1)].mean()
 
 
 def answer_losses(model: LlavaForConditionalGeneration, hidden_NTD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

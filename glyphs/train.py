@@ -58,12 +58,14 @@ class Trainer:
         self.keywords = {self.tokenizer.convert_tokens_to_ids(word): i for i, word in enumerate(words)}
         self.prefix_ids = torch.tensor(self.tokenizer(PREFIX.replace("<image>", "<image>" * VISUAL_TOKENS)).input_ids)
 
+    @torch.no_grad()
     def silence_late_layers(self) -> None:
-        """Layers absent from an earlier stage add zero to the residual stream until trained."""
+        """Layers absent from an earlier stage add zero to the residual stream until trained; they start out choosy."""
         stride = max([s.stride for s in self.plan.stages] + [1])
         for i, layer in enumerate(self.model.model.language_model.layers):
             if i % stride:
                 torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+                layer.self_attn.q_proj.weight.mul_(4), layer.self_attn.k_proj.weight.mul_(4)
                 torch.nn.init.zeros_(layer.mlp.down_proj.weight)
 
     def encode(self, question: str, answer: str) -> tuple[list[int], list[int]]:
