@@ -70,7 +70,7 @@ def held_out_questions(n: int, seed: int = 0) -> list[Question]:
     The same on every machine; the first m of n do not depend on n.
     """
     rng = np.random.Generator(np.random.PCG64(seed + 1_000_000_007))
-    questions = []
+    questions: list[Question] = []
     while len(questions) < n:
         kind = KINDS[len(questions) % len(KINDS)]
         asked = None
