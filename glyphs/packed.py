@@ -90,15 +90,24 @@ def packed_hidden(
     batch: Batch,
     stride: int = 1,
     looks: list[Tensor] | None = None,
+    shown_NK: Tensor | None = None,
 ) -> Tensor:
-    """Final hidden states of the tail, [N,T,D], through every `stride`-th decoder layer."""
+    """Final hidden states of the tail, [N,T,D], through every `stride`-th decoder layer.
+
+    `shown_NK`: the visual tokens that are there at all, ascending; the others' positions stay empty.
+    """
     language = model.model.language_model
-    n, p = len(visual_NVD), len(prefix_ids)
+    (n, v, d), p = visual_NVD.shape, len(prefix_ids)
     at = int((prefix_ids == model.config.image_token_id).nonzero()[0])
+    cells_NK = torch.arange(v).expand(n, -1) if shown_NK is None else shown_NK
     words = language.embed_tokens(prefix_ids).expand(n, -1, -1)
+    seen = visual_NVD.gather(1, cells_NK[..., None].expand(-1, -1, d))
     tail = language.embed_tokens(torch.from_numpy(batch.tail_ids))
-    hidden = torch.cat((words[:, :at], visual_NVD, words[:, at + visual_NVD.shape[1] :], tail), dim=1)
-    positions = torch.cat((torch.arange(p).expand(n, -1), torch.from_numpy(batch.tail_offsets) + p), dim=1)
+    hidden = torch.cat((words[:, :at], seen, words[:, at + v :], tail), dim=1)
+    line = torch.arange(p).expand(n, -1)
+    offsets = torch.from_numpy(batch.tail_offsets) + p
+    positions = torch.cat((line[:, :at], at + cells_NK, line[:, at + v :], offsets), dim=1)
+    p -= v - cells_NK.shape[1]
     mask = tail_mask(torch.from_numpy(batch.tail_block), p)
     rotary = language.rotary_emb(hidden, position_ids=positions)
     for number, layer in enumerate(language.layers[::stride]):

@@ -10,6 +10,7 @@ class Stage:
     """Learning rate falls along a half cosine from `high` to `low`, and is `sight` times that outside the decoder.
 
     Stride 0 trains the tower alone, otherwise every stride-th layer takes part; `images` a step.
+    `spare`: share of the steps that leave background tokens out, never a glyph's.
     """
 
     steps: int
@@ -19,6 +20,7 @@ class Stage:
     sight: float = 1.0
     images: int = 8
     look: bool = False
+    spare: float = 0.0
 
 
 @dataclass(frozen=True)

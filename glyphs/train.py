@@ -23,7 +23,7 @@ from glyphs.checkpoint import PAIR, PREFIX, SUFFIX, VISUAL_TOKENS, config_from_n
 from glyphs.data import KINDS, NAMES, held_out_questions
 from glyphs.plan import PLANS, Plan
 from glyphs.tower_start import start_local
-from glyphs.train_data import batch_of, pack, training_batch
+from glyphs.train_data import batch_of, pack, shown_cells, training_batch
 
 RUN = Path(tempfile.gettempdir()) / "glyphs_run"
 # Without this glibc gives every large tensor back at once, and a fifth of the time goes to page faults.
@@ -85,7 +85,10 @@ class Trainer:
             loss = answers = cells
             if stage.stride:
                 looks: list[torch.Tensor] | None = [] if stage.look else None
-                hidden = packed.packed_hidden(self.model, visual, self.prefix_ids, batch, stage.stride, looks)
+                shown = None
+                if rng.random() < stage.spare:
+                    shown = torch.from_numpy(shown_cells(rng, batch.cell_digit))
+                hidden = packed.packed_hidden(self.model, visual, self.prefix_ids, batch, stage.stride, looks, shown)
                 answers, hints = packed.answer_losses(self.model, hidden, batch)
                 loss = answers + 0.5 * hints + 0.5 * cells + 0.3 * sum(looks or [])
         self.optimiser.zero_grad()

@@ -104,3 +104,15 @@ def batch_of(pixels: np.ndarray, rows: list[tuple[np.ndarray, ...]], cells: tupl
     unknown = np.full((len(rows), CELLS**2), IGNORE)
     tail = dict(zip(TAIL_FIELDS, (np.stack(column) for column in zip(*rows, strict=True)), strict=True))
     return Batch(pixels=pixels, **tail, **dict(zip(CELL_FIELDS, cells or (unknown,) * 3, strict=True)))
+
+
+def shown_cells(rng: np.random.Generator, cell_digit_NV: np.ndarray) -> np.ndarray:
+    """Visual tokens to leave in, int64 [N,K] ascending: all that show a glyph, and background by chance.
+
+    K is drawn anew for each batch, down to the most glyph cells of any of its images.
+    """
+    n, v = cell_digit_NV.shape
+    glyph_NV = cell_digit_NV != NO_DIGIT
+    count = max(int(glyph_NV.sum(axis=1).max()), int(rng.random() * v))
+    order = np.argsort(np.where(glyph_NV, -1.0, rng.random((n, v))), axis=1, kind="stable")
+    return np.sort(order[:, :count], axis=1)
