@@ -57,7 +57,8 @@ def run_demo(out: Path, questions: int = QUESTIONS) -> dict[str, Any]:
     middle = PruningPlan(name="one-layer", guidance=Guidance(layers=(small.language.layers // 2,)))
     saccade.export(PAIR / "small", exports["one-layer"], plan=middle, role="small", overwrite=True)
     bundle = out / "pair.bundle"
-    threshold = json.loads((PAIR / "threshold.json").read_text("utf-8"))["threshold"]
+    chosen = json.loads((PAIR / "threshold.json").read_text("utf-8"))
+    threshold = chosen["threshold"]
     saccade.build([exports["small"], exports["large"]], bundle, threshold=threshold, overwrite=True)
     saccade.build([exports["one-layer"]], out / "one-layer.bundle", overwrite=True)
     cascade = saccade.Cascade.open(bundle)
@@ -66,6 +67,7 @@ def run_demo(out: Path, questions: int = QUESTIONS) -> dict[str, Any]:
         saccade.Cascade.open(out / "one-layer.bundle"),
         {name: saccade.Reference(PAIR / name) for name in ("small", "large")},
         threshold,
+        chosen["average_retention"],
     )
     asked = held_out_questions(questions)
     for _ in track(compared.run(asked), f"asking {questions} held-out questions of every system", questions):

@@ -84,14 +84,21 @@ class Comparison:
     """All systems over a pair, a small model that listens to one layer only, and the reference models."""
 
     def __init__(
-        self, cascade: Cascade, one_layer: Cascade, references: dict[str, Any], threshold: float, seed: int = 0
+        self,
+        cascade: Cascade,
+        one_layer: Cascade,
+        references: dict[str, Any],
+        threshold: float,
+        retention: float = RETENTIONS[1],
+        seed: int = 0,
     ) -> None:
         from graphs.plan import average_retention, keep_for_retention
 
         if cascade.small is None or cascade.large is None:
             raise ValueError("the comparison needs a pair")
         self.cascade, self.one_layer, self.references = cascade, one_layer, references
-        self.small, self.large, self.threshold = cascade.small, cascade.large, threshold
+        self.small, self.large = cascade.small, cascade.large
+        self.threshold, self.retention = threshold, retention
         self.draw = np.random.Generator(np.random.PCG64(seed))
         layers, layer = self.large.spec.language.layers, self.large.spec.plan.points[0].layer
         self.tallies: dict[str, Tally] = {}
@@ -99,13 +106,13 @@ class Comparison:
         self.keep: dict[float, float] = {}
         self._row("small alone", 1.0)
         self._row("large alone", 1.0)
-        for retention in RETENTIONS:
-            keep = round(keep_for_retention(layers, layer, retention), 4)
-            self.keep[retention] = keep
+        for share in RETENTIONS:
+            keep = round(keep_for_retention(layers, layer, share), 4)
+            self.keep[share] = keep
             for source in ("guided by small", "random tokens", "one layer of small"):
-                name = f"large {retention:.0%}, {source}"
+                name = f"large {share:.0%}, {source}"
                 self._row(name, average_retention(layers, layer, keep), layer=layer, keep=keep)
-        self._row("cascade", None, layer=layer, keep=self.keep[RETENTIONS[-1]])
+        self._row("cascade", retention, layer=layer, keep=self.keep[retention])
         for name in references:
             self._row(f"HF generate, {name}", 1.0)
 
@@ -142,7 +149,7 @@ class Comparison:
                     needed += sum(narrow.milliseconds.values()) - narrow.milliseconds["small_open"]
                 self._add(f"large {retention:.0%}, {source}", answer.text, question, needed)
         exited = looked.confidence.score > self.threshold
-        final = small if exited else pruned[RETENTIONS[-1], "guided by small"]
+        final = small if exited else pruned[self.retention, "guided by small"]
         self._add("cascade", final.text, question, _total(final), exited)
 
     def _compare_unpruned(self, question: Question, looked: SmallPass) -> None:
