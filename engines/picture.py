@@ -54,7 +54,7 @@ def show_kept_tokens(
 def caption_of(question: str, answer: Answer) -> str:
     """Return the line below the picture."""
     kept = answer.visual_tokens if not answer.kept else len(answer.kept[-1])
-    return f"{question}  →  {answer.text}   ({kept} of {answer.visual_tokens} visual tokens kept)"
+    return f"{question}: {answer.text}   ({kept} of {answer.visual_tokens} visual tokens kept)"
 
 
 def kept_picture(
