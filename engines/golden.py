@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,29 +47,35 @@ class Replay:
         """The largest numeric error of the case."""
         return max((t.error for t in self.tensors if t.error is not None), default=0.0)
 
+    def document(self) -> dict[str, object]:
+        """As JSON writes it."""
+        tensors = [tensor.document() for tensor in self.tensors]
+        return {"stage": self.stage, "case": self.case, "agrees": self.agrees, "tensors": tensors}
+
     @property
     def overlap(self) -> float | None:
         """The smallest share of kept rows in common; None where nothing is pruned."""
         return min((t.overlap for t in self.tensors if t.overlap is not None), default=None)
 
 
-def replay(
-    folder: Path, spec: ExportSpec, open_stage: Callable[[Path], Session] = open_session, model: str = ""
-) -> Iterator[Replay]:
-    """Run every golden case of a folder, yielding what came out; OperationFailed at the first that disagrees.
+def replay(folder: Path, spec: ExportSpec, open_stage: Callable[[Path], Session] = open_session) -> Iterator[Replay]:
+    """Run every golden case of a folder and yield how it compares; the tolerance is that of the export's dtype.
 
-    The tolerance is that of the export's dtype. open_stage: opens a stage's file. model: how the message
-    calls the model. BadArtefact where the
-    golden file is missing, broken or does not fit spec.json.
+    open_stage: opens a stage's file. Errors: BadArtefact where the golden file is missing, broken or does
+    not fit spec.json, OperationFailed where the runtime fails.
     """
     session: tuple[str, Session] | None = None
     for case in cases_of(folder, spec):
         if session is None or session[0] != case.stage:
             session = case.stage, open_stage(folder / spec.stages[case.stage].file)
-        replayed = _replayed(case, session[1], TOLERANCES[spec.dtype])
+        yield _replayed(case, session[1], TOLERANCES[spec.dtype])
+
+
+def refuse_disagreement(replays: Iterable[Replay], model: str) -> None:
+    """Raise OperationFailed for the first replay that disagrees; ``model`` is how the message calls it."""
+    for replayed in replays:
         if not replayed.agrees:
-            raise _disagrees(replayed, model or str(folder))
-        yield replayed
+            raise _disagrees(replayed, model)
 
 
 def cases_of(folder: Path, spec: ExportSpec) -> list[Case]:

@@ -142,3 +142,4 @@ def save_golden(path: Path, stages: dict[str, Cases]) -> None:
                         )
                     tensors[f"{stage}/{case}/{side}/{name}"] = tensor.contiguous().clone()
     save_file(tensors, path, metadata={"schema": "saccade.golden/1"})
+    path.chmod(0o644)

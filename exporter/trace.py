@@ -15,6 +15,7 @@ from onnxscript.values import Opset
 
 from exporter.attention import attention
 from exporter.family import Tensors
+from exporter.norm import rms_norm
 from exporter.program import Program
 from graphs.ops import DOMAIN, OPS, VERSION, Op
 from graphs.ops.op import BODY_OPSET
@@ -26,6 +27,11 @@ TENSORS = [f"tensor({name})" for name in ("float", "float16", "bfloat16", "int32
 def emit_attention(q: Any, k: Any, v: Any, past_k: Any, past_v: Any, scale: float) -> Any:
     """``saccade::attention`` in torch is the standard's own Attention in ONNX."""
     return standard.Attention(q, k, v, None, past_k, past_v, is_causal=1, scale=scale, _outputs=3)
+
+
+def emit_rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
+    """``saccade::rms_norm`` in torch is the standard's own RMSNormalization in ONNX."""
+    return standard.RMSNormalization(x, weight, axis=-1, epsilon=epsilon)
 
 
 def emitter_of(op: Op) -> Callable[..., Any]:
@@ -56,7 +62,7 @@ def emitter_of(op: Op) -> Callable[..., Any]:
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """torch overloads of ours → the functions that emit their nodes."""
     table = {op.torch_op._opoverload: emitter_of(op) for op in OPS.values()}
-    return {**table, attention._opoverload: emit_attention}
+    return {**table, attention._opoverload: emit_attention, rms_norm._opoverload: emit_rms_norm}
 
 
 def onnx_from_program(program: Program, feed: Tensors, dims: Mapping[str, tuple[int | str, ...]]) -> ir.Model:

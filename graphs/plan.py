@@ -91,6 +91,11 @@ class PruningPlan(Record):
                 )
             before = point.layer
         if self.guidance:
+            if not self.guidance.layers or len(set(self.guidance.layers)) < len(self.guidance.layers):
+                raise UsageError(
+                    f"plan {self.name}: guidance comes from layers {list(self.guidance.layers)}, but it is a sum over "
+                    "at least one layer, each once; list them so"
+                )
             if bad := [i for i in self.guidance.layers if not 0 <= i < layers]:
                 raise UsageError(f"plan {self.name}: guidance layers {bad} do not exist; the model has {layers}")
             if self.points:
@@ -102,10 +107,10 @@ class PruningPlan(Record):
 
 
 def layer_of(fraction: float, layers: int) -> int:
-    """K = int(L·f), the SGL code's rounding (arXiv 2412.03324)."""
+    """K = int(L·f), the SGL code's rounding (arXiv 2412.03324), of the decimal that was meant: 0.29·100 is 29."""
     if not 0 <= fraction < 1:
         raise UsageError(f"layer fraction {fraction} is outside [0, 1); give the share of the depth before the cut")
-    return int(layers * fraction)
+    return min(layers - 1, int(layers * fraction + 1e-9))
 
 
 def average_retention(layers: int, layer: int, keep: float) -> float:
@@ -136,14 +141,21 @@ def plan_none(role: Role, layers: int) -> PruningPlan:
     return PruningPlan(name="none")
 
 
-def plan_sgl(role: Role, layers: int, *, fraction: float = 0.05, keep: float = 0.05) -> PruningPlan:
+def plan_sgl(role: Role, layers: int, **options: float) -> PruningPlan:
     """SGL: the small model gives guidance, the large one is cut before layer int(L·f) by it.
 
-    Alone, a model is cut by its own attention of the layer before the cut.
+    Alone, a model is cut by its own attention of the layer before the cut. Options: ``fraction`` (f) and
+    ``keep``, both 0.05 unless given; the small model is not cut, so it takes neither.
     """
     if role == "small":
+        if options:
+            raise UsageError(
+                f"the small model of sgl is not pruned, so it takes no {' and no '.join(options)}; "
+                "give that to the large model's export, or --role large"
+            )
         return PruningPlan(name="sgl", guidance=Guidance(layers=tuple(range(layers))))
-    layer = layer_of(fraction, layers)
+    (keep,) = checked_keep([options.get("keep", 0.05)])
+    layer = layer_of(options.get("fraction", 0.05), layers)
     score: Score = "priority" if role == "large" else "attention"
     if role == "alone":
         layer = max(1, layer)

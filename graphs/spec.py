@@ -158,10 +158,17 @@ def spec_from_folder(folder: Path) -> ExportSpec:
     except (OSError, UnicodeDecodeError) as e:
         raise BadArtefact(f"{path} cannot be read ({e}); export the checkpoint again") from None
     try:
-        return ExportSpec.model_validate_json(text)
+        spec = ExportSpec.model_validate_json(text)
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the document"
+        got = "" if first["type"] == "missing" else f", got {str(first['input'])[:60]!r}"
         raise BadArtefact(
-            f"{path}: {where}: {first['msg']} (this version reads saccade.spec/1); export the checkpoint again"
+            f"{path}: {where}: {first['msg']}{got} (this version reads saccade.spec/1); export the checkpoint again"
         ) from None
+    if "schema_id" not in spec.model_fields_set:
+        raise BadArtefact(
+            f"{path} names no schema, so its format is unknown (this version reads saccade.spec/1); "
+            "export the checkpoint again"
+        )
+    return spec

@@ -1,0 +1,165 @@
+"""The verbs about artefacts: check, build, verify, and what show tells of bundles, ops, policies and machines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from graphs.talk import emit_json, step
+
+folder_type = click.Path(path_type=Path)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=folder_type)
+@json_option
+def check(folder: Path, as_json: bool) -> None:
+    """Run the graph rules over the export in DIR and replay its golden tensors on the CPU."""
+    from engines.golden import refuse_disagreement, replay
+    from engines.words import replays_in_words
+    from graphs.errors import BadArtefact
+    from graphs.rules import RULES, export_from_folder, findings_in
+
+    with step("graph rules"):
+        export = export_from_folder(folder)
+        found = findings_in(export)
+    replays = []
+    if not found:
+        with step("golden replay"):
+            replays = list(replay(folder, export.spec))
+    if as_json:
+        emit_json(
+            {
+                "schema": "saccade.check/1",
+                "folder": folder,
+                "rules": len(RULES),
+                "findings": [vars(finding) for finding in found],
+                "replays": [replayed.document() for replayed in replays],
+            }
+        )
+    else:
+        _print([f"{finding}" for finding in found] or [f"{len(RULES)} graph rules hold", *replays_in_words(replays)])
+    if found:
+        raise BadArtefact(
+            f"{folder} breaks {len(found)} graph rule(s), first {found[0].code}; export the checkpoint again"
+        )
+    refuse_disagreement(replays, str(folder))
+
+
+@click.command()
+@click.argument("folders", metavar="SMALL [LARGE]", type=folder_type, nargs=-1, required=True)
+@click.option("-o", "--out", "out", type=folder_type, required=True, metavar="BUNDLE", help="The folder to write.")
+@click.option("--target", default="cpu", show_default=True, help="What the bundle is to run on.")
+@click.option("--threshold", type=float, help="Score above which the small model's answer stands. [default: 0.9]")
+@click.option("--overwrite", is_flag=True, help="Replace an older bundle.")
+@json_option
+def build(
+    folders: tuple[Path, ...], out: Path, target: str, threshold: float | None, overwrite: bool, as_json: bool
+) -> None:
+    """Turn a SMALL and a LARGE export (in any order), or one export alone, into a bundle for a target."""
+    from engines.build import build_bundle
+    from graphs.talk import say
+
+    manifest = build_bundle(folders, out, target=target, threshold=threshold, overwrite=overwrite)
+    for name, member in manifest.members.items():
+        for op, by in member.ops.items():
+            say(f"{name}: {op} is served by its {by}")
+    if as_json:
+        emit_json({**manifest.model_dump(mode="json", by_alias=True), "path": out})
+    else:
+        click.echo(out)
+
+
+@click.command()
+@click.argument("bundle", type=folder_type)
+@json_option
+def verify(bundle: Path, as_json: bool) -> None:
+    """Replay a BUNDLE's golden tensors through its engines, after checking every file's digest."""
+    from functools import partial
+
+    from engines.bundle import open_bundle
+    from engines.golden import refuse_disagreement, replay
+    from engines.session import open_session
+    from engines.words import replays_in_words
+
+    with step("checking digests"):
+        opened = open_bundle(bundle)
+    open_stage = partial(open_session, target=opened.target)
+    replays = {}
+    for name, member in opened.members.items():
+        with step(f"golden replay of the {name} model"):
+            replays[name] = list(replay(member.folder, member.spec, open_stage))
+    if as_json:
+        models = {name: [replayed.document() for replayed in of_one] for name, of_one in replays.items()}
+        emit_json({"schema": "saccade.verify/1", "bundle": bundle, "target": opened.target, "models": models})
+    else:
+        files = f"{len(opened.manifest.files)} files are as they were built"
+        _print([files, *(line for name, of_one in replays.items() for line in replays_in_words(of_one, name))])
+    for name, of_one in replays.items():
+        refuse_disagreement(of_one, f"{bundle}, {name} model")
+
+
+@click.command("bundle")
+@click.argument("bundle", type=folder_type)
+@json_option
+def show_bundle(bundle: Path, as_json: bool) -> None:
+    """Tell what a BUNDLE holds: models, plans, stages with their tensors, ops and what serves them."""
+    from engines.bundle import open_bundle
+    from engines.words import bundle_in_words
+
+    opened = open_bundle(bundle, check="size")
+    if as_json:
+        emit_json({**opened.manifest.model_dump(mode="json", by_alias=True), "path": bundle})
+    else:
+        _print(bundle_in_words(opened))
+
+
+@click.command("ops")
+@json_option
+def show_ops(as_json: bool) -> None:
+    """List the ops of domain saccade, and what serves each on the CPU."""
+    from engines.words import columns, op_documents
+
+    documents = op_documents()
+    if as_json:
+        emit_json({"schema": "saccade.ops/1", "ops": documents})
+    else:
+        _print(columns([(d["op"], f"cpu: {d['cpu']}", d["meaning"]) for d in documents]))
+
+
+@click.command("policies")
+@click.option("--layers", default=48, show_default=True, help="Of the model in the examples.")
+@json_option
+def show_policies(layers: int, as_json: bool) -> None:
+    """List the pruning policies and what each does in a model of each role."""
+    from engines.words import policy_documents
+
+    documents = policy_documents(layers)
+    if as_json:
+        emit_json({"schema": "saccade.policies/1", "layers": layers, "policies": documents})
+        return
+    for document in documents:
+        roles: dict[str, Any] = document["roles"]
+        click.echo(f"{document['policy']}: {document['meaning']}")
+        _print([f"  {role}: {line}" for role, lines in roles.items() for line in lines])
+
+
+@click.command("machine")
+@json_option
+def show_machine(as_json: bool) -> None:
+    """Tell what this machine can run and what is not installed."""
+    from engines.machine import machine_document, machine_in_words
+
+    document = machine_document()
+    if as_json:
+        emit_json(document)
+    else:
+        _print(machine_in_words(document))
+
+
+def _print(lines: list[str]) -> None:
+    for line in lines:
+        click.echo(line)

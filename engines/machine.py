@@ -1,0 +1,86 @@
+"""What this machine and this Python can run, found out without touching a device."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.util import find_spec
+from pathlib import Path
+
+from engines.session import SESSIONS
+from graphs.versions import extras_of, installed_version
+
+# target → (the distribution that serves it, the module it brings)
+RUNTIMES = {
+    "cpu": ("onnxruntime", "onnxruntime"),
+    "gpu": ("onnxruntime-gpu", "onnxruntime"),
+    "rtx": ("tensorrt-rtx", "tensorrt_rtx"),
+    "tensorrt": ("tensorrt", "tensorrt"),
+    "openvino": ("openvino", "openvino"),
+}
+EXPORT = ("torch", "onnxscript", "transformers")
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def machine_document() -> dict[str, object]:
+    """Processor, memory, driver, and for each runtime its version and whether this release drives it."""
+    return {
+        "schema": "saccade.machine/1",
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "nvidia_driver": _driver(),
+        "runtimes": {target: _runtime(target) for target in RUNTIMES},
+        "export": {name: installed_version(name) for name in EXPORT},
+    }
+
+
+def machine_in_words(document: dict[str, object]) -> list[str]:
+    """The same for a reader."""
+    memory = document["memory_bytes"]
+    lines = [
+        f"{document['system']}, {document['processor']}, {document['cores']} cores, "
+        f"{memory / 1e9 if isinstance(memory, int) else 0:.1f} GB",
+        f"NVIDIA driver: {document['nvidia_driver'] or 'none'}",
+        f"Python {document['python']}",
+    ]
+    runtimes, export = document["runtimes"], document["export"]
+    for target, found in runtimes.items() if isinstance(runtimes, dict) else ():
+        lines.append(f"target {target}: {found['state']}")
+    if isinstance(export, dict):
+        lacking = [name for name, version in export.items() if version is None]
+        lines.append(
+            f"export: needs {', '.join(lacking)}: pip install 'saccade[export]'" if lacking else "export: ready"
+        )
+    return lines
+
+
+def _runtime(target: str) -> dict[str, str | None]:
+    distribution, module = RUNTIMES[target]
+    version = installed_version(distribution) if find_spec(module) else None
+    if target not in SESSIONS:
+        state = "not driven by this release" + (f" (found {distribution} {version})" if version else "")
+    elif version is None:
+        state = f"{distribution} is not installed: pip install {extras_of(distribution)}"
+    else:
+        state = f"ready, {distribution} {version}"
+    return {"distribution": distribution, "version": version, "state": state}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    try:
+        first = DRIVER.read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None
+    return first.partition(":")[2].strip() or first

@@ -1,0 +1,125 @@
+"""Artefacts, plans and machines in words and tables: what ``show``, ``check`` and ``verify`` print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from engines.bundle import Bundle
+from engines.golden import Replay
+from engines.manifest import MemberEntry
+from graphs.ops import DOMAIN, OPS
+from graphs.plan import POLICIES, PruningPlan, average_retention, plan_of_policy
+from graphs.spec import StageSpec
+
+MB = 1e6
+
+
+def columns(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
+    """Rows of text as aligned lines."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
+    return [
+        (indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    ]
+
+
+def plan_in_words(plan: PruningPlan, layers: int) -> list[str]:
+    """What a plan does in a model of ``layers`` layers, one line per prune point or guidance."""
+    lines = []
+    if plan.guidance:
+        chosen = plan.guidance.layers
+        which = "all layers" if len(chosen) == layers else f"layers {', '.join(map(str, chosen))}"
+        lines.append(f"gives guidance: attention received from rows '{plan.guidance.rows}', summed over {which}")
+    for point in plan.points:
+        by = "the small model's guidance" if point.score == "priority" else f"attention of layer {point.layer - 1}"
+        lines.append(
+            f"before layer {point.layer} of {layers} keeps {point.keep:.0%} by {by} "
+            f"(average retention {average_retention(layers, point.layer, point.keep):.2%})"
+        )
+    return lines or ["prunes nothing"]
+
+
+def stage_in_words(name: str, stage: StageSpec) -> list[str]:
+    """A stage's inputs and outputs as a table; the caches of all layers of one length are one line."""
+    rows: list[tuple[str, str, str, str]] = []
+    for side, tensors in (("in", stage.inputs), ("out", stage.outputs)):
+        for tensor in tensors:
+            shape = f"[{', '.join(_dimension(d) for d in tensor.shape)}]{' length only' if tensor.carrier else ''}"
+            of_layer = tensor.name.startswith(("past_", "present_"))
+            if of_layer and rows and rows[-1][0] == side and rows[-1][2:] == (tensor.dtype, shape):
+                rows[-1] = side, f"{rows[-1][1].partition(' … ')[0]} … {tensor.name}", tensor.dtype, shape
+            else:
+                rows.append((side, tensor.name, tensor.dtype, shape))
+    return [f"  {name} ({stage.file})", *columns(rows, "    ")]
+
+
+def _dimension(size: int | str) -> str:
+    """A sum's terms in alphabetical order, as the tracer writes them in any."""
+    return " + ".join(sorted(size.split(" + "))) if isinstance(size, str) else str(size)
+
+
+def member_in_words(name: str, member: MemberEntry) -> list[str]:
+    """A model of a bundle: size, plan, ops and stages."""
+    language, grid = member.language, member.grid
+    served = ", ".join(f"{op} by its {by}" for op, by in member.ops.items()) or "none of ours"
+    return [
+        f"{name}: {member.architecture} ({member.family}), {member.dtype}, {language.layers} layers of width "
+        f"{language.width}, {grid.rows}×{grid.columns} visual tokens, {member.weight_bytes / MB:.1f} MB of weights",
+        *(f"  plan {member.plan.name}: {line}" for line in plan_in_words(member.plan, language.layers)),
+        f"  ops: {served}",
+        *(line for stage, spec in member.stages.items() for line in stage_in_words(stage, spec)),
+    ]
+
+
+def bundle_in_words(bundle: Bundle) -> list[str]:
+    """What ``show BUNDLE`` prints."""
+    manifest = bundle.manifest
+    total = sum(entry.bytes for entry in manifest.files) / MB
+    return [
+        f"{bundle.path}: for target {manifest.target}, exit threshold {manifest.threshold:g}, {len(manifest.files)} "
+        f"files, {total:.1f} MB",
+        f"made by {manifest.created_by} with " + ", ".join(f"{k} {v}" for k, v in manifest.tools.items()),
+        *(line for name, entry in manifest.members.items() for line in member_in_words(name, entry)),
+    ]
+
+
+def replays_in_words(replays: Sequence[Replay], model: str = "") -> list[str]:
+    """One line per golden case: its largest error beside its tolerance, and the share of kept rows in common."""
+    rows = [
+        (
+            " ".join(filter(None, (model, f"{r.stage}/{r.case}"))),
+            "agrees" if r.agrees else "disagrees",
+            f"error {r.max_error:.1e} of {max((t.tolerance for t in r.tensors), default=0):.0e}",
+            "" if r.overlap is None else f"kept rows {r.overlap:.0%} equal",
+        )
+        for r in replays
+    ]
+    return columns(rows)
+
+
+def op_documents() -> list[dict[str, str]]:
+    """Each op of ours: its meaning, and what serves it on the CPU."""
+    return [
+        {
+            "op": f"{DOMAIN}::{name}",
+            "cpu": "body",
+            "meaning": (import_module(op.define.__module__).__doc__ or "").partition("\n")[0].partition(": ")[2],
+        }
+        for name, op in OPS.items()
+    ]
+
+
+def policy_documents(layers: int) -> list[dict[str, Any]]:
+    """Each policy: its meaning, and what it does in a model of ``layers`` layers in each role."""
+    return [
+        {
+            "policy": name,
+            "meaning": (make.__doc__ or "").partition("\n")[0],
+            "roles": {
+                role: plan_in_words(plan_of_policy(name, role, layers), layers) for role in ("small", "large", "alone")
+            },
+        }
+        for name, make in POLICIES.items()
+    ]
