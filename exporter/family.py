@@ -47,6 +47,17 @@ class Family:
     prepare: Callable[[Any], None] = lambda model: None
 
 
+def class_of(name: str) -> Callable[[], Any]:
+    """A transformers class, imported late."""
+
+    def load() -> Any:
+        import transformers
+
+        return getattr(transformers, name)
+
+    return load
+
+
 def tiles(grid: VisualGrid, count: int) -> torch.Tensor:
     """Random pixels, fp32 [count,3,H,W]."""
     draw = torch.Generator().manual_seed(SEED)

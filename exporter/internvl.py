@@ -8,16 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from exporter.family import Family, Tensors
+from exporter.family import Family, Tensors, class_of
 from graphs.errors import UsageError
 from graphs.spec import VisualGrid
-
-
-def model_class() -> Any:
-    """The transformers class, imported late."""
-    from transformers import InternVLForConditionalGeneration
-
-    return InternVLForConditionalGeneration
 
 
 def visual(model: Any, feed: Tensors) -> Tensors:
@@ -52,7 +45,7 @@ def grid(config: Any) -> VisualGrid:
 FAMILY = Family(
     name="internvl",
     architecture="InternVLForConditionalGeneration",
-    model_class=model_class,
+    model_class=class_of("InternVLForConditionalGeneration"),
     language=lambda model: model.model.language_model,
     visual=visual,
     grid=grid,
