@@ -70,7 +70,8 @@ class Processor:
         wanted = {t.name: t.shape for t in self.spec.stages["vision"].inputs}
         for name, value in seen.feeds.items():
             fixed = wanted.get(name, ())
-            if len(fixed) != value.ndim or any(isinstance(a, int) and a != b for a, b in zip(fixed, value.shape)):
+            same_rank = len(fixed) == value.ndim
+            if not same_rank or any(isinstance(a, int) and a != b for a, b in zip(fixed, value.shape, strict=True)):
                 raise BadArtefact(
                     f"{self.folder} makes {name} of shape {list(value.shape)}, but the vision graph takes "
                     f"{list(fixed)}; export the checkpoint again"

@@ -25,7 +25,9 @@ def visual(model: Any, feed: Tensors) -> Tensors:
     rows = feed["token_rows"]
     if rows.dim() == 1:
         return {"visual_embeds": table.index_select(0, rows)}
-    taps = table.index_select(0, rows.flatten()).unflatten(0, (-1, 4)) * feed["token_weights"][..., None].to(table.dtype)
+    taps = table.index_select(0, rows.flatten()).unflatten(0, (-1, 4)) * feed["token_weights"][..., None].to(
+        table.dtype
+    )
     return {"visual_embeds": taps.sum(1)}
 
 

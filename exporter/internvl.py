@@ -1,4 +1,4 @@
-"""InternVL, the ``-hf`` checkpoints of 2.5, 3 and 3.5: an InternViT tower, pixel shuffle, any decoder (models/internvl).
+"""InternVL, the ``-hf`` checkpoints of 2.5, 3 and 3.5: an InternViT tower, pixel shuffle, any decoder.
 
 An image is a thumbnail and the tiles it is cut into; each tile is one item of the batch, so tile counts
 and numbers of images are one dynamic dimension.

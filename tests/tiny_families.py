@@ -246,9 +246,9 @@ def tiny_llava_onevision(folder: Path, *, seed: int = 0, dtype: str = "float32",
     )
     save_random(LlavaOnevisionForConditionalGeneration, config, folder, seed, dtype)
     write_tokenizer(folder, ["<image>", "<video>"], CHATML % "<image>\n", {"image_token": "<image>"})
-    LlavaOnevisionImageProcessorPil(
-        size={"height": 32, "width": 32}, image_grid_pinpoints=pinpoints
-    ).save_pretrained(folder)
+    LlavaOnevisionImageProcessorPil(size={"height": 32, "width": 32}, image_grid_pinpoints=pinpoints).save_pretrained(
+        folder
+    )
     return folder
 
 

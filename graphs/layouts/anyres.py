@@ -81,7 +81,9 @@ def shrunk_taps(table: np.ndarray, grid: VisualGrid) -> tuple[np.ndarray, np.nda
     return taps.reshape(*shape, 4), shares.reshape(*shape, 4)
 
 
-def anyres_feeds(sizes: Sequence[Size], grid: VisualGrid, whole_only: bool = False) -> tuple[dict[str, np.ndarray], list[int]]:
+def anyres_feeds(
+    sizes: Sequence[Size], grid: VisualGrid, whole_only: bool = False
+) -> tuple[dict[str, np.ndarray], list[int]]:
     """Inputs of a vision stage of kind ``anyres`` beside the pixels, and the number of tokens of each image.
 
     sizes: (height, width) of the images as given. whole_only: the images were not cut (OneVision, several at once).

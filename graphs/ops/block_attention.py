@@ -78,9 +78,7 @@ def define() -> Any:
         return scaled_dot_product_attention(q, k, v, attn_mask=is_real[:, None, None], scale=scale).contiguous()
 
     @block_attention.register_fake
-    def _(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_real: torch.Tensor, scale: float
-    ) -> torch.Tensor:
+    def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_real: torch.Tensor, scale: float) -> torch.Tensor:
         return q.new_empty(q.shape)
 
     return block_attention

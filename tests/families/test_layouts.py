@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def test_windows_are_those_of_get_vision_window_index(found: list[tuple[int, int
     thw = torch.tensor([(1, h, w) for h, w in found])
     index, bounds = vision_utils.get_vision_window_index(thw, 2, 112, 14)
     packed = (index[:, None] * 4 + torch.arange(4)).flatten().numpy()
-    wanted = {frozenset(packed[a:b].tolist()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)}
+    wanted = {frozenset(packed[a:b].tolist()) for a, b in pairwise(bounds)}
     feeds = patches.patch_feeds(found, qwen_grid(window=8))
     rows, place = feeds["window_rows"], feeds["window_place"]
     assert {frozenset(row[row >= 0].tolist()) for row in rows} == wanted
@@ -75,7 +76,10 @@ class Packer:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(20, 2500), st.integers(20, 2500)), min_size=1, max_size=2), st.sampled_from([0, 2, 9]))
+@given(
+    st.lists(st.tuples(st.integers(20, 2500), st.integers(20, 2500)), min_size=1, max_size=2),
+    st.sampled_from([0, 2, 9]),
+)
 def test_packing_is_that_of_pack_image_features(sizes: list[tuple[int, int]], most: int) -> None:
     """Each feature carries its own number, so that the gather is compared row by row."""
     from transformers.models.llava_next.modeling_llava_next import LlavaNextModel

@@ -1,4 +1,4 @@
-"""The memory of Qwen2.5-VL's tower grows with the number of patches and not with its square, windows and whole layers."""
+"""The memory of Qwen2.5-VL's tower grows with the number of patches, not its square, in every layer."""
 
 from __future__ import annotations
 

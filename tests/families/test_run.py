@@ -1,4 +1,4 @@
-"""The runtime itself on every family: the cascade's answer is Hugging Face's, and the picture shows what the tower sees."""
+"""The runtime itself on every family: the answer is Hugging Face's, the picture is what the tower sees."""
 
 from __future__ import annotations
 
