@@ -20,7 +20,7 @@ def test_a_python_without_torch_gives_the_same_answer(
     torchless_python: Path, tiny_bundle: Path, image_file: Path
 ) -> None:
     told = subprocess.run(
-        [torchless_python, "-c", ASK, "run", tiny_bundle, "--image", image_file, QUESTION, "--json", "--threshold", "1"],
+        [torchless_python, "-c", ASK, "run", tiny_bundle, "--image", image_file, QUESTION, "--json", "--threshold=1"],
         capture_output=True,
         text=True,
         check=False,
