@@ -13,7 +13,7 @@ from exporter.attention import LayerRun
 from exporter.family import Family, Tensors
 from graphs.ops import OPS
 from graphs.plan import PruningPlan
-from graphs.spec import LanguageModel, VisualGrid, deepstack_names, past_names, present_names
+from graphs.spec import LanguageModel, VisualGrid, deepstack_names, past_names, present_names, visual_names
 
 
 class VisionProgram(nn.Module):
@@ -22,7 +22,7 @@ class VisionProgram(nn.Module):
     def __init__(self, model: Any, family: Family, grid: VisualGrid, language: LanguageModel) -> None:
         super().__init__()
         self.model, self.family, self.dims = model, family, family.dims(grid)
-        self.outputs = ("visual_embeds", *deepstack_names(language))
+        self.outputs = visual_names(language)
 
     def forward(self, feed: Tensors) -> Tensors:
         pixels = feed["pixel_values"].to(self.model.dtype)
@@ -50,7 +50,7 @@ class EmbedProgram(nn.Module):
         embeds = torch.where(is_visual[..., None], visual, self.embed_tokens(feed["input_ids"]))
         out = {"inputs_embeds": embeds, "is_visual": is_visual}
         for name in self.deepstack:
-            deep = feed[name].index_select(0, row[0])[None]
+            deep = feed[f"visual_{name}"].index_select(0, row[0])[None]
             out[name] = torch.where(is_visual[..., None], deep, torch.zeros_like(deep))
         return out
 

@@ -224,7 +224,7 @@ def tiny_llava_next(folder: Path, *, seed: int = 2, dtype: str = "float32", **si
     return folder
 
 
-def tiny_llava_onevision(folder: Path, *, seed: int = 0, dtype: str = "float32", **sizes: Any) -> Path:
+def tiny_llava_onevision(folder: Path, *, seed: int = 1, dtype: str = "float32", **sizes: Any) -> Path:
     """LLaVA-OneVision: a SigLIP tower, maps of more than 3 tiles shrunk."""
     from transformers import (
         LlavaOnevisionConfig,
