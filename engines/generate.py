@@ -56,8 +56,7 @@ class Generation:
 
     def __iter__(self) -> Iterator[int]:
         clock = Clock()
-        chunk = Chunk(self._prompt.inputs_embeds, self._prompt.is_visual)
-        step = self._model.decoder.run(chunk, keep=self._keep, priority_S=self._priority_S)
+        step = self._model.decoder.run(self._prompt.chunk, keep=self._keep, priority_S=self._priority_S)
         self.kept = step.kept
         token = self._taken(step)
         self.prefill_ms = clock.lap()

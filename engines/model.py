@@ -5,7 +5,7 @@ Legend: S prompt rows, V visual tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +14,12 @@ import numpy as np
 from PIL import Image
 
 from engines.clock import Clock
-from engines.decoder import Decoder, Keep
+from engines.decoder import Chunk, Decoder, Keep
+from engines.families import Seen
 from engines.generate import Generation
 from engines.processing import Processor
 from engines.session import Session, Value, open_session
-from graphs.spec import ExportSpec
+from graphs.spec import ExportSpec, deepstack_names, visual_names
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -27,15 +28,23 @@ DEFAULT_NEW_TOKENS = 128
 class Prompt:
     """An image and a question, ready for the decoder.
 
-    input_ids: int64 [1, S]. pixel_values: float32 [1, 3, H, W]. inputs_embeds: [1, S, D] on the
-    device. ms: what each step took.
+    input_ids: int64 [1, S]. visual: the image as the vision stage took it. inputs_embeds: [1, S, D] on
+    the device. is_visual: bool [S]. positions: int64 [S] or [3, S]. deepstack: features by input name,
+    [1, S, D] on the device. ms: what each step took.
     """
 
     input_ids: np.ndarray
-    pixel_values: np.ndarray
+    visual: Seen
     inputs_embeds: Value
     is_visual: np.ndarray
+    positions: np.ndarray
+    deepstack: Mapping[str, Value]
     ms: dict[str, float]
+
+    @property
+    def chunk(self) -> Chunk:
+        """All of it, as the decoder takes it."""
+        return Chunk(self.inputs_embeds, self.is_visual, self.positions, self.deepstack)
 
     def __len__(self) -> int:
         return self.input_ids.shape[1]
@@ -79,15 +88,16 @@ class Model:
         clock, ms = Clock(), {}
         self.open()
         ms["open"] = clock.lap()
-        input_ids = self.processor.prompt(question)
-        pixel_values = self.processor.pixels(image)
-        ms["prepare"] = clock.lap()
-        vision = self.session("vision").run({"pixel_values": pixel_values}, device=("visual_embeds",))
-        ms["vision"] = clock.lap()
-        embeds = self._embeds(input_ids, vision["visual_embeds"])
-        ms["embed"] = clock.lap()
+        visual = self.processor.look(image)
+        input_ids = self.processor.prompt(question, visual)
         is_visual_S = input_ids[0] == self.spec.tokens.image
-        return Prompt(input_ids, pixel_values, embeds, is_visual_S, ms)
+        positions = squeezed(self.processor.family.positions(is_visual_S, visual, 0))
+        ms["prepare"] = clock.lap()
+        features = self.session("vision").run(visual.feeds, device=visual_names(self.spec.language))
+        ms["vision"] = clock.lap()
+        embeds, deepstack = self._embeds(input_ids, features)
+        ms["embed"] = clock.lap()
+        return Prompt(input_ids, visual, embeds, is_visual_S, positions, deepstack, ms)
 
     def embed_text(self, tokens: Sequence[int]) -> Value:
         """Return inputs_embeds [1, S, D] of text alone.
@@ -97,7 +107,8 @@ class Model:
         dtype = next(t.dtype for t in self.spec.stages["embed"].inputs if t.name == "visual_embeds")
         rows = max(1, list(tokens).count(self.spec.tokens.image))
         no_image = np.zeros((rows, self.spec.language.width), dtype=dtype)
-        return self._embeds(np.asarray([tokens], np.int64), no_image)
+        nothing = dict.fromkeys(visual_names(self.spec.language), no_image)
+        return self._embeds(np.asarray([tokens], np.int64), nothing)[0]
 
     def generate(
         self,
@@ -114,6 +125,12 @@ class Model:
         """Copy a device value to the host."""
         return self.session("decoder").to_host(value)
 
-    def _embeds(self, input_ids: np.ndarray, visual_embeds: Value) -> Value:
-        feeds = {"input_ids": input_ids, "visual_embeds": visual_embeds}
-        return self.session("embed").run(feeds, device=("inputs_embeds",))["inputs_embeds"]
+    def _embeds(self, input_ids: np.ndarray, features: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
+        device = ("inputs_embeds", *deepstack_names(self.spec.language))
+        out = self.session("embed").run({"input_ids": input_ids, **features}, device=device)
+        return out.pop("inputs_embeds"), out
+
+
+def squeezed(positions: np.ndarray) -> np.ndarray:
+    """Positions without the batch axis: [1, S] → [S], [3, 1, S] → [3, S]."""
+    return positions[0] if positions.ndim == 2 else positions[:, 0]

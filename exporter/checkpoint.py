@@ -15,7 +15,7 @@ import torch
 from exporter import attention, norm
 from exporter.families import FAMILIES
 from exporter.family import Family, family_of
-from graphs.errors import BadArtefact
+from graphs.errors import BadArtefact, UsageError
 from graphs.files import unreadable
 from graphs.spec import LanguageModel
 from graphs.weights import TensorSlice, tensors_from_checkpoint
@@ -67,6 +67,11 @@ def language_of(checkpoint: Checkpoint) -> LanguageModel:
     """The decoder's sizes."""
     text = checkpoint.text
     heads = text.num_attention_heads
+    if odd := sorted({kind for kind in getattr(text, "layer_types", None) or () if kind != "full_attention"}):
+        raise UsageError(
+            f"{checkpoint.folder} has decoder layers of {', '.join(odd)}, and pruned tokens would shift their windows; "
+            "only full attention is exported"
+        )
     return LanguageModel(
         layers=text.num_hidden_layers,
         width=text.hidden_size,
@@ -75,6 +80,8 @@ def language_of(checkpoint: Checkpoint) -> LanguageModel:
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         vocab=text.vocab_size,
         max_positions=text.max_position_embeddings,
+        position_axes=checkpoint.family.position_axes,
+        deepstack=checkpoint.family.deepstack(checkpoint.config),
     )
 
 
@@ -93,6 +100,7 @@ def skeleton_of(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     model.tie_weights()
     checkpoint.family.language(model).config._attn_implementation = attention.register()
     norm.use_one_op(model)
+    checkpoint.family.prepare(model)
     return model.eval().requires_grad_(False)
 
 

@@ -72,11 +72,11 @@ def _export(
         model = skeleton_of(source, DTYPES[dtype])
         language, grid = language_of(source), source.family.grid(source.config)
         slices = slices_of_parameters(model, source)
-    vision = VisionProgram(model, source.family)
-    embed = EmbedProgram(model, source.family, tokens.image)
-    decoder = DecoderProgram(model, source.family, plan)
+    vision = VisionProgram(model, source.family, grid, language)
+    embed = EmbedProgram(model, source.family, tokens.image, language)
+    decoder = DecoderProgram(model, source.family, plan, language)
     programs: dict[str, Program] = {"vision": vision, "embed": embed, "decoder": decoder}
-    examples = examples_of(decoder, language, grid, DTYPES[dtype])
+    examples = examples_of(vision, decoder, language, grid, DTYPES[dtype])
     traced = {}
     for name, program in programs.items():
         with step(f"tracing {name}"):
@@ -96,7 +96,7 @@ def _export(
             stages[name] = write_stage(finish(traced[name]), work, name)
     with step("computing golden tensors"), streamed(model, placed.slices):
         seen = golden.vision_cases(vision, grid)
-        merged = golden.embed_cases(embed, seen["one"][1]["visual_embeds"], tokens, language.vocab)
+        merged = golden.embed_cases(embed, seen["one"][1], tokens, language.vocab)
         written = golden.decoder_cases(decoder, merged["one"][1], language)
         golden.save_golden(work / GOLDEN_FILE, {"vision": seen, "embed": merged, "decoder": written})
     copy_processor(processor, work / PROCESSOR_FOLDER)

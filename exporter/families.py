@@ -1,5 +1,5 @@
 """The table of known families."""
 
-from exporter import llava
+from exporter import anyres, idefics3, internvl, llava, qwen_vl
 
-FAMILIES = (llava.FAMILY,)
+FAMILIES = (llava.FAMILY, internvl.FAMILY, *qwen_vl.FAMILIES, *anyres.FAMILIES, *idefics3.FAMILIES)

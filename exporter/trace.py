@@ -14,8 +14,9 @@ from onnxscript.values import Op as OnnxOp
 from onnxscript.values import Opset
 
 from exporter.attention import attention
+from exporter.family import Tensors
 from exporter.norm import rms_norm
-from exporter.program import Program, Tensors
+from exporter.program import Program
 from graphs.ops import DOMAIN, OPS, VERSION, Op
 from graphs.ops.op import BODY_OPSET
 
@@ -71,11 +72,7 @@ def onnx_from_program(program: Program, feed: Tensors, dims: Mapping[str, tuple[
     """
     symbols: dict[str, Any] = {}
     shapes = {
-        name: {
-            axis: symbols.setdefault(dim, torch.export.Dim(dim, min=1, max=1 << 20))
-            for axis, dim in enumerate(dims[name])
-            if isinstance(dim, str)
-        }
+        name: {axis: dimension(dim, symbols) for axis, dim in enumerate(dims[name]) if isinstance(dim, str)}
         for name in feed
     }
     with torch.no_grad(), warnings.catch_warnings():
@@ -94,6 +91,13 @@ def onnx_from_program(program: Program, feed: Tensors, dims: Mapping[str, tuple[
             custom_translation_table=translations(),
         )
     return cast("torch.onnx.ONNXProgram", exported).model
+
+
+def dimension(name: str, symbols: dict[str, Any]) -> Any:
+    """The dynamic dimension of a name, or of a multiple such as "4*V"."""
+    times, _, base = name.rpartition("*")
+    symbol = symbols.setdefault(base, torch.export.Dim(base, min=1, max=1 << 20))
+    return int(times) * symbol if times else symbol
 
 
 def reads_weight(node: ir.Node) -> bool:

@@ -2,7 +2,8 @@
 
 Legend of symbolic dimensions in tensor shapes:
 B batch (1), S rows of this chunk, S_i rows behind prune point i-1, P_j cached rows of segment j,
-G guide rows, R rows with logits, V visual rows of all images, N images, T = P_0 + S.
+G guide rows, R rows with logits, V visual rows of all images, N images or tiles, T = P_0 + S,
+m·V patches of all images (m = merge²), W attention windows, I images, K patches of the longest.
 """
 
 from __future__ import annotations
@@ -52,19 +53,41 @@ class LanguageModel(Record):
     head_dim: int
     vocab: int
     max_positions: int
+    # 3: position_ids are [3,1,S] (time, row, column of a visual token; Qwen's M-RoPE).
+    position_axes: Literal[1, 3] = 1
+    # How many of the first layers have visual features added behind them (Qwen3-VL).
+    deepstack: int = Field(default=0, ge=0)
 
 
 class VisualGrid(Record):
-    """How an image becomes visual tokens; two models of a pair must agree on rows × columns."""
+    """How an image becomes visual tokens; two models of a pair must agree in all of it.
+
+    kind ``fixed``: an image is one tile of rows × columns tokens (LLaVA-1.5).
+    ``tiles``: it is cut into such tiles, each rows × columns tokens (InternVL, Idefics3).
+    ``anyres``: tiles on the best of ``pinpoints``, unpadded, a newline token per row (LLaVA-NeXT, OneVision).
+    ``patches``: it keeps its own shape, in patches of ``patch`` pixels of which merge × merge make a token
+    (Qwen); image size and rows × columns are 0 then, for every image has its own.
+    """
 
     image_height: int
     image_width: int
     rows: int
     columns: int
+    kind: Literal["fixed", "tiles", "anyres", "patches"] = "fixed"
+    # anyres: allowed (height, width); above max_tiles · rows · columns tokens the map is shrunk, 0 never.
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    max_tiles: int = 0
+    # patches: pixels of a patch's side, frames of a patch, patches of a token's side.
+    patch: int = 0
+    frames: int = 0
+    merge: int = 1
+    # patches: side of an attention window in patches, 0 for none; side of the learned position table, 0 for none.
+    window: int = 0
+    position_side: int = 0
 
     @property
     def tokens(self) -> int:
-        """Visual tokens per image."""
+        """Visual tokens of one tile."""
         return self.rows * self.columns
 
 
@@ -111,6 +134,16 @@ class ExportSpec(Record):
 def past_names(layer: int) -> tuple[str, str]:
     """Names of a layer's cache inputs, each [B, Hkv, P_j, d]."""
     return f"past_k_{layer}", f"past_v_{layer}"
+
+
+def visual_names(language: LanguageModel) -> tuple[str, ...]:
+    """What the vision stage gives and embed takes, each [V,D]: the visual tokens, then their deepstack features."""
+    return ("visual_embeds", *(f"visual_{name}" for name in deepstack_names(language)))
+
+
+def deepstack_names(language: LanguageModel) -> tuple[str, ...]:
+    """Features added behind the first layers, each [1,S,D], from embed to decoder; zeros on text rows."""
+    return tuple(f"deepstack_{i}" for i in range(language.deepstack))
 
 
 def present_names(layer: int) -> tuple[str, str]:

@@ -175,7 +175,7 @@ def test_a_small_model_that_gives_no_guidance_is_refused(tiny_pair: TinyPair) ->
         ("chat_template.jinja", "{{ raise_exception('no images') }}", "no images"),
         ("chat_template.jinja", "hello", "writes 0 placeholders"),
         ("chat_template.jinja", None, "no chat template"),
-        ("preprocessor_config.json", {"crop_size": {"height": 32, "width": 32}}, r"\[1, 3, 32, 32\].*\[1, 3, 64, 64\]"),
+        ("preprocessor_config.json", {"crop_size": {"height": 32, "width": 32}}, r"\[1, 3, 32, 32\].*, 3, 64, 64\]"),
     ],
 )
 def test_a_broken_processor_folder_is_refused(
@@ -192,7 +192,7 @@ def test_a_broken_processor_folder_is_refused(
         path.write_text(str(text))
     processor = Processor(folder, spec_from_folder(tiny_pair.exports["small"]))
     with pytest.raises(BadArtefact, match=words):
-        _ = processor.pixels(picture_of(0)), processor.prompt(QUESTION)
+        _ = processor.prompt(QUESTION, processor.look(picture_of(0)))
 
 
 def test_a_missing_processor_folder_is_refused(tiny_pair: TinyPair, tmp_path: Path) -> None:
