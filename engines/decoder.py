@@ -16,7 +16,7 @@ import numpy as np
 from engines.cache import Cache, empty_cache, grown, present_outputs
 from engines.session import Session, Value
 from graphs.errors import OperationFailed, UsageError
-from graphs.plan import PruningPlan, Rows, kept_count
+from graphs.plan import PruningPlan, kept_count
 from graphs.spec import ExportSpec
 
 Keep: TypeAlias = float | Sequence[float] | None
@@ -119,7 +119,8 @@ def guide_rows(plan: PruningPlan, is_visual_S: np.ndarray) -> int:
     The text rows after the last image, one more where the plan says so, 1 for rows ``last``; every
     row of a chunk without an image. Raises UsageError where an image has no text behind it.
     """
-    rows: Rows = plan.guidance.rows if plan.guidance else next(p.rows for p in plan.points if p.score == "attention")
+    rows = plan.attention_rows
+    assert rows
     visual = np.flatnonzero(is_visual_S)
     if not len(visual):
         return len(is_visual_S)
@@ -129,7 +130,7 @@ def guide_rows(plan: PruningPlan, is_visual_S: np.ndarray) -> int:
             "the question is not in the same chunk as its image, and guidance is computed from the text rows "
             "behind the image; feed image and question together"
         )
-    return {"text": text, "last": 1, "text_and_last_visual": text + 1}[rows]
+    return {"text": text, "raters": text, "last": 1, "text_and_last_visual": text + 1}[rows]
 
 
 def rows_behind(plan: PruningPlan, is_visual_S: np.ndarray, keep: Keep) -> tuple[int, ...]:

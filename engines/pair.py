@@ -42,13 +42,13 @@ def members_from_sources(sources: list[Source]) -> dict[str, Source]:
 
 def prunes_nothing(spec: ExportSpec) -> bool:
     """Whether every visual token reaches the last layer by default."""
-    return all(point.keep == 1 for point in spec.plan.points)
+    return not spec.plan.prunes
 
 
 def refuse_unasked(source: Source) -> None:
     """A plan that prunes nothing is fine where it is called none; otherwise nobody asked for it."""
     spec = source.spec
-    if spec.role != "small" and spec.plan.name != "none" and prunes_nothing(spec):
+    if spec.role != "small" and spec.plan.name != "none" and not spec.plan.allow_nothing and prunes_nothing(spec):
         raise UsageError(
             f"{source.folder}: plan {spec.plan.name} prunes nothing; export it with a prune point that keeps less than "
             "all, or with --policy none if that is wanted"

@@ -46,8 +46,9 @@ def carrier(length: int) -> torch.Tensor:
 
 def guide_rows(plan: PruningPlan, text_after: int) -> int:
     """How many of the last rows guide the pruning, by the plan's choice of rows."""
-    rows = plan.guidance.rows if plan.guidance else next(p.rows for p in plan.points if p.score == "attention")
-    return {"text": text_after, "last": 1, "text_and_last_visual": text_after + 1}[rows]
+    rows = plan.attention_rows
+    assert rows
+    return {"text": text_after, "raters": text_after, "last": 1, "text_and_last_visual": text_after + 1}[rows]
 
 
 def decoder_feed(

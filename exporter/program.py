@@ -12,7 +12,7 @@ from torch import nn
 from exporter.attention import LayerRun
 from exporter.family import Family
 from graphs.ops import OPS
-from graphs.plan import PruningPlan
+from graphs.plan import FROM_OUTSIDE, PruningPlan
 from graphs.spec import past_names, present_names
 
 Tensors = dict[str, torch.Tensor]
@@ -95,7 +95,7 @@ class DecoderProgram(nn.Module):
             if j:
                 point = self.plan.points[j - 1]
                 score = priority
-                if point.score == "attention" and received is not None:
+                if point.score not in FROM_OUTSIDE and received is not None:
                     score = received[:, feed[past_names(point.layer - 1)[0]].shape[2] :]
                 kept = OPS["KeepTopK"].torch_op(score, is_visual, feed[f"keep_{j - 1}"])
                 out[f"kept_{j - 1}"] = kept

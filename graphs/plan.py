@@ -13,9 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from graphs.errors import UsageError
 
-Score = Literal["attention", "priority"]
-Rows = Literal["text", "last", "text_and_last_visual"]
+Score = Literal["attention", "priority", "random"]
+Rows = Literal["text", "last", "text_and_last_visual", "raters"]
+VisionScore = Literal["received", "cls", "zip", "tome", "divprune", "cdpruner", "random"]
 Role = Literal["small", "large", "alone"]
+
+FROM_OUTSIDE: tuple[Score, ...] = ("priority", "random")  # the host feeds them as the graph input ``priority``
+ON_HOST: tuple[VisionScore, ...] = ("divprune", "cdpruner", "random")  # greedy loops and draws, between two stages
 
 
 class Record(BaseModel):
@@ -24,18 +28,62 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class PrunePoint(Record):
+class Budget(Record):
+    """How many visual tokens stay: ``keep``, a share of the original ones, or ``count`` of them.
+
+    Both are defaults; a run may choose another number.
+    """
+
+    keep: float = Field(default=1.0, gt=0, le=1)
+    count: int | None = Field(default=None, ge=1)
+
+    def kept_of(self, tokens: int, images: int = 1) -> int:
+        """Tokens that stay of ``tokens``; a count is per image where the point is per image."""
+        if getattr(self, "per_image", False) and images > 1:
+            return images * self.kept_of(tokens // images)
+        return kept_count(tokens, self.keep) if self.count is None else min(self.count, tokens)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything is dropped by default (a count may, by the image's size)."""
+        return self.count is not None or self.keep < 1
+
+
+class PrunePoint(Budget):
     """Drop visual tokens before decoder layer ``layer`` (0-based).
 
-    score ``attention``: what each token receives in layer ``layer - 1`` from the guide ``rows``;
-    ``priority``: the graph input of that name, guidance from outside (SGL's large model).
-    ``keep`` is the default share of the image's original visual tokens; a run may choose another.
+    score ``attention``: what each token receives in layer ``layer - 1`` from the guide ``rows``, summed over
+    heads and rows (a mean ranks the same); ``priority``: the graph input of that name, guidance from outside
+    (SGL's large model); ``random``: the same input, drawn by the host from ``seed``.
+    rows: ``text`` behind the last image, ``last`` row only, or ``raters``: the text rows whose relevance to the
+    image is at least the mean (SparseVLM).
     """
 
     layer: int = Field(ge=0)
     score: Score
     rows: Rows = "text"
-    keep: float = Field(gt=0, le=1)
+    seed: int = Field(default=0, ge=0)
+
+
+class VisionPoint(Budget):
+    """Drop visual tokens after (or, ``tome``, inside) the vision tower, before the decoder sees any.
+
+    score ``received``: visual self-attention over the embeddings (STAR, stage 1); ``cls``: attention of the
+    tower's class token; ``zip``: the same, and a share ``merge`` of the kept tokens are averages of dropped
+    ones (VisionZip); ``tome``: bipartite merging in every tower layer; ``divprune``, ``cdpruner``, ``random``:
+    chosen by the host between the vision and the embed stage.
+    per_image: each image keeps its own share; else the best of all images together.
+    """
+
+    score: VisionScore
+    per_image: bool = False
+    merge: float = Field(default=0.0, ge=0, lt=1)
+    seed: int = Field(default=0, ge=0)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the host chooses; the vision graph then gives every token."""
+        return self.score in ON_HOST
 
 
 class Guidance(Record):
@@ -50,11 +98,16 @@ class Guidance(Record):
 
 
 class PruningPlan(Record):
-    """An ordered list of prune points, and whether the model gives guidance to another one."""
+    """At most one prune point at the vision stage, an ordered list of them in the decoder, or guidance for others.
+
+    allow_nothing: a plan that prunes nothing was asked for.
+    """
 
     name: str
     points: tuple[PrunePoint, ...] = ()
     guidance: Guidance | None = None
+    vision: VisionPoint | None = None
+    allow_nothing: bool = False
 
     @property
     def uses_guide(self) -> bool:
@@ -64,7 +117,19 @@ class PruningPlan(Record):
     @property
     def uses_priority(self) -> bool:
         """Whether the decoder graph has the input ``priority``."""
-        return any(p.score == "priority" for p in self.points)
+        return any(p.score in FROM_OUTSIDE for p in self.points)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any point drops tokens by default."""
+        return any(p.prunes for p in (self.vision, *self.points) if p)
+
+    @property
+    def attention_rows(self) -> Rows | None:
+        """The guide rows of guidance and prune points, one choice for the plan; None where it has no guide."""
+        if self.guidance:
+            return self.guidance.rows
+        return next((p.rows for p in self.points if p.score == "attention"), None)
 
     def segments(self, layers: int) -> tuple[range, ...]:
         """The layers between prune points, one range per segment; each has its own cache length.
@@ -90,10 +155,40 @@ class PruningPlan(Record):
                     "use score 'priority' or a later layer"
                 )
             before = point.layer
+        if len(rows := sorted({p.rows for p in self.points if p.score == "attention"})) > 1:
+            raise UsageError(
+                f"plan {self.name}: prune points go by the rows {' and '.join(rows)}, but a decoder has one set of "
+                "guide rows; give all points the same rows"
+            )
+        if len(scores := sorted({p.score for p in self.points if p.score in FROM_OUTSIDE})) > 1:
+            raise UsageError(
+                f"plan {self.name}: prune points go by {' and '.join(scores)}, but a decoder has one input priority; "
+                "choose one of them"
+            )
+        keeps = [p.keep for p in self.points if p.count is None]
+        counts = [p.count for p in self.points if p.count is not None]
+        if any(b > a for a, b in [*pairwise(keeps), *pairwise(counts)]):
+            raise UsageError(
+                f"plan {self.name}: prune points keep {[p.count or p.keep for p in self.points]} of the original "
+                "tokens in turn, but what is dropped is gone; order them down"
+            )
+        if self.vision and self.vision.merge and self.vision.score != "zip":
+            raise UsageError(
+                f"plan {self.name}: merge belongs to score 'zip', not to {self.vision.score!r}; leave it out"
+            )
         if self.guidance:
+            if not self.guidance.layers or len(set(self.guidance.layers)) < len(self.guidance.layers):
+                raise UsageError(
+                    f"plan {self.name}: guidance comes from layers {list(self.guidance.layers)}, but it is a sum over "
+                    "at least one layer, each once; list them so"
+                )
+            if self.guidance.rows == "raters":
+                raise UsageError(
+                    f"plan {self.name}: guidance is a plain sum over its rows; raters rank prune points only"
+                )
             if bad := [i for i in self.guidance.layers if not 0 <= i < layers]:
                 raise UsageError(f"plan {self.name}: guidance layers {bad} do not exist; the model has {layers}")
-            if self.points:
+            if self.points or self.vision:
                 raise UsageError(
                     f"plan {self.name}: guidance is collected over full rows, so a plan that gives "
                     "guidance cannot prune inside; split it over two exports"
@@ -102,10 +197,10 @@ class PruningPlan(Record):
 
 
 def layer_of(fraction: float, layers: int) -> int:
-    """K = int(L·f), the SGL code's rounding (arXiv 2412.03324)."""
+    """K = int(L·f), the SGL code's rounding (arXiv 2412.03324), of the decimal that was meant: 0.29·100 is 29."""
     if not 0 <= fraction < 1:
         raise UsageError(f"layer fraction {fraction} is outside [0, 1); give the share of the depth before the cut")
-    return int(layers * fraction)
+    return min(layers - 1, int(layers * fraction + 1e-9))
 
 
 def average_retention(layers: int, layer: int, keep: float) -> float:
@@ -129,37 +224,6 @@ def kept_count(tokens: int, keep: float) -> int:
     if not 0 < keep <= 1:
         raise UsageError(f"keep is {keep:g}, but must lie in (0, 1]; give the share of visual tokens to keep")
     return max(1, int(tokens * keep + 1e-9)) if tokens else 0
-
-
-def plan_none(role: Role, layers: int) -> PruningPlan:
-    """Nothing is pruned and nothing is given; asked for by name, so it is not an error."""
-    return PruningPlan(name="none")
-
-
-def plan_sgl(role: Role, layers: int, *, fraction: float = 0.05, keep: float = 0.05) -> PruningPlan:
-    """SGL: the small model gives guidance, the large one is cut before layer int(L·f) by it.
-
-    Alone, a model is cut by its own attention of the layer before the cut.
-    """
-    if role == "small":
-        return PruningPlan(name="sgl", guidance=Guidance(layers=tuple(range(layers))))
-    layer = layer_of(fraction, layers)
-    score: Score = "priority" if role == "large" else "attention"
-    if role == "alone":
-        layer = max(1, layer)
-    return PruningPlan(name="sgl", points=(PrunePoint(layer=layer, score=score, keep=keep),))
-
-
-POLICIES = {"none": plan_none, "sgl": plan_sgl}
-
-
-def plan_of_policy(policy: str, role: Role, layers: int, **options: float) -> PruningPlan:
-    """The named plan for a model of ``layers`` layers in this role; unknown names list the known ones."""
-    if policy not in POLICIES:
-        raise UsageError(f"unknown policy {policy!r}; known are {', '.join(sorted(POLICIES))}")
-    if options and policy == "none":
-        raise UsageError(f"policy none takes no {', '.join(options)}; leave them out or use --policy sgl")
-    return POLICIES[policy](role, layers, **options).validated(layers)
 
 
 def checked_keep(values: Sequence[float]) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from graphs.ops import DOMAIN
+from graphs.plan import FROM_OUTSIDE
 from graphs.rules.rule import Node, Report, Stage, all_inputs_of, nodes_of, stage_rule
 from graphs.spec import present_names
 
@@ -35,7 +36,7 @@ def score_differs(stage: Stage) -> Report:
     received = {node.output[0]: 2 for node in _ours(stage, "AttentionReceived")}
     before = _bits_before(stage, {"priority": 1, **received}, opaque=("CompactRows",))
     for i, (cut, point) in enumerate(zip(cuts, stage.spec.plan.points, strict=True)):
-        wanted = 1 if point.score == "priority" else 2
+        wanted = 1 if point.score in FROM_OUTSIDE else 2
         if not before.get(cut.input[0], 0) & wanted:
             yield f"prune point {i}", f"its score does not come from {point.score}"
 

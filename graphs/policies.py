@@ -1,0 +1,139 @@
+"""Named plans: what each published method prunes, with its paper's defaults and source; ``saccade show policies``.
+
+Where a paper's number is absolute for a 32-layer model, the layer is given as that share of the depth.
+Layers are counted as everywhere here: a point before layer K goes by the attention of layer K−1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from graphs.errors import UsageError
+from graphs.plan import PruningPlan, Role, checked_keep, layer_of
+from graphs.plan_file import GuidanceDocument, PlanDocument, PointDocument
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A named plan. points: what the model in this role prunes; guidance: what it gives instead of pruning."""
+
+    name: str
+    meaning: str
+    source: str
+    points: Callable[[Role], tuple[PointDocument, ...]]
+    guidance: Callable[[Role], GuidanceDocument | None] = lambda _: None
+
+    def document(self, role: Role) -> PlanDocument:
+        """The plan of a model in this role, not yet fitted to a depth."""
+        return PlanDocument(
+            name=self.name, point=self.points(role), guidance=self.guidance(role), allow_nothing=self.name == "none"
+        )
+
+
+def _always(*points: PointDocument) -> Callable[[Role], tuple[PointDocument, ...]]:
+    return lambda _: points
+
+
+def _point(where: Any, score: Any, **more: Any) -> PointDocument:
+    return PointDocument(where=where, score=score, **more)
+
+
+def _sgl_points(role: Role) -> tuple[PointDocument, ...]:
+    if role == "small":
+        return ()
+    return (_point(0.05, "priority" if role == "large" else "attention", keep=0.05),)
+
+
+TABLE = (
+    Policy("none", "Nothing is pruned and nothing is given; asked for by name, so it is no error.", "", _always()),
+    Policy(
+        "sgl",
+        "The small model's attention, summed over all layers, heads and text rows, says what the large model keeps; "
+        "alone, a model goes by its own attention of the layer before the cut.",
+        "SGL, arXiv 2412.03324: before layer int(0.05·L), keep 5 % (the paper's 9 % average retention)",
+        _sgl_points,
+        lambda role: GuidanceDocument() if role == "small" else None,
+    ),
+    Policy(
+        "fastv",
+        "What the last row attends to in layer 1; a mean over heads ranks as our sum does.",
+        "FastV, arXiv 2403.06764: before layer K = 2, keep 50 %",
+        _always(_point(2, "attention", rows="last", keep=0.5)),
+    ),
+    Policy(
+        "pyramiddrop",
+        "What the last row attends to, three times. Positions stay the original ones (the authors renumber), and the "
+        "map is that of the layer before the cut.",
+        "PyramidDrop, arXiv 2410.17247: layers 8, 16, 24 of 32, keep 50, 25 and 12.5 % of the original",
+        _always(
+            *(
+                _point(where, "attention", rows="last", keep=keep)
+                for where, keep in ((0.25, 0.5), (0.5, 0.25), (0.75, 0.125))
+            )
+        ),
+    ),
+    Policy(
+        "random",
+        "Drawn uniformly from a seed, at SGL's place: the baseline of every comparison.",
+        "no paper; where and how many as sgl",
+        _always(_point(0.05, "random", keep=0.05)),
+    ),
+)
+POLICIES: dict[str, Policy] = {policy.name: policy for policy in TABLE}
+
+
+def policy_document(policy: str, role: Role) -> PlanDocument:
+    """The plan of a name, or of several joined by ``+``, whose points follow each other (``star+sgl``)."""
+    parts = []
+    for name in policy.split("+"):
+        if name not in POLICIES:
+            near = get_close_matches(name, POLICIES, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UsageError(f"unknown policy {name!r}; known are {', '.join(sorted(POLICIES))}{hint}")
+        parts.append(POLICIES[name].document(role))
+    if len(parts) == 1:
+        return parts[0]
+    if empty := [part.name for part in parts if part.allow_nothing]:
+        raise UsageError(f"policy {policy}: {empty[0]} prunes nothing and joins no other; leave it out")
+    guidance = next((part.guidance for part in parts if part.guidance), None)
+    return PlanDocument(name=policy, point=tuple(p for part in parts for p in part.point), guidance=guidance)
+
+
+def plan_of_policy(policy: str, role: Role, layers: int, **options: float) -> PruningPlan:
+    """The named plan for a model of ``layers`` layers in this role; unknown names list the known ones.
+
+    options: ``fraction`` (the share of the depth before the cut) and ``keep``, for plans with one prune point.
+    """
+    document = policy_document(policy, role)
+    said = " and no ".join(options)
+    if options and document.guidance:
+        raise UsageError(
+            f"the small model of {policy} is not pruned, so it takes no {said}; give that to the large model's export, "
+            "or --role large"
+        )
+    if options and not document.point:
+        raise UsageError(f"policy {policy} takes no {said}; leave them out or use --policy sgl")
+    if options and len(document.point) > 1:
+        raise UsageError(
+            f"policy {policy} has {len(document.point)} prune points, so one {' and one '.join(options)} says too "
+            "little; write a plan file and give it with --plan"
+        )
+    if options:
+        document = document.model_copy(update={"point": (_with_options(policy, document.point[0], options),)})
+    return document.resolved(layers, refuse_nothing=False)
+
+
+def _with_options(policy: str, point: PointDocument, options: dict[str, float]) -> PointDocument:
+    changed: dict[str, Any] = {}
+    if "keep" in options:
+        (changed["keep"],) = checked_keep([options["keep"]])
+        changed["count"] = None
+    if "fraction" in options:
+        if point.where == "vision":
+            raise UsageError(f"policy {policy} prunes at the vision stage, so it takes no fraction; leave it out")
+        layer_of(options["fraction"], 1)
+        changed["where"] = float(options["fraction"])
+    return point.model_copy(update=changed)
