@@ -41,6 +41,7 @@ def plan_in_words(plan: PruningPlan, layers: int) -> list[str]:
         by = {
             "priority": "the small model's guidance",
             "random": f"a draw from seed {point.seed}",
+            "preview": f"attention of layer {point.layer} itself from rows '{point.rows}', before it runs",
             "attention": f"attention of layer {point.layer - 1} from rows '{point.rows}'",
         }[point.score]
         share = "" if point.count else f" (average retention {average_retention(layers, point.layer, point.keep):.2%})"

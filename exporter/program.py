@@ -90,13 +90,20 @@ class DecoderProgram(nn.Module):
         is_visual, priority = feed.get("is_visual"), feed.get("priority")
         out: Tensors = {}
         summed: torch.Tensor | None = None
-        received: torch.Tensor | None = None
+        received: torch.Tensor
+        rotary = self.rotary_emb(hidden, position)
+        guide = feed.get("guide")
+        if self.plan.attention_rows == "raters":
+            guide = OPS["TextRaters"].torch_op(hidden, is_visual, guide)
         for j, segment in enumerate(self.segments):
             if j:
                 point = self.plan.points[j - 1]
                 score = priority
-                if point.score not in FROM_OUTSIDE and received is not None:
-                    score = received[:, feed[past_names(point.layer - 1)[0]].shape[2] :]
+                if point.score not in FROM_OUTSIDE:
+                    scored = point.layer - (point.score == "attention")
+                    if point.score == "preview":
+                        received = self.preview(scored, hidden, rotary, feed, guide)
+                    score = received[:, feed[past_names(scored)[0]].shape[2] :]
                 kept = OPS["KeepTopK"].torch_op(score, is_visual, feed[f"keep_{j - 1}"])
                 out[f"kept_{j - 1}"] = kept
                 compact = OPS["CompactRows"].torch_op
@@ -104,10 +111,10 @@ class DecoderProgram(nn.Module):
                 if j < len(self.plan.points):
                     is_visual = compact(is_visual, kept)
                     priority = compact(priority, kept) if priority is not None else None
-            rotary = self.rotary_emb(hidden, position)
+                rotary = self.rotary_emb(hidden, position)
             for i in segment:
                 past_k, past_v = (feed[name] for name in past_names(i))
-                run = LayerRun(past_k, past_v, feed["guide"] if self.listens(i) else None)
+                run = LayerRun(past_k, past_v, guide if self.listens(i) else None)
                 hidden = self.layers[i](
                     hidden,
                     attention_mask=None,
@@ -116,8 +123,9 @@ class DecoderProgram(nn.Module):
                     use_cache=False,
                     saccade_run=run,
                 )
-                received = run.received
-                if self.plan.guidance and received is not None:
+                if run.received is not None:
+                    received = run.received
+                if self.plan.guidance and run.received is not None:
                     summed = received if summed is None else summed + received
                 out |= dict(zip(present_names(i), (run.present_k, run.present_v), strict=True))
         if summed is not None:
@@ -126,6 +134,22 @@ class DecoderProgram(nn.Module):
         last = torch.arange(wanted, device=hidden.device) + (rows - wanted)
         out["logits"] = self.lm_head(self.norm(hidden.index_select(1, last))).float()
         return {name: out[name] for name in self.outputs}
+
+    def preview(
+        self, layer: int, hidden: torch.Tensor, rotary: Any, feed: Tensors, guide: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What the keys of a layer would receive if it ran on these rows; its own q and k, nothing more of it."""
+        past_k, past_v = (feed[name] for name in past_names(layer))
+        run = LayerRun(past_k, past_v, guide, preview=True)
+        block = self.layers[layer]
+        block.self_attn(
+            hidden_states=block.input_layernorm(hidden),
+            position_embeddings=rotary,
+            attention_mask=None,
+            saccade_run=run,
+        )
+        assert run.received is not None
+        return run.received
 
     def listens(self, layer: int) -> bool:
         """Whether the plan reads what the keys of this layer receive."""

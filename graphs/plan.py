@@ -13,11 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from graphs.errors import UsageError
 
-Score = Literal["attention", "priority", "random"]
+Score = Literal["attention", "preview", "priority", "random"]
 Rows = Literal["text", "last", "text_and_last_visual", "raters"]
 VisionScore = Literal["received", "cls", "zip", "tome", "divprune", "cdpruner", "random"]
 Role = Literal["small", "large", "alone"]
 
+BY_ATTENTION: tuple[Score, ...] = ("attention", "preview")
 FROM_OUTSIDE: tuple[Score, ...] = ("priority", "random")  # the host feeds them as the graph input ``priority``
 ON_HOST: tuple[VisionScore, ...] = ("divprune", "cdpruner", "random")  # greedy loops and draws, between two stages
 
@@ -53,7 +54,8 @@ class PrunePoint(Budget):
     """Drop visual tokens before decoder layer ``layer`` (0-based).
 
     score ``attention``: what each token receives in layer ``layer - 1`` from the guide ``rows``, summed over
-    heads and rows (a mean ranks the same); ``priority``: the graph input of that name, guidance from outside
+    heads and rows (a mean ranks the same); ``preview``: the same of layer ``layer`` itself, from its q and k over all
+    rows before it runs (PyramidDrop); ``priority``: the graph input of that name, guidance from outside
     (SGL's large model); ``random``: the same input, drawn by the host from ``seed``.
     rows: ``text`` behind the last image, ``last`` row only, or ``raters``: the text rows whose relevance to the
     image is at least the mean (SparseVLM).
@@ -112,7 +114,7 @@ class PruningPlan(Record):
     @property
     def uses_guide(self) -> bool:
         """Whether the decoder graph reads the shape carrier ``guide``."""
-        return self.guidance is not None or any(p.score == "attention" for p in self.points)
+        return self.guidance is not None or any(p.score in BY_ATTENTION for p in self.points)
 
     @property
     def uses_priority(self) -> bool:
@@ -129,7 +131,7 @@ class PruningPlan(Record):
         """The guide rows of guidance and prune points, one choice for the plan; None where it has no guide."""
         if self.guidance:
             return self.guidance.rows
-        return next((p.rows for p in self.points if p.score == "attention"), None)
+        return next((p.rows for p in self.points if p.score in BY_ATTENTION), None)
 
     def segments(self, layers: int) -> tuple[range, ...]:
         """The layers between prune points, one range per segment; each has its own cache length.
@@ -155,7 +157,7 @@ class PruningPlan(Record):
                     "use score 'priority' or a later layer"
                 )
             before = point.layer
-        if len(rows := sorted({p.rows for p in self.points if p.score == "attention"})) > 1:
+        if len(rows := sorted({p.rows for p in self.points if p.score in BY_ATTENTION})) > 1:
             raise UsageError(
                 f"plan {self.name}: prune points go by the rows {' and '.join(rows)}, but a decoder has one set of "
                 "guide rows; give all points the same rows"

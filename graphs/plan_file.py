@@ -188,7 +188,7 @@ def plan_from_file(path: Path) -> PlanDocument:
 def _first(error: ValidationError) -> str:
     """The first complaint as a sentence; of a field with several kinds, those of the kind that was given."""
     first = error.errors()[0]
-    place = [part for part in first["loc"] if isinstance(part, int) or part in PlanDocument.model_fields | FIELDS]
+    place = [part for part in first["loc"] if isinstance(part, int) or part in FIELDS]
     name = ".".join(map(str, place)) or "schema"
     if place and place[-1] == "where":
         return f'{name} is {first["input"]!r}; give "vision", a layer (2) or a share of the depth below 1 (0.25)'
@@ -203,7 +203,7 @@ def _first(error: ValidationError) -> str:
     return f"{name}: {first['msg']}, got {str(first['input'])[:60]!r}"
 
 
-FIELDS: Mapping[str, Any] = {**PointDocument.model_fields, "layers": None, "schema": None, "point": None}
+FIELDS = {*PointDocument.model_fields, *PlanDocument.model_fields, "layers", "schema"} - {"schema_id"}
 
 
 def _entries(values: Mapping[str, Any]) -> list[str]:

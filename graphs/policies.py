@@ -65,13 +65,25 @@ TABLE = (
     ),
     Policy(
         "pyramiddrop",
-        "What the last row attends to, three times. Positions stay the original ones (the authors renumber), and the "
-        "map is that of the layer before the cut.",
+        "What the last row would attend to in the layer behind the cut, three times. Positions stay the original ones; "
+        "the authors renumber.",
         "PyramidDrop, arXiv 2410.17247: layers 8, 16, 24 of 32, keep 50, 25 and 12.5 % of the original",
         _always(
             *(
-                _point(where, "attention", rows="last", keep=keep)
+                _point(where, "preview", rows="last", keep=keep)
                 for where, keep in ((0.25, 0.5), (0.5, 0.25), (0.75, 0.125))
+            )
+        ),
+    ),
+    Policy(
+        "sparsevlm",
+        "What the text rows that are about the image (relevance to it at least the mean) attend to, three times. "
+        "The dropped are not merged.",
+        "SparseVLM, arXiv 2410.04417: after layers 2, 6, 15 of 32, keep 66, 30, 17 of 576",
+        _always(
+            *(
+                _point(layer / 32, "attention", rows="raters", keep=count / 576)
+                for layer, count in ((3, 66), (7, 30), (16, 17))
             )
         ),
     ),

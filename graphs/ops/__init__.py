@@ -1,8 +1,25 @@
 """Our ops, one file each: formula, torch meaning, ONNX function body, shape rule, source."""
 
-from graphs.ops import attention_received, compact_rows, keep_topk
+from graphs.ops import (
+    attention_received,
+    compact_rows,
+    keep_topk,
+    rated_attention_received,
+    received_from_all,
+    text_raters,
+)
 from graphs.ops.op import DOMAIN, VERSION, Op
 
-OPS: dict[str, Op] = {op.name: op for op in (attention_received.OP, keep_topk.OP, compact_rows.OP)}
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        attention_received.OP,
+        keep_topk.OP,
+        compact_rows.OP,
+        rated_attention_received.OP,
+        received_from_all.OP,
+        text_raters.OP,
+    )
+}
 
 __all__ = ["DOMAIN", "OPS", "VERSION", "Op"]

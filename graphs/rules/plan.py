@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from graphs.ops import DOMAIN
-from graphs.plan import FROM_OUTSIDE
+from graphs.plan import BY_ATTENTION, FROM_OUTSIDE
 from graphs.rules.rule import Node, Report, Stage, all_inputs_of, nodes_of, stage_rule
 from graphs.spec import present_names
 
+RECEIVED = ("AttentionReceived", "RatedAttentionReceived")
 AGAIN = "export the checkpoint again under the wanted plan"
 
 
@@ -29,11 +30,11 @@ def prune_points_differ(stage: Stage) -> Report:
 
 @stage_rule("G502", "score differs", AGAIN)
 def score_differs(stage: Stage) -> Report:
-    """A prune point goes by the input ``priority`` or by AttentionReceived, as the plan says."""
+    """A prune point goes by the input ``priority`` or by attention received, as the plan says."""
     cuts = _ours(stage, "KeepTopK")
     if not stage.is_decoder or len(cuts) != len(stage.spec.plan.points):
         return
-    received = {node.output[0]: 2 for node in _ours(stage, "AttentionReceived")}
+    received = {node.output[0]: 2 for node in _ours(stage, *RECEIVED)}
     before = _bits_before(stage, {"priority": 1, **received}, opaque=("CompactRows",))
     for i, (cut, point) in enumerate(zip(cuts, stage.spec.plan.points, strict=True)):
         wanted = 1 if point.score in FROM_OUTSIDE else 2
@@ -46,9 +47,9 @@ def guidance_differs(stage: Stage) -> Report:
     """One AttentionReceived for each guidance layer and each prune point by attention, summed into one output."""
     if not stage.is_decoder:
         return
-    plan, received = stage.spec.plan, _ours(stage, "AttentionReceived")
+    plan, received = stage.spec.plan, _ours(stage, *RECEIVED)
     layers = plan.guidance.layers if plan.guidance else ()
-    wanted = len(layers) + sum(point.score == "attention" for point in plan.points)
+    wanted = len(layers) + sum(point.score in BY_ATTENTION for point in plan.points)
     if len(received) != wanted:
         yield "AttentionReceived", f"{len(received)} in the graph, plan {plan.name} needs {wanted}"
         return
@@ -59,8 +60,8 @@ def guidance_differs(stage: Stage) -> Report:
             yield "attention_received", f"it sums {found} of {wanted} layers"
 
 
-def _ours(stage: Stage, op: str) -> list[Node]:
-    return [node for node in nodes_of(stage.model.graph) if node.domain == DOMAIN and node.op_type == op]
+def _ours(stage: Stage, *ops: str) -> list[Node]:
+    return [node for node in nodes_of(stage.model.graph) if node.domain == DOMAIN and node.op_type in ops]
 
 
 def _bits_before(stage: Stage, marks: dict[str, int], opaque: tuple[str, ...] = ()) -> dict[str, int]:
