@@ -24,7 +24,7 @@ VERBS = {
     "build": ("engines.commands:build", "Turn one or two exports into a bundle for a target."),
     "verify": ("engines.commands:verify", "Replay a bundle's golden tensors through its engines."),
     "run": ("engines.commands:run", "Ask a bundle a question about an image."),
-    "show": ("engines.commands:show", "Show a bundle, kept tokens, families, policies, ops or this machine."),
+    "show": ("engines.commands:show", "Show a bundle, kept tokens, policies, ops or this machine."),
     "demo": ("glyphs.demo:demo_command", "Export, build and run the shipped pair of small models."),
 }
 
@@ -33,10 +33,12 @@ PUBLIC = {
     "Cascade": "engines.cascade:Cascade",
     "export": "exporter.export:export_checkpoint",
     "build": "engines.build:build_bundle",
+    "show_kept_tokens": "engines.picture:show_kept_tokens",
+    "Reference": "exporter.reference:Reference",
     "SaccadeError": "graphs.errors:SaccadeError",
 }
 
-__all__ = ["Cascade", "SaccadeError", "build", "export", "main"]  # noqa: F822 (resolved by __getattr__)
+__all__ = ["Cascade", "Reference", "SaccadeError", "build", "export", "main", "show_kept_tokens"]  # noqa: F822 (resolved by __getattr__)
 
 
 def __getattr__(name: str) -> Any:

@@ -59,7 +59,7 @@ def check(folder: Path, as_json: bool) -> None:
 def build(
     folders: tuple[Path, ...], out: Path, target: str, threshold: float | None, overwrite: bool, as_json: bool
 ) -> None:
-    """Make a bundle of a SMALL and a LARGE export (in any order), or of one export alone."""
+    """Turn a SMALL and a LARGE export (in any order), or one export alone, into a bundle for a target."""
     from engines.build import build_bundle
     from graphs.talk import say
 
@@ -77,7 +77,7 @@ def build(
 @click.argument("bundle", type=folder_type)
 @json_option
 def verify(bundle: Path, as_json: bool) -> None:
-    """Check a BUNDLE's files and replay its golden tensors through its own engines."""
+    """Replay a BUNDLE's golden tensors through its engines, after checking every file's digest."""
     from functools import partial
 
     from engines.bundle import open_bundle

@@ -22,19 +22,17 @@ from engines.generate import Generation
 from engines.guidance import priority_of_rows
 from engines.images import Picture, image_from
 from engines.model import Model, Prompt
-from engines.processing import check_pair
 from engines.text_stream import pieces_of
 from graphs.errors import BadArtefact, UsageError
+from graphs.spec import ExportSpec, spec_from_folder
 
 
 class Cascade:
     """A pair of models, or one alone, ready to be asked."""
 
     def __init__(self, small: Model | None, large: Model | None, threshold: float = 1.0) -> None:
-        """Take opened members; ``large`` is also the place of a model alone. See ``open`` for bundles."""
-        if small and large:
-            check_pair(small.processor, large.processor)
-        elif not small and not large:
+        """Take members that are known to fit; ``large`` is also the place of a model alone."""
+        if not small and not large:
             raise BadArtefact("the bundle holds no model; build it again")
         if small and not small.spec.plan.guidance:
             raise UsageError(
@@ -54,18 +52,33 @@ class Cascade:
         """
         from engines.bundle import open_bundle
 
-        bundle = open_bundle(Path(path))
-        if target is not None and target != bundle.target:
-            raise UsageError(
-                f"{path} was built for target {bundle.target}, not {target}; build it again with --target {target}"
-            )
-        models = {
-            name: Model(member.folder, member.spec, bundle.target, threads) for name, member in bundle.members.items()
-        }
-        if len(models) == 1:
-            (only,) = models.values()
-            return cls(only, None) if only.spec.role == "small" else cls(None, only)
-        return cls(models["small"], models["large"], bundle.threshold)
+        bundle = open_bundle(Path(path), target=target)
+        members = {name: (member.folder, member.spec) for name, member in bundle.members.items()}
+        return cls._of(members, bundle.threshold, bundle.target, threads)
+
+    @classmethod
+    def from_exports(
+        cls, *folders: str | PathLike[str], threshold: float = 1.0, target: str = "cpu", threads: int | None = None
+    ) -> Cascade:
+        """Run one export, or a small and a large one, where they lie; UsageError where they do not fit.
+
+        For what has no bundle yet: nothing is checked against a manifest.
+        """
+        from engines.pair import Source, members_from_sources
+
+        sources = [Source(Path(folder), spec_from_folder(Path(folder))) for folder in folders]
+        members = {name: (s.folder, s.spec) for name, s in members_from_sources(sources).items()}
+        return cls._of(members, threshold, target, threads)
+
+    @classmethod
+    def _of(
+        cls, members: dict[str, tuple[Path, ExportSpec]], threshold: float, target: str, threads: int | None
+    ) -> Cascade:
+        models = {name: Model(folder, spec, target, threads) for name, (folder, spec) in members.items()}
+        if "alone" in models:
+            alone = models["alone"]
+            return cls(alone, None) if alone.spec.role == "small" else cls(None, alone)
+        return cls(models["small"], models["large"], threshold)
 
     def ask(
         self,

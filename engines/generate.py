@@ -25,6 +25,7 @@ class Generation:
     """Iterate over it for the token ids, once; its fields are complete when it ends.
 
     tokens: ids chosen so far, the end token included. log_prob: of each, natural logarithm.
+    first_logits: float32 [vocab], what the first token was chosen from.
     kept: per prune point the prompt rows that went on. guidance: float32 [V], where the plan gives it.
     stopped: "end" after an end token, "length" at max_new_tokens or the last position.
     """
@@ -46,6 +47,7 @@ class Generation:
         self._guidance = GuidanceSum(prompt.is_visual) if model.spec.plan.guidance else None
         self.tokens: list[int] = []
         self.log_prob: list[float] = []
+        self.first_logits: np.ndarray | None = None
         self.kept: tuple[np.ndarray, ...] = ()
         self.cache: Cache | None = None
         self.stopped: Literal["end", "length"] = "length"
@@ -82,6 +84,8 @@ class Generation:
         return self._guidance.total if self._guidance else None
 
     def _taken(self, step: Step) -> int:
+        if self.first_logits is None:
+            self.first_logits = step.logits[-1].copy()
         token = int(step.logits[-1].argmax())
         self.tokens.append(token)
         self.log_prob.append(float(log_probs(step.logits[-1:], [token])[0]))

@@ -90,9 +90,13 @@ class Model:
         return Prompt(input_ids, pixel_values, embeds, is_visual_S, ms)
 
     def embed_text(self, tokens: Sequence[int]) -> Value:
-        """Return inputs_embeds [1, S, D] of text alone."""
+        """Return inputs_embeds [1, S, D] of text alone.
+
+        A placeholder that a model writes stands for an image that is not there: a row of zeros.
+        """
         dtype = next(t.dtype for t in self.spec.stages["embed"].inputs if t.name == "visual_embeds")
-        no_image = np.zeros((1, self.spec.language.width), dtype=dtype)
+        rows = max(1, list(tokens).count(self.spec.tokens.image))
+        no_image = np.zeros((rows, self.spec.language.width), dtype=dtype)
         return self._embeds(np.asarray([tokens], np.int64), no_image)
 
     def generate(

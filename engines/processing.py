@@ -186,39 +186,3 @@ def _json_of(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as e:
         raise BadArtefact(f"{path} cannot be read ({e}); export the checkpoint again") from None
     return document if isinstance(document, dict) else {}
-
-
-def check_pair(small: Processor, large: Processor) -> None:
-    """Raise UsageError unless both models cut an image into the same grid and speak the same tokens.
-
-    Guidance travels by index (arXiv 2412.03324, §3.2), and the small model's answer is compared and
-    handed out as token ids, so neither can be mapped from one model to the other.
-    """
-    a, b = small.spec.grid, large.spec.grid
-    if (a.rows, a.columns) != (b.rows, b.columns):
-        raise UsageError(
-            f"the small model cuts an image into {a.rows}×{a.columns} visual tokens, the large one into "
-            f"{b.rows}×{b.columns}, and guidance travels by index; pair models of one grid"
-        )
-    for what, differs in _token_differences(small, large):
-        if differs:
-            raise UsageError(
-                f"the two models differ in {what}, so the small one's tokens mean nothing to the large one; "
-                "pair models of one family"
-            )
-
-
-def _token_differences(small: Processor, large: Processor) -> list[tuple[str, bool]]:
-    try:
-        texts = [p.folder.joinpath("tokenizer.json").read_text("utf-8") for p in (small, large)]
-        if texts[0] == texts[1]:
-            vocabularies: list[Any] = [None, None]
-        else:
-            vocabularies = [(t.get("added_tokens"), t.get("model")) for t in map(json.loads, texts)]
-    except (OSError, ValueError, AttributeError) as e:
-        raise BadArtefact(f"a tokenizer.json of the pair cannot be read ({e}); export the checkpoint again") from None
-    return [
-        ("their vocabulary", vocabularies[0] != vocabularies[1]),
-        ("the ids of their special tokens", small.spec.tokens != large.spec.tokens),
-        ("their chat template", small.chat_template != large.chat_template),
-    ]

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from exporter import attention
+from exporter import attention, norm
 from exporter.families import FAMILIES
 from exporter.family import Family, family_of
-from graphs.errors import BadArtefact
+from graphs.errors import BadArtefact, UsageError
 from graphs.files import unreadable
 from graphs.spec import LanguageModel
 from graphs.weights import TensorSlice, tensors_from_checkpoint
@@ -45,12 +45,13 @@ def checkpoint_from_folder(folder: Path) -> Checkpoint:
         raise BadArtefact(f"{folder} is no folder; give the local folder of a Hugging Face checkpoint")
     path = folder / "config.json"
     try:
-        entries = json.loads(path.read_text("utf-8"))
-        architectures = entries.get("architectures")
+        architectures = json.loads(path.read_text("utf-8")).get("architectures") or []
     except OSError as e:
         raise unreadable(path, e, "give the folder of a Hugging Face checkpoint") from None
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise BadArtefact(f"{path} is no JSON object; download the checkpoint again") from None
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise BadArtefact(f"{path}: architectures is {architectures!r}, wanted a list of names; download it again")
     family = family_of(architectures, FAMILIES)
     tensors = tensors_from_checkpoint(folder)
     from transformers import AutoConfig
@@ -66,6 +67,11 @@ def language_of(checkpoint: Checkpoint) -> LanguageModel:
     """The decoder's sizes."""
     text = checkpoint.text
     heads = text.num_attention_heads
+    if odd := sorted({kind for kind in getattr(text, "layer_types", None) or () if kind != "full_attention"}):
+        raise UsageError(
+            f"{checkpoint.folder} has decoder layers of {', '.join(odd)}, and pruned tokens would shift their windows; "
+            "only full attention is exported"
+        )
     return LanguageModel(
         layers=text.num_hidden_layers,
         width=text.hidden_size,
@@ -74,6 +80,8 @@ def language_of(checkpoint: Checkpoint) -> LanguageModel:
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         vocab=text.vocab_size,
         max_positions=text.max_position_embeddings,
+        position_axes=checkpoint.family.position_axes,
+        deepstack=checkpoint.family.deepstack(checkpoint.config),
     )
 
 
@@ -91,6 +99,8 @@ def skeleton_of(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         ) from None
     model.tie_weights()
     checkpoint.family.language(model).config._attn_implementation = attention.register()
+    norm.use_one_op(model)
+    checkpoint.family.prepare(model)
     return model.eval().requires_grad_(False)
 
 

@@ -16,7 +16,7 @@ from exporter.checkpoint import (
     skeleton_of,
     slices_of_parameters,
 )
-from exporter.processor import copy_processor, tokens_of
+from exporter.processor import copy_processor, processor_files, tokens_of
 from exporter.program import DecoderProgram, EmbedProgram, Program, VisionProgram
 from exporter.stages import bind, examples_of, weights_used, write_stage
 from exporter.trace import finish, onnx_from_program
@@ -26,7 +26,7 @@ from graphs.errors import UsageError
 from graphs.plan import PruningPlan, Role
 from graphs.plan_file import PlanDocument, plan_from_file
 from graphs.policies import plan_of_policy
-from graphs.spec import GOLDEN_FILE, PROCESSOR_FOLDER, SPEC_FILE, ExportSpec, FloatType, WeightFile
+from graphs.spec import GOLDEN_FILE, PROCESSOR_FOLDER, SPEC_FILE, STAGES, ExportSpec, FloatType, WeightFile
 from graphs.talk import say, step
 from graphs.versions import installed_version, require
 
@@ -76,17 +76,17 @@ def fitted_plan(plan: PruningPlan | PlanDocument | Path | str, layers: int) -> P
 def _export(
     source: Checkpoint, work: Path, plan: PruningPlan, role: Role, dtype: FloatType, in_place: bool
 ) -> ExportSpec:
-    language = language_of(source)
     tokens = tokens_of(source)
-    grid = source.family.grid(source.config)
+    processor = processor_files(source.folder)
     with step("reading the checkpoint"):
         model = skeleton_of(source, DTYPES[dtype])
+        language, grid = language_of(source), source.family.grid(source.config)
         slices = slices_of_parameters(model, source)
-    vision = VisionProgram(model, source.family)
-    embed = EmbedProgram(model, source.family, tokens.image)
-    decoder = DecoderProgram(model, source.family, plan)
+    vision = VisionProgram(model, source.family, grid, language)
+    embed = EmbedProgram(model, source.family, tokens.image, language)
+    decoder = DecoderProgram(model, source.family, plan, language)
     programs: dict[str, Program] = {"vision": vision, "embed": embed, "decoder": decoder}
-    examples = examples_of(decoder, language, grid, DTYPES[dtype])
+    examples = examples_of(vision, decoder, language, grid, DTYPES[dtype])
     traced = {}
     for name, program in programs.items():
         with step(f"tracing {name}"):
@@ -106,10 +106,10 @@ def _export(
             stages[name] = write_stage(finish(traced[name]), work, name)
     with step("computing golden tensors"), streamed(model, placed.slices):
         seen = golden.vision_cases(vision, grid)
-        merged = golden.embed_cases(embed, seen["one"][1]["visual_embeds"], tokens, language.vocab)
+        merged = golden.embed_cases(embed, seen["one"][1], tokens, language.vocab)
         written = golden.decoder_cases(decoder, merged["one"][1], language)
         golden.save_golden(work / GOLDEN_FILE, {"vision": seen, "embed": merged, "decoder": written})
-    copy_processor(source.folder, work / PROCESSOR_FOLDER)
+    copy_processor(processor, work / PROCESSOR_FOLDER)
     spec = ExportSpec(
         family=source.family.name,
         architecture=source.family.architecture,
@@ -133,11 +133,14 @@ def _export(
 def _workplace(source: Checkpoint, out: Path | str | None, overwrite: bool) -> Iterator[Path]:
     """The folder to write into; it appears under its name only when all of it is there."""
     if out is not None:
+        if source.folder.resolve().is_relative_to(Path(out).resolve()):
+            raise UsageError(f"{out} holds the checkpoint itself, which would be replaced; give another place")
         with atomic_folder(Path(out), overwrite, holds=SPEC_FILE) as work:
             yield work
         return
-    if (source.folder / SPEC_FILE).exists() and not overwrite:
-        raise UsageError(f"{source.folder} already holds an export; give --overwrite to replace it")
+    names = (SPEC_FILE, GOLDEN_FILE, PROCESSOR_FOLDER, *(f"{stage}.onnx" for stage in STAGES))
+    if (there := [name for name in names if (source.folder / name).exists()]) and not overwrite:
+        raise UsageError(f"{source.folder} already has {', '.join(there)}; give --overwrite to replace what is there")
     parts = source.folder / ".saccade-parts"
     with atomic_folder(parts, overwrite=True) as work:
         yield work

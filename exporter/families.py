@@ -1,5 +1,5 @@
 """The table of known families."""
 
-from exporter import llava
+from exporter import internvl, llava
 
-FAMILIES = (llava.FAMILY,)
+FAMILIES = (llava.FAMILY, internvl.FAMILY)

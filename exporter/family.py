@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,22 +14,57 @@ from graphs.errors import BadArtefact
 from graphs.spec import VisualGrid
 
 
+Tensors = dict[str, torch.Tensor]
+Dims = dict[str, tuple[int | str, ...]]
+SEED = 20241
+
+
 @dataclass(frozen=True)
 class Family:
     """One record per Hugging Face architecture; everything else of the exporter is shared.
 
     model_class: returns the transformers class (imported late).
     language: the module with ``embed_tokens``, ``layers``, ``norm`` and ``rotary_emb``.
-    visual_embeds: (model, pixel_values [N,3,H,W] in the model's dtype) → [V, D], images in order.
-    grid: the visual tokens of one image, from the configuration; UsageError where it cannot be had.
+    visual: (model, the vision stage's inputs, pixels in the model's dtype) → ``visual_embeds`` [V, D], images in
+    order, and ``deepstack_i`` [V, D] where the family has them.
+    grid: how an image becomes visual tokens, from the configuration; UsageError where it cannot be had.
+    dims: the vision stage's inputs in the file's order, each with its dimensions ("4*V" is a multiple).
+    example: valid vision inputs for 1 or 2 images of different shapes, pixels random.
+    deepstack: how many decoder layers have visual features added behind them, from the configuration.
+    prepare: what has to be set on a fresh skeleton before it is traced or run.
     """
 
     name: str
     architecture: str
     model_class: Callable[[], Any]
     language: Callable[[nn.Module], Any]
-    visual_embeds: Callable[[Any, torch.Tensor], torch.Tensor]
+    visual: Callable[[Any, Tensors], Tensors]
     grid: Callable[[Any], VisualGrid]
+    dims: Callable[[VisualGrid], Dims] = lambda grid: {"pixel_values": ("N", 3, grid.image_height, grid.image_width)}
+    example: Callable[[VisualGrid, int], Tensors] = lambda grid, images: {"pixel_values": tiles(grid, images)}
+    position_axes: Literal[1, 3] = 1
+    deepstack: Callable[[Any], int] = lambda config: 0
+    prepare: Callable[[Any], None] = lambda model: None
+
+
+def tiles(grid: VisualGrid, count: int) -> torch.Tensor:
+    """Random pixels, fp32 [count,3,H,W]."""
+    draw = torch.Generator().manual_seed(SEED)
+    return torch.randn(count, 3, grid.image_height, grid.image_width, generator=draw)
+
+
+def tower_features(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    """The selected layers of a CLIP-like tower, side by side: [N,3,H,W] → [N,L,C] (LLaVA and its successors).
+
+    As get_image_features does, which cannot be traced itself: it splits by a static batch.
+    """
+    config = model.config
+    hidden = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    layers = config.vision_feature_layer
+    chosen = [hidden[i] for i in ([layers] if isinstance(layers, int) else layers)]
+    if config.vision_feature_select_strategy == "default":
+        chosen = [h[:, 1:] for h in chosen]
+    return torch.cat(chosen, dim=-1)
 
 
 def family_of(architectures: Sequence[str] | None, families: Sequence[Family]) -> Family:

@@ -9,33 +9,30 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from exporter.program import DecoderProgram, EmbedProgram, Tensors, VisionProgram
+from exporter.family import SEED, Tensors
+from exporter.program import DecoderProgram, EmbedProgram, VisionProgram
 from graphs.errors import OperationFailed
 from graphs.plan import PruningPlan
 from graphs.spec import LanguageModel, Tokens, VisualGrid, past_names, present_names
 
-TEXT_BEFORE, VISUAL, TEXT_AFTER, FOLLOW_UP, SEED = 4, 16, 4, 3, 20241
+TEXT_BEFORE, VISUAL, TEXT_AFTER, FOLLOW_UP = 4, 16, 4, 3
 Cases = dict[str, tuple[Tensors, Tensors]]
 
 
 def vision_cases(program: VisionProgram, grid: VisualGrid) -> Cases:
-    """One image, and two."""
-    draw = torch.Generator().manual_seed(SEED)
-    cases = {}
-    for name, images in (("one", 1), ("two", 2)):
-        feed = {"pixel_values": torch.randn(images, 3, grid.image_height, grid.image_width, generator=draw)}
-        cases[name] = (feed, program(feed))
-    return cases
+    """One image, and two of different shapes where the family knows any."""
+    feeds = {name: program.family.example(grid, images) for name, images in (("one", 1), ("two", 2))}
+    return {name: (feed, program(feed)) for name, feed in feeds.items()}
 
 
-def embed_cases(program: EmbedProgram, visual_embeds: torch.Tensor, tokens: Tokens, vocab: int) -> Cases:
+def embed_cases(program: EmbedProgram, seen: Tensors, tokens: Tokens, vocab: int) -> Cases:
     """Text, visual placeholders, text."""
     draw = torch.Generator().manual_seed(SEED)
     ids = torch.randint(0, vocab - 1, (TEXT_BEFORE + VISUAL + TEXT_AFTER,), generator=draw)
     ids += ids >= tokens.image
-    visual = min(VISUAL, visual_embeds.shape[0])
+    visual = min(VISUAL, seen["visual_embeds"].shape[0])
     row = torch.cat([ids[:TEXT_BEFORE], torch.full((visual,), tokens.image), ids[-TEXT_AFTER:]])
-    feed = {"input_ids": row[None], "visual_embeds": visual_embeds[:visual]}
+    feed = {"input_ids": row[None], **{name: value[:visual] for name, value in seen.items()}}
     return {"one": (feed, program(feed))}
 
 
@@ -53,22 +50,20 @@ def guide_rows(plan: PruningPlan, text_after: int) -> int:
 
 def decoder_feed(
     program: DecoderProgram,
-    embeds: torch.Tensor,
-    is_visual: torch.Tensor,
+    embedded: Tensors,
     past: Tensors,
     *,
-    start: int,
+    positions: torch.Tensor,
     guide: int,
     keep: tuple[int, ...],
     tail: int,
 ) -> Tensors:
     """All inputs of one decoder run, in the program's order; ``keep`` are row counts behind each point."""
-    rows = embeds.shape[1]
+    rows = embedded["inputs_embeds"].shape[1]
     draw = torch.Generator().manual_seed(SEED + rows)
     ready = {
-        "inputs_embeds": embeds,
-        "position_ids": torch.arange(start, start + rows)[None],
-        "is_visual": is_visual,
+        **embedded,
+        "position_ids": positions,
         "guide": carrier(guide),
         "tail": carrier(tail),
         "priority": torch.rand(1, rows, generator=draw),
@@ -76,6 +71,26 @@ def decoder_feed(
         **past,
     }
     return {name: ready[name] for name in program.inputs}
+
+
+def positions_of(language: LanguageModel, start: int, rows: int, is_visual: torch.Tensor | None = None) -> torch.Tensor:
+    """Positions of consecutive rows, [1,S], or [3,1,S] with visual rows on a square grid of their own."""
+    line = torch.arange(start, start + rows)
+    if language.position_axes == 1:
+        return line[None]
+    axes = line.repeat(3, 1)
+    if is_visual is not None:
+        visual = is_visual[0].nonzero()[:, 0]
+        axes[:, visual] = visual[0] + torch.stack([0 * visual, *(f(visual - visual[0]) for f in (_row, _column))])
+    return axes[:, None]
+
+
+def _row(place: torch.Tensor) -> torch.Tensor:
+    return place // 4
+
+
+def _column(place: torch.Tensor) -> torch.Tensor:
+    return place % 4
 
 
 def empty_past(program: DecoderProgram, language: LanguageModel, dtype: torch.dtype, lengths: list[int]) -> Tensors:
@@ -97,17 +112,18 @@ def decoder_cases(program: DecoderProgram, embedded: Tensors, language: Language
     keep = tuple(text + max(1, visual >> (i + 1)) for i in range(len(points)))
     guide = guide_rows(program.plan, TEXT_AFTER) if program.plan.uses_guide else 1
     past = empty_past(program, language, embeds.dtype, [0] * len(program.segments))
-    first = decoder_feed(program, embeds, is_visual, past, start=0, guide=guide, keep=keep, tail=2)
+    positions = positions_of(language, 0, embeds.shape[1], is_visual)
+    first = decoder_feed(program, embedded, past, positions=positions, guide=guide, keep=keep, tail=2)
     cases = {"prefill": (first, program(first))}
-    before, start = "prefill", embeds.shape[1]
+    before, start = "prefill", int(positions.max()) + 1
     for name, rows in (("chunk", FOLLOW_UP), ("decode", 1)):
         out = cases[before][1]
         past = {p: out[q] for i in range(language.layers) for p, q in zip(past_names(i), present_names(i), strict=True)}
-        text_rows = embeds[:, :rows]
-        nothing = torch.zeros(1, rows, dtype=torch.bool)
-        feed = decoder_feed(
-            program, text_rows, nothing, past, start=start, guide=rows, keep=(rows,) * len(points), tail=rows
-        )
+        fed = {key: value[:, :rows] for key, value in embedded.items()}
+        fed["is_visual"] = torch.zeros(1, rows, dtype=torch.bool)
+        positions = positions_of(language, start, rows)
+        keep = (rows,) * len(points)
+        feed = decoder_feed(program, fed, past, positions=positions, guide=rows, keep=keep, tail=rows)
         cases[name] = (feed, program(feed))
         before, start = name, start + rows
     return cases
@@ -127,3 +143,4 @@ def save_golden(path: Path, stages: dict[str, Cases]) -> None:
                         )
                     tensors[f"{stage}/{case}/{side}/{name}"] = tensor.contiguous().clone()
     save_file(tensors, path, metadata={"schema": "saccade.golden/1"})
+    path.chmod(0o644)

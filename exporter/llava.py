@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from exporter.family import Family
+from exporter.family import Family, Tensors, tower_features
 from graphs.errors import UsageError
 from graphs.spec import VisualGrid
 
@@ -18,18 +16,10 @@ def model_class() -> Any:
     return LlavaForConditionalGeneration
 
 
-def visual_embeds(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-    """The selected tower layers through the projector: [N,3,H,W] → [V,D].
-
-    As LlavaModel.get_image_features does, which cannot be traced itself: it splits by a static batch.
-    """
-    config = model.config
-    hidden = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-    layers = config.vision_feature_layer
-    chosen = [hidden[i] for i in ([layers] if isinstance(layers, int) else layers)]
-    if config.vision_feature_select_strategy == "default":
-        chosen = [h[:, 1:] for h in chosen]
-    return model.model.multi_modal_projector(torch.cat(chosen, dim=-1)).flatten(0, 1)
+def visual(model: Any, feed: Tensors) -> Tensors:
+    """Tower and projector: [N,3,H,W] → [V,D]."""
+    features = model.model.multi_modal_projector(tower_features(model, feed["pixel_values"]))
+    return {"visual_embeds": features.flatten(0, 1)}
 
 
 def grid(config: Any) -> VisualGrid:
@@ -49,6 +39,6 @@ FAMILY = Family(
     architecture="LlavaForConditionalGeneration",
     model_class=model_class,
     language=lambda model: model.model.language_model,
-    visual_embeds=visual_embeds,
+    visual=visual,
     grid=grid,
 )

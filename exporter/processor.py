@@ -39,21 +39,30 @@ def tokens_of(source: Checkpoint) -> Tokens:
             "the tokenizer does not belong to this config.json"
         )
     eos = source.text.eos_token_id
-    if (source.folder / "generation_config.json").is_file():
-        eos = GenerationConfig.from_pretrained(source.folder).eos_token_id or eos
+    path = source.folder / "generation_config.json"
+    if path.is_file():
+        try:
+            eos = GenerationConfig.from_pretrained(source.folder).eos_token_id or eos
+        except Exception as e:
+            raise BadArtefact(f"{path} is no generation configuration ({e}); download the checkpoint again") from None
     listed = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
     if not listed:
         raise BadArtefact(f"{source.folder} names no end-of-sequence token; add eos_token_id to generation_config.json")
     return Tokens(image=source.config.image_token_id, image_text=text, eos=listed, pad=source.text.pad_token_id)
 
 
-def copy_processor(folder: Path, target: Path) -> None:
-    """Tokenizer, image processor and chat template as they are."""
-    target.mkdir()
-    for name in PROCESSOR_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
-    if not (target / "preprocessor_config.json").exists() and not (target / "processor_config.json").exists():
+def processor_files(folder: Path) -> list[Path]:
+    """Tokenizer, image processor and chat template, as far as there; BadArtefact where no image can be prepared."""
+    found = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
+    if not {"preprocessor_config.json", "processor_config.json"} & {path.name for path in found}:
         raise BadArtefact(
             f"{folder} has no preprocessor_config.json, so images cannot be prepared; download the whole checkpoint"
         )
+    return found
+
+
+def copy_processor(files: list[Path], target: Path) -> None:
+    """The files as they are."""
+    target.mkdir()
+    for path in files:
+        shutil.copyfile(path, target / path.name)

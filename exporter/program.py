@@ -1,6 +1,6 @@
 """The traced programs: vision, embed and decoder, each a module from named tensors to named tensors.
 
-Legend: B batch (1), S rows of the chunk, D width, V visual rows, N images, G guide rows, R logit rows,
+Legend: B batch (1), S rows of the chunk, D width, V visual rows, N images or tiles, G guide rows, R logit rows,
 P_j past rows of segment j.
 """
 
@@ -10,46 +10,49 @@ import torch
 from torch import nn
 
 from exporter.attention import LayerRun
-from exporter.family import Family
+from exporter.family import Family, Tensors
 from graphs.ops import OPS
 from graphs.plan import FROM_OUTSIDE, PruningPlan
-from graphs.spec import past_names, present_names
-
-Tensors = dict[str, torch.Tensor]
+from graphs.spec import LanguageModel, VisualGrid, deepstack_names, past_names, present_names
 
 
 class VisionProgram(nn.Module):
-    """pixel_values fp32 [N,3,H,W] → visual_embeds [V,D]."""
+    """pixel_values fp32 and the family's other inputs → visual_embeds [V,D] and deepstack features."""
 
-    inputs, outputs = ("pixel_values",), ("visual_embeds",)
-
-    def __init__(self, model: Any, family: Family) -> None:
+    def __init__(self, model: Any, family: Family, grid: VisualGrid, language: LanguageModel) -> None:
         super().__init__()
-        self.model, self.family = model, family
+        self.model, self.family, self.dims = model, family, family.dims(grid)
+        self.outputs = ("visual_embeds", *deepstack_names(language))
 
     def forward(self, feed: Tensors) -> Tensors:
         pixels = feed["pixel_values"].to(self.model.dtype)
-        return {"visual_embeds": self.family.visual_embeds(self.model, pixels)}
+        out = self.family.visual(self.model, {**feed, "pixel_values": pixels})
+        return {name: out[name] for name in self.outputs}
 
 
 class EmbedProgram(nn.Module):
     """input_ids [1,S], visual_embeds [V,D] → inputs_embeds [1,S,D], is_visual [1,S].
 
     The i-th image placeholder takes visual row i. V is at least 1 (a text-only chunk brings a dummy row).
+    Deepstack features [V,D] go the same way, to rows of zeros where there is text.
     """
 
-    inputs, outputs = ("input_ids", "visual_embeds"), ("inputs_embeds", "is_visual")
-
-    def __init__(self, model: Any, family: Family, image_token: int) -> None:
+    def __init__(self, model: Any, family: Family, image_token: int, language: LanguageModel) -> None:
         super().__init__()
         self.embed_tokens, self.image_token = family.language(model).embed_tokens, image_token
+        self.deepstack = deepstack_names(language)
+        self.outputs = ("inputs_embeds", "is_visual", *self.deepstack)
 
     def forward(self, feed: Tensors) -> Tensors:
         is_visual = feed["input_ids"] == self.image_token
         row = (is_visual.to(torch.int64).cumsum(1) - 1).clamp(min=0)
         visual = feed["visual_embeds"].index_select(0, row[0])[None]
         embeds = torch.where(is_visual[..., None], visual, self.embed_tokens(feed["input_ids"]))
-        return {"inputs_embeds": embeds, "is_visual": is_visual}
+        out = {"inputs_embeds": embeds, "is_visual": is_visual}
+        for name in self.deepstack:
+            deep = feed[name].index_select(0, row[0])[None]
+            out[name] = torch.where(is_visual[..., None], deep, torch.zeros_like(deep))
+        return out
 
 
 class DecoderProgram(nn.Module):
@@ -58,11 +61,12 @@ class DecoderProgram(nn.Module):
     Inputs and outputs are DESIGN.md's table; ``inputs`` names those that this plan reads, in order.
     """
 
-    def __init__(self, model: Any, family: Family, plan: PruningPlan) -> None:
+    def __init__(self, model: Any, family: Family, plan: PruningPlan, sizes: LanguageModel) -> None:
         super().__init__()
         language = family.language(model)
         self.layers, self.norm, self.rotary_emb = language.layers, language.norm, language.rotary_emb
         self.lm_head, self.plan = model.lm_head, plan
+        self.deepstack = deepstack_names(sizes)
         self.segments = plan.segments(len(self.layers))
 
     @property
@@ -75,6 +79,7 @@ class DecoderProgram(nn.Module):
         names += [f"keep_{i}" for i in range(len(plan.points))]
         names += ["tail"]
         names += ["priority"] if plan.uses_priority else []
+        names += self.deepstack
         return names + [n for i in range(len(self.layers)) for n in past_names(i)]
 
     @property
@@ -88,6 +93,7 @@ class DecoderProgram(nn.Module):
     def forward(self, feed: Tensors) -> Tensors:
         hidden, position = feed["inputs_embeds"], feed["position_ids"]
         is_visual, priority = feed.get("is_visual"), feed.get("priority")
+        deepstack = [feed[name] for name in self.deepstack]
         out: Tensors = {}
         summed: torch.Tensor | None = None
         received: torch.Tensor
@@ -107,7 +113,9 @@ class DecoderProgram(nn.Module):
                 kept = OPS["KeepTopK"].torch_op(score, is_visual, feed[f"keep_{j - 1}"])
                 out[f"kept_{j - 1}"] = kept
                 compact = OPS["CompactRows"].torch_op
-                hidden, position = compact(hidden, kept), compact(position, kept)
+                hidden, position = compact(hidden, kept), compacted_positions(position, kept)
+                # Features of layers behind the point are pruned with the same rows, those of earlier ones are used up.
+                deepstack = [compact(x, kept) if i >= point.layer else x for i, x in enumerate(deepstack)]
                 if j < len(self.plan.points):
                     is_visual = compact(is_visual, kept)
                     priority = compact(priority, kept) if priority is not None else None
@@ -123,6 +131,8 @@ class DecoderProgram(nn.Module):
                     use_cache=False,
                     saccade_run=run,
                 )
+                if i < len(deepstack):
+                    hidden = hidden + deepstack[i]
                 if run.received is not None:
                     received = run.received
                 if self.plan.guidance and run.received is not None:
@@ -156,6 +166,14 @@ class DecoderProgram(nn.Module):
         if self.plan.guidance:
             return layer in self.plan.guidance.layers
         return any(p.score == "attention" and p.layer == layer + 1 for p in self.plan.points)
+
+
+def compacted_positions(position: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The kept rows of positions [1,S] or [3,1,S]."""
+    compact = OPS["CompactRows"].torch_op
+    if position.dim() == 2:
+        return compact(position, kept)
+    return compact(position.permute(1, 2, 0).contiguous(), kept).permute(2, 0, 1)
 
 
 Program = VisionProgram | EmbedProgram | DecoderProgram

@@ -6,10 +6,11 @@ import onnx_ir as ir
 import torch
 
 from exporter import golden
-from exporter.program import DecoderProgram, Program, Tensors
+from exporter.family import Dims, Tensors
+from exporter.program import DecoderProgram, Program, VisionProgram
 from exporter.weights import PlacedWeights
 from graphs.errors import OperationFailed
-from graphs.spec import DType, LanguageModel, StageSpec, TensorSpec, VisualGrid
+from graphs.spec import DType, LanguageModel, StageSpec, TensorSpec, VisualGrid, deepstack_names
 from graphs.weights import TensorSlice
 
 ONNX_NAME = {"float32": "FLOAT", "float16": "FLOAT16"}
@@ -24,42 +25,45 @@ DTYPES: dict[str, DType] = {
 
 
 def examples_of(
-    decoder: DecoderProgram, language: LanguageModel, grid: VisualGrid, dtype: torch.dtype
-) -> dict[str, tuple[Tensors, dict[str, tuple[int | str, ...]]]]:
+    vision: VisionProgram, decoder: DecoderProgram, language: LanguageModel, grid: VisualGrid, dtype: torch.dtype
+) -> dict[str, tuple[Tensors, Dims]]:
     """Example inputs and dimension names per stage; no two dimensions of one stage share a size by chance."""
     width, rows = language.width, 23
     points = len(decoder.plan.points)
     past = golden.empty_past(decoder, language, dtype, [3 + 2 * j for j in range(points + 1)])
+    deepstack = deepstack_names(language)
+    embedded = {
+        "inputs_embeds": torch.zeros(1, rows, width, dtype=dtype),
+        "is_visual": torch.zeros(1, rows, dtype=torch.bool),
+        **{name: torch.zeros(1, rows, width, dtype=dtype) for name in deepstack},
+    }
     feed = golden.decoder_feed(
         decoder,
-        torch.zeros(1, rows, width, dtype=dtype),
-        torch.zeros(1, rows, dtype=torch.bool),
+        embedded,
         past,
-        start=0,
+        positions=golden.positions_of(language, 0, rows),
         guide=6,
         keep=tuple(rows - 2 - i for i in range(points)),
         tail=2,
     )
-    dims: dict[str, tuple[int | str, ...]] = {
+    dims: Dims = {
         "inputs_embeds": (1, "S", width),
-        "position_ids": (1, "S"),
+        "position_ids": (1, "S") if language.position_axes == 1 else (3, 1, "S"),
         "is_visual": (1, "S"),
         "priority": (1, "S"),
         "guide": ("G",),
         "tail": ("R",),
         **{f"keep_{i}": (f"S_{i + 1}",) for i in range(points)},
+        **{name: (1, "S", width) for name in deepstack},
     }
     for j, segment in enumerate(decoder.segments):
         for i in segment:
             dims |= dict.fromkeys(golden.past_names(i), (1, language.kv_heads, f"P_{j}", language.head_dim))
-    pixels = torch.zeros(2, 3, grid.image_height, grid.image_width)
-    embed_feed = {
-        "input_ids": torch.zeros(1, 7, dtype=torch.int64),
-        "visual_embeds": torch.zeros(5, width, dtype=dtype),
-    }
+    visual = {name: torch.zeros(5, width, dtype=dtype) for name in ("visual_embeds", *deepstack)}
+    embed_dims: Dims = {"input_ids": (1, "S"), **dict.fromkeys(visual, ("V", width))}
     return {
-        "vision": ({"pixel_values": pixels}, {"pixel_values": ("N", 3, grid.image_height, grid.image_width)}),
-        "embed": (embed_feed, {"input_ids": (1, "S"), "visual_embeds": ("V", width)}),
+        "vision": (vision.family.example(grid, 2), vision.dims),
+        "embed": ({"input_ids": torch.zeros(1, 7, dtype=torch.int64), **visual}, embed_dims),
         "decoder": (feed, {name: dims[name] for name in feed}),
     }
 

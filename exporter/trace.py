@@ -14,7 +14,9 @@ from onnxscript.values import Op as OnnxOp
 from onnxscript.values import Opset
 
 from exporter.attention import attention
-from exporter.program import Program, Tensors
+from exporter.family import Tensors
+from exporter.norm import rms_norm
+from exporter.program import Program
 from graphs.ops import DOMAIN, OPS, VERSION, Op
 from graphs.ops.op import BODY_OPSET
 
@@ -25,6 +27,11 @@ TENSORS = [f"tensor({name})" for name in ("float", "float16", "bfloat16", "int32
 def emit_attention(q: Any, k: Any, v: Any, past_k: Any, past_v: Any, scale: float) -> Any:
     """``saccade::attention`` in torch is the standard's own Attention in ONNX."""
     return standard.Attention(q, k, v, None, past_k, past_v, is_causal=1, scale=scale, _outputs=3)
+
+
+def emit_rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
+    """``saccade::rms_norm`` in torch is the standard's own RMSNormalization in ONNX."""
+    return standard.RMSNormalization(x, weight, axis=-1, epsilon=epsilon)
 
 
 def emitter_of(op: Op) -> Callable[..., Any]:
@@ -55,7 +62,7 @@ def emitter_of(op: Op) -> Callable[..., Any]:
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """torch overloads of ours → the functions that emit their nodes."""
     table = {op.torch_op._opoverload: emitter_of(op) for op in OPS.values()}
-    return {**table, attention._opoverload: emit_attention}
+    return {**table, attention._opoverload: emit_attention, rms_norm._opoverload: emit_rms_norm}
 
 
 def onnx_from_program(program: Program, feed: Tensors, dims: Mapping[str, tuple[int | str, ...]]) -> ir.Model:
@@ -65,11 +72,7 @@ def onnx_from_program(program: Program, feed: Tensors, dims: Mapping[str, tuple[
     """
     symbols: dict[str, Any] = {}
     shapes = {
-        name: {
-            axis: symbols.setdefault(dim, torch.export.Dim(dim, min=1, max=1 << 20))
-            for axis, dim in enumerate(dims[name])
-            if isinstance(dim, str)
-        }
+        name: {axis: dimension(dim, symbols) for axis, dim in enumerate(dims[name]) if isinstance(dim, str)}
         for name in feed
     }
     with torch.no_grad(), warnings.catch_warnings():
@@ -88,6 +91,13 @@ def onnx_from_program(program: Program, feed: Tensors, dims: Mapping[str, tuple[
             custom_translation_table=translations(),
         )
     return cast("torch.onnx.ONNXProgram", exported).model
+
+
+def dimension(name: str, symbols: dict[str, Any]) -> Any:
+    """The dynamic dimension of a name, or of a multiple such as "4*V"."""
+    times, _, base = name.rpartition("*")
+    symbol = symbols.setdefault(base, torch.export.Dim(base, min=1, max=1 << 20))
+    return int(times) * symbol if times else symbol
 
 
 def reads_weight(node: ir.Node) -> bool:

@@ -121,6 +121,12 @@ def streamed(model: nn.Module, slices: Mapping[str, TensorSlice]) -> Iterator[No
     names = {id(p): name for name, p in model.named_parameters()}
     handles = []
     for module in model.modules():
+        # Parameters beside submodules (class tokens, newline rows) are small, and read without running their module.
+        if any(True for _ in module.children()):
+            for p in module.parameters(recurse=False):
+                if names[id(p)] in slices:
+                    p.data = weight_from_slice(slices[names[id(p)]]).to(p.dtype)
+            continue
         own = [p for p in module.parameters(recurse=False) if names[id(p)] in slices]
         if not own:
             continue

@@ -2,7 +2,8 @@
 
 Legend of symbolic dimensions in tensor shapes:
 B batch (1), S rows of this chunk, S_i rows behind prune point i-1, P_j cached rows of segment j,
-G guide rows, R rows with logits, V visual rows of all images, N images, T = P_0 + S.
+G guide rows, R rows with logits, V visual rows of all images, N images or tiles, T = P_0 + S,
+m·V patches of all images (m = merge²), W attention windows, I images, K patches of the longest.
 """
 
 from __future__ import annotations
@@ -52,19 +53,41 @@ class LanguageModel(Record):
     head_dim: int
     vocab: int
     max_positions: int
+    # 3: position_ids are [3,1,S] (time, row, column of a visual token; Qwen's M-RoPE).
+    position_axes: Literal[1, 3] = 1
+    # How many of the first layers have visual features added behind them (Qwen3-VL).
+    deepstack: int = Field(default=0, ge=0)
 
 
 class VisualGrid(Record):
-    """How an image becomes visual tokens; two models of a pair must agree on rows × columns."""
+    """How an image becomes visual tokens; two models of a pair must agree in all of it.
+
+    kind ``fixed``: an image is one tile of rows × columns tokens (LLaVA-1.5).
+    ``tiles``: it is cut into such tiles, each rows × columns tokens (InternVL, Idefics3).
+    ``anyres``: tiles on the best of ``pinpoints``, unpadded, a newline token per row (LLaVA-NeXT, OneVision).
+    ``patches``: it keeps its own shape, in patches of ``patch`` pixels of which merge × merge make a token
+    (Qwen); image size and rows × columns are 0 then, for every image has its own.
+    """
 
     image_height: int
     image_width: int
     rows: int
     columns: int
+    kind: Literal["fixed", "tiles", "anyres", "patches"] = "fixed"
+    # anyres: allowed (height, width); above max_tiles · rows · columns tokens the map is shrunk, 0 never.
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    max_tiles: int = 0
+    # patches: pixels of a patch's side, frames of a patch, patches of a token's side.
+    patch: int = 0
+    frames: int = 0
+    merge: int = 1
+    # patches: side of an attention window in patches, 0 for none; side of the learned position table, 0 for none.
+    window: int = 0
+    position_side: int = 0
 
     @property
     def tokens(self) -> int:
-        """Visual tokens per image."""
+        """Visual tokens of one tile."""
         return self.rows * self.columns
 
 
@@ -113,6 +136,11 @@ def past_names(layer: int) -> tuple[str, str]:
     return f"past_k_{layer}", f"past_v_{layer}"
 
 
+def deepstack_names(language: LanguageModel) -> tuple[str, ...]:
+    """Names of the features that go into the first layers: [V,D] out of vision, [1,S,D] from embed to decoder."""
+    return tuple(f"deepstack_{i}" for i in range(language.deepstack))
+
+
 def present_names(layer: int) -> tuple[str, str]:
     """Names of a layer's cache outputs, each [B, Hkv, P_j + S_j, d]."""
     return f"present_k_{layer}", f"present_v_{layer}"
@@ -130,10 +158,17 @@ def spec_from_folder(folder: Path) -> ExportSpec:
     except (OSError, UnicodeDecodeError) as e:
         raise BadArtefact(f"{path} cannot be read ({e}); export the checkpoint again") from None
     try:
-        return ExportSpec.model_validate_json(text)
+        spec = ExportSpec.model_validate_json(text)
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the document"
+        got = "" if first["type"] == "missing" else f", got {str(first['input'])[:60]!r}"
         raise BadArtefact(
-            f"{path}: {where}: {first['msg']} (this version reads saccade.spec/1); export the checkpoint again"
+            f"{path}: {where}: {first['msg']}{got} (this version reads saccade.spec/1); export the checkpoint again"
         ) from None
+    if "schema_id" not in spec.model_fields_set:
+        raise BadArtefact(
+            f"{path} names no schema, so its format is unknown (this version reads saccade.spec/1); "
+            "export the checkpoint again"
+        )
+    return spec

@@ -2,6 +2,7 @@
 
 from graphs.ops import (
     attention_received,
+    block_attention,
     compact_rows,
     keep_topk,
     rated_attention_received,
@@ -19,6 +20,7 @@ OPS: dict[str, Op] = {
         rated_attention_received.OP,
         received_from_all.OP,
         text_raters.OP,
+        block_attention.OP,
     )
 }
 

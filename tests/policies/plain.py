@@ -16,17 +16,17 @@ import torch
 class Rows:
     """What a policy may look at before it cuts: the rows that are alive, as indices into the prompt's.
 
-    map_HSS: softmaxed causal attention of the layer before, over its rows (which are these). hidden_SD: what enters
-    the layer behind the cut. embeds_SD: what entered the decoder, of all prompt rows. plain: the decoder.
+    attention: [H, S, S], softmaxed, causal, of the layer before, over its rows (which are these). hidden: [S, D], what enters
+    the layer behind the cut. embeds: [S, D], what entered the decoder, of all prompt rows. plain: the decoder.
     """
 
     layer: int
     alive: torch.Tensor
     is_visual: torch.Tensor  # of all prompt rows
     positions: torch.Tensor
-    hidden_SD: torch.Tensor
-    embeds_SD: torch.Tensor
-    map_HSS: torch.Tensor
+    hidden: torch.Tensor
+    embeds: torch.Tensor
+    attention: torch.Tensor
     plain: PlainDecoder = field(repr=False)
 
     @property

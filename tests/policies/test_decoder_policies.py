@@ -38,28 +38,28 @@ keep = 0.5
 
 def last_row_mean(rows: Rows) -> torch.Tensor:
     """FastV: layer K−1, mean over heads, last row."""
-    return rows.map_HSS.mean(0)[-1]
+    return rows.attention.mean(0)[-1]
 
 
 def all_text_mean(rows: Rows) -> torch.Tensor:
     """STAR stage 2, and SGL alone: layer K−1, mean over heads and all text rows behind the image."""
-    return rows.map_HSS.mean(0)[rows.text_after].mean(0)
+    return rows.attention.mean(0)[rows.text_after].mean(0)
 
 
 def last_row_of_the_next_layer(rows: Rows) -> torch.Tensor:
     """PyramidDrop: softmax(q·k) of the layer behind the cut, mean over heads, last row."""
-    q, k, _ = rows.plain.qkv(rows.layer, rows.hidden_SD, rows.positions[rows.alive])
+    q, k, _ = rows.plain.qkv(rows.layer, rows.hidden, rows.positions[rows.alive])
     return rows.plain.attention_map(q, k).mean(0)[-1]
 
 
 def raters_mean(rows: Rows) -> torch.Tensor:
     """SparseVLM: rows whose relevance is at least the mean, on the decoder's input; mean over heads and raters."""
     last = int(rows.is_visual.nonzero().max())
-    image, text = rows.embeds_SD[rows.is_visual], rows.embeds_SD[last + 1 :]
+    image, text = rows.embeds[rows.is_visual], rows.embeds[last + 1 :]
     relevance = (image @ text.T).softmax(1).mean(0)
     raters = last + 1 + (relevance >= relevance.mean()).nonzero()[:, 0]
     assert 0 < len(raters) < len(text)
-    return rows.map_HSS.mean(0)[torch.isin(rows.alive, raters)].mean(0)
+    return rows.attention.mean(0)[torch.isin(rows.alive, raters)].mean(0)
 
 
 # name → plan, its prune layers in a model of 4, the score by formula

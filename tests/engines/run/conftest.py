@@ -89,3 +89,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
     monkeypatch.setattr(ort_session.OrtSession, "__init__", noted)
     return opened
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from engines.build import build_bundle
+
+    out = tmp_path_factory.mktemp("bundles") / "pair.bundle"
+    build_bundle([tiny_pair.exports["small"], tiny_pair.exports["large"]], out)
+    return out
+
+
+@pytest.fixture
+def image_file(tmp_path: Path) -> Path:
+    path = tmp_path / "image.png"
+    picture_of(0).save(path)
+    return path

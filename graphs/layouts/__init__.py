@@ -1,0 +1,1 @@
+"""How the patches and tiles of images lie in the vision stage's inputs: index arithmetic in numpy, shared by both rooms."""

@@ -1,0 +1,100 @@
+"""The host's rules around the decoder graph, without a graph."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engines.answer import retention_of
+from engines.decoder import checked_priority, composed, guide_rows, keep_ratios, rows_behind
+from engines.guidance import GuidanceSum, priority_of_rows, top_visual
+from graphs.errors import OperationFailed, UsageError
+from graphs.plan import Guidance, PrunePoint, PruningPlan, average_retention
+
+ONE = PruningPlan(name="one", points=(PrunePoint(layer=2, score="priority", keep=0.5),))
+TWO = PruningPlan(
+    name="two",
+    points=(PrunePoint(layer=2, score="attention", keep=0.5), PrunePoint(layer=4, score="attention", keep=0.25)),
+)
+NONE = PruningPlan(name="none")
+VISUAL = np.array([0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0, 0], bool)
+
+
+def guided(rows: str) -> PruningPlan:
+    return PruningPlan(name="g", guidance=Guidance(layers=(0,), rows=rows))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("rows", "wanted"), [("text", 3), ("text_and_last_visual", 4), ("last", 1)])
+def test_guide_rows_trail_the_last_image(rows: str, wanted: int) -> None:
+    assert guide_rows(guided(rows), VISUAL) == wanted
+
+
+def test_every_row_of_a_text_chunk_guides() -> None:
+    assert guide_rows(guided("text"), np.zeros(4, bool)) == 4
+    assert guide_rows(TWO, np.zeros(1, bool)) == 1
+
+
+def test_image_and_question_belong_in_one_chunk() -> None:
+    with pytest.raises(UsageError, match="same chunk"):
+        guide_rows(TWO, np.array([0, 1, 1], bool))
+
+
+def test_all_text_stays_and_each_point_counts_from_the_original() -> None:
+    assert rows_behind(ONE, VISUAL, None) == (5 + 4,)
+    assert rows_behind(ONE, VISUAL, 0.05) == (5 + 1,)
+    assert rows_behind(TWO, VISUAL, None) == (5 + 4, 5 + 2)
+    assert rows_behind(TWO, VISUAL, (1, 0.5)) == (13, 9)
+    assert rows_behind(NONE, VISUAL, None) == ()
+
+
+def test_a_chunk_without_an_image_is_not_pruned() -> None:
+    text = np.zeros(3, bool)
+    assert rows_behind(TWO, text, None) == (3, 3)
+    with pytest.raises(UsageError, match="nothing to prune"):
+        rows_behind(ONE, text, 0.5)
+
+
+def test_keep_is_one_share_per_prune_point() -> None:
+    assert keep_ratios(ONE, None) == (0.5,)
+    assert keep_ratios(ONE, 0.3) == (0.3,)
+    assert keep_ratios(NONE, 1) == ()
+    for plan, keep in ((TWO, 0.3), (NONE, 0.3), (ONE, (0.3, 0.2))):
+        with pytest.raises(UsageError, match="prune points"):
+            keep_ratios(plan, keep)
+    with pytest.raises(UsageError, match="grow"):
+        keep_ratios(TWO, (0.2, 0.3))
+
+
+def test_kept_rows_compose_over_the_points() -> None:
+    first, second = composed(6, [np.array([0, 2, 3, 5]), np.array([0, 3])])
+    assert first.tolist() == [0, 2, 3, 5]
+    assert second.tolist() == [0, 5]
+
+
+def test_priority_is_needed_only_where_something_is_pruned() -> None:
+    assert checked_priority(None, VISUAL, prunes=False).shape == (1, 13)
+    with pytest.raises(UsageError, match="none was given"):
+        checked_priority(None, VISUAL, prunes=True)
+    with pytest.raises(UsageError, match="rows"):
+        checked_priority(np.zeros(3), VISUAL, prunes=True)
+
+
+def test_guidance_is_summed_in_fp32_over_the_visual_rows() -> None:
+    total = GuidanceSum(np.array([0, 1, 0, 1], bool))
+    total.add(np.array([9, 1, 9, 2], np.float32))
+    total.add(np.array([9, 0.5, 9, 0.25, 9], np.float32))
+    assert total.total.tolist() == [1.5, 2.25]
+    assert total.total.dtype == np.float32
+    assert priority_of_rows(total.total, np.array([0, 1, 0, 1], bool)).tolist() == [0, 1.5, 0, 2.25]
+
+
+def test_ties_go_to_the_lower_index() -> None:
+    assert top_visual(np.array([1, 3, 3, 3, 0], np.float32), 0.4).tolist() == [1, 2]
+    with pytest.raises(OperationFailed, match="not a number"):
+        top_visual(np.array([1, np.nan]), 0.5)
+
+
+def test_retention_of_several_points_is_the_share_summed_over_segments() -> None:
+    assert retention_of(ONE, 8, (0.5,)) == pytest.approx(average_retention(8, 2, 0.5))
+    assert retention_of(TWO, 8, (0.5, 0.25)) == pytest.approx((2 * 1 + 2 * 0.5 + 4 * 0.25) / 8)
+    assert retention_of(NONE, 8, ()) == 1

@@ -1,0 +1,124 @@
+"""A tiny random checkpoint of every family, with tokenizer, image processor and chat template in its style.
+
+Built from the families' configuration classes; no weight and no file is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.tiny import WORDS, tiny_llava
+
+CHATML = (
+    "{%% for m in messages %%}{{ '<|im_start|> ' + m['role'] + '\n' }}{%% for c in m['content'] %%}"
+    "{%% if c['type'] == 'image' %%}{{ %r }}{%% else %%}{{ c['text'] }}{%% endif %%}{%% endfor %%}"
+    "{{ ' <|im_end|>\n' }}{%% endfor %%}{%% if add_generation_prompt %%}{{ '<|im_start|> assistant\n' }}{%% endif %%}"
+)
+PLAIN = (
+    "{% for m in messages %}{{ m['role'] | upper }}: {% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "{{ '<image>\n' }}{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
+SMOL = (
+    "<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}{% if m['content'][0]['type'] == 'image' %}:"
+    "{% else %}: {% endif %}{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}"
+    "{% else %}<image>{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+CONTROL = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
+TALK = [*WORDS, "user", "assistant", "User:", "Assistant:", "and", "compare"]
+VOCAB = 96
+SPREAD = 0.3
+
+TEXT: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+TOWER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+def write_tokenizer(folder: Path, specials: list[str], template: str, named: dict[str, str]) -> None:
+    """A real fast tokenizer of whole words; ``named`` become its attributes, as the real ones have them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {word: i for i, word in enumerate(dict.fromkeys([*CONTROL, *specials, *TALK]))}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([*CONTROL, *specials])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=named,
+        chat_template=template,
+    )
+    fast.save_pretrained(folder)
+
+
+def id_of(special: str, specials: list[str]) -> int:
+    """A special token's id."""
+    return [*CONTROL, *specials].index(special)
+
+
+def save_random(model_class: Any, config: Any, folder: Path, seed: int, dtype: str) -> None:
+    """Random weights, wide enough that greedy answers vary."""
+    import torch
+
+    torch.manual_seed(seed)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=1.0 if "embed_tokens" in name else SPREAD)
+            elif parameter.dim() == 1 and name.endswith("newline"):
+                parameter.normal_()
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+
+
+def text_of(sizes: dict[str, Any]) -> dict[str, Any]:
+    """The decoder's sizes, some of them changed."""
+    return TEXT | sizes
+
+
+def tiny_internvl(folder: Path, *, seed: int = 0, dtype: str = "float32", **sizes: Any) -> Path:
+    """InternVL over a Qwen2 decoder: tiles of 32×32 pixels, 4×4 patches, 2×2 tokens each."""
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Config
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+    from transformers.models.internvl import InternVLVisionConfig
+
+    specials = ["<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
+    config = InternVLConfig(
+        vision_config=InternVLVisionConfig(**TOWER, image_size=32, patch_size=8),
+        text_config=Qwen2Config(**text_of(sizes)),
+        image_token_id=id_of("<IMG_CONTEXT>", specials),
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    save_random(InternVLForConditionalGeneration, config, folder, seed, dtype)
+    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    write_tokenizer(folder, specials, CHATML % "<IMG_CONTEXT>\n", names | {"video_token": "<video>"})
+    GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, max_patches=6).save_pretrained(folder)
+    (folder / "processor_config.json").write_text('{"processor_class": "InternVLProcessor", "image_seq_length": 4}\n')
+    return folder
+
+
+TINY: dict[str, Callable[..., Path]] = {"llava": tiny_llava, "internvl": tiny_internvl}
