@@ -5,6 +5,8 @@ from graphs.ops import (
     block_attention,
     compact_rows,
     keep_topk,
+    merge_context,
+    merge_pairs,
     rated_attention_received,
     received_from_all,
     text_raters,
@@ -20,6 +22,8 @@ OPS: dict[str, Op] = {
         rated_attention_received.OP,
         received_from_all.OP,
         text_raters.OP,
+        merge_context.OP,
+        merge_pairs.OP,
         block_attention.OP,
     )
 }
