@@ -19,6 +19,7 @@ from exporter.checkpoint import (
 from exporter.processor import copy_processor, processor_files, tokens_of
 from exporter.program import DecoderProgram, EmbedProgram, Program, VisionProgram
 from exporter.stages import bind, examples_of, weights_used, write_stage
+from exporter.towers import with_tower
 from exporter.trace import finish, onnx_from_program
 from exporter.weights import PlacedWeights, place_weights, streamed
 from graphs.atomic import atomic_folder
@@ -82,7 +83,8 @@ def _export(
         model = skeleton_of(source, DTYPES[dtype])
         language, grid = language_of(source), source.family.grid(source.config)
         slices = slices_of_parameters(model, source)
-    vision = VisionProgram(model, source.family, grid, language)
+    plan = with_tower(plan, model, source.family)
+    vision = VisionProgram(model, source.family, grid, language, plan.vision)
     embed = EmbedProgram(model, source.family, tokens.image, language)
     decoder = DecoderProgram(model, source.family, plan, language)
     programs: dict[str, Program] = {"vision": vision, "embed": embed, "decoder": decoder}
@@ -105,7 +107,7 @@ def _export(
             bind(traced[name], used[name], placed, base)
             stages[name] = write_stage(finish(traced[name]), work, name)
     with step("computing golden tensors"), streamed(model, placed.slices):
-        seen = golden.vision_cases(vision, grid)
+        seen = golden.vision_cases(vision)
         merged = golden.embed_cases(embed, seen["one"][1], tokens, language.vocab)
         written = golden.decoder_cases(decoder, merged["one"][1], language)
         golden.save_golden(work / GOLDEN_FILE, {"vision": seen, "embed": merged, "decoder": written})

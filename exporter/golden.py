@@ -13,15 +13,15 @@ from exporter.family import SEED, Tensors
 from exporter.program import DecoderProgram, EmbedProgram, VisionProgram
 from graphs.errors import OperationFailed
 from graphs.plan import PruningPlan
-from graphs.spec import LanguageModel, Tokens, VisualGrid, past_names, present_names
+from graphs.spec import LanguageModel, Tokens, past_names, present_names
 
 TEXT_BEFORE, VISUAL, TEXT_AFTER, FOLLOW_UP = 4, 16, 4, 3
 Cases = dict[str, tuple[Tensors, Tensors]]
 
 
-def vision_cases(program: VisionProgram, grid: VisualGrid) -> Cases:
+def vision_cases(program: VisionProgram) -> Cases:
     """One image, and two of different shapes where the family knows any."""
-    feeds = {name: program.family.example(grid, images) for name, images in (("one", 1), ("two", 2))}
+    feeds = {name: program.example(images) for name, images in (("one", 1), ("two", 2))}
     return {name: (feed, program(feed)) for name, feed in feeds.items()}
 
 
@@ -32,7 +32,7 @@ def embed_cases(program: EmbedProgram, seen: Tensors, tokens: Tokens, vocab: int
     ids += ids >= tokens.image
     visual = min(VISUAL, seen["visual_embeds"].shape[0])
     row = torch.cat([ids[:TEXT_BEFORE], torch.full((visual,), tokens.image), ids[-TEXT_AFTER:]])
-    feed = {"input_ids": row[None], **{name: value[:visual] for name, value in seen.items()}}
+    feed = {"input_ids": row[None], **{name: seen[name][:visual] for name in ("visual_embeds", *program.deepstack)}}
     return {"one": (feed, program(feed))}
 
 

@@ -11,22 +11,39 @@ from torch import nn
 
 from exporter.attention import LayerRun
 from exporter.family import Family, Tensors
+from exporter.vision_pruning import VisionPruning
 from graphs.ops import OPS
-from graphs.plan import FROM_OUTSIDE, PruningPlan
+from graphs.plan import FROM_OUTSIDE, PruningPlan, VisionPoint
 from graphs.spec import LanguageModel, VisualGrid, deepstack_names, past_names, present_names
 
 
 class VisionProgram(nn.Module):
-    """pixel_values fp32 and the family's other inputs → visual_embeds [V,D] and deepstack features."""
+    """pixel_values fp32 and the family's other inputs → visual_embeds [V,D] and deepstack features, pruned or not."""
 
-    def __init__(self, model: Any, family: Family, grid: VisualGrid, language: LanguageModel) -> None:
+    def __init__(
+        self,
+        model: Any,
+        family: Family,
+        grid: VisualGrid,
+        language: LanguageModel,
+        point: VisionPoint | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.family, self.dims = model, family, family.dims(grid)
+        self.model, self.family, self.grid, self.dims = model, family, grid, family.dims(grid)
         self.outputs = ("visual_embeds", *deepstack_names(language))
+        self.pruning = VisionPruning(model, family, point, grid) if point and not point.on_host else None
+        if self.pruning:
+            self.dims, self.outputs = self.dims | self.pruning.dims, (*self.outputs, "kept_vision")
+
+    def example(self, images: int) -> Tensors:
+        """Valid inputs for 1 or 2 images."""
+        feed = self.family.example(self.grid, images)
+        return feed | self.pruning.carriers(images) if self.pruning else feed
 
     def forward(self, feed: Tensors) -> Tensors:
         pixels = feed["pixel_values"].to(self.model.dtype)
-        out = self.family.visual(self.model, {**feed, "pixel_values": pixels})
+        prepared = {**feed, "pixel_values": pixels}
+        out = self.pruning.run(prepared) if self.pruning else self.family.visual(self.model, prepared)
         return {name: out[name] for name in self.outputs}
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from exporter.family import Family
 from graphs.errors import UsageError
-from graphs.plan import VisionPoint
+from graphs.plan import PruningPlan, VisionPoint
 
 NEEDS_TOWER = ("cls", "zip", "tome")
 
@@ -99,3 +100,13 @@ def tower_for(family: str, model: Any, point: VisionPoint) -> ClipTower | None:
             f"this checkpoint takes {list(clip.chosen)}; use another policy"
         )
     return clip
+
+
+def with_tower(plan: PruningPlan, model: Any, family: Family) -> PruningPlan:
+    """The plan with what a runtime has to know of the tower; UsageError where this family's tower does not serve."""
+    if not plan.vision:
+        return plan
+    tower = tower_for(family.name, model, plan.vision)
+    if not tower or plan.vision.score != "tome":
+        return plan
+    return plan.model_copy(update={"vision": plan.vision.model_copy(update={"tower_layers": max(tower.chosen)})})

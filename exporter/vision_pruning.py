@@ -31,8 +31,8 @@ class VisionPruning:
         self.tower = tower_for(family.name, model, point)
         if point.per_image and not self.tokens:
             raise UsageError(
-                f"an image of {family.name} has no fixed number of tokens, so a share of each image's is no one length; "
-                "leave per_image out"
+                f"an image of {family.name} has no fixed number of tokens, so a share of each image's is no one "
+                "length; leave per_image out"
             )
 
     @property
@@ -90,7 +90,7 @@ class VisionPruning:
         return (kept_NK + first_N1).flatten()
 
     def zipped(self, feed: Tensors) -> Tensors:
-        """VisionZip: dominant tokens by class attention, the rest averaged into contextual ones, before the projector."""
+        """VisionZip: dominant tokens by class attention, the rest averaged into contextual ones; then the projector."""
         tower = self._tower()
         hidden = tower.hidden_states(feed["pixel_values"])
         score_NT = self.class_attention(tower, hidden)
@@ -106,7 +106,7 @@ class VisionPruning:
         return {"visual_embeds": tower.projected(features).flatten(0, 1), "kept_vision": self.of_all(kept)}
 
     def merged(self, feed: Tensors) -> Tensors:
-        """ToMe: in every layer, between attention and MLP, the most alike tokens become one; attention weighs by size."""
+        """ToMe: between attention and MLP of each layer the most alike tokens become one; attention weighs by size."""
         tower = self._tower()
         x = tower.embedded(feed["pixel_values"])
         size = torch.ones_like(x[..., 0], dtype=torch.float32)
@@ -117,7 +117,8 @@ class VisionPruning:
         ):
             block = layers[layer]
             normed = block.layer_norm1(x)
-            x = x + block.self_attn(normed, size.log()[:, None, None].to(x.dtype))[0]
+            by_size = size.log()[:, None, None].to(x.dtype).expand(-1, 1, x.shape[1], -1)
+            x = x + block.self_attn(normed, by_size)[0]
             key = tower.keys(layer, normed).mean(1)
             carrier = torch.zeros(left + 1, dtype=torch.int32, device=x.device)
             x, size, place = OPS["MergePairs"].torch_op(x, size, place, key, carrier)

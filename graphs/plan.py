@@ -81,6 +81,22 @@ class VisionPoint(Budget):
     per_image: bool = False
     merge: float = Field(default=0.0, ge=0, lt=1)
     seed: int = Field(default=0, ge=0)
+    # tome: layers of the tower that merge, known once the plan is fitted to a model.
+    tower_layers: int = Field(default=0, ge=0)
+
+    def carriers(self, tokens: int, images: int = 1, keep: float | None = None) -> dict[str, int]:
+        """Lengths of the vision graph's shape carriers for ``tokens`` visual tokens of all images.
+
+        keep: a share in (0, 1] instead of the point's own. Raises UsageError for a number that cannot be had.
+        """
+        point = self if keep is None else self.model_copy(update={"keep": keep, "count": None})
+        kept = point.kept_of(tokens, images) // (images if self.per_image else 1)
+        if self.score == "tome":
+            checked_merging(tokens // images, kept, self.tower_layers)
+        merged = min(max(1, round(kept * self.merge)), kept - 1) if self.merge else 0
+        if self.merge and not merged:
+            raise UsageError("one token of an image is too few for some to be kept and some merged; keep at least 2")
+        return {"keep_vision": kept - merged, **({"merge_vision": merged} if self.merge else {})}
 
     @property
     def on_host(self) -> bool:
@@ -157,6 +173,13 @@ class PruningPlan(Record):
                     "use score 'priority' or a later layer"
                 )
             before = point.layer
+        self._check_together()
+        if self.guidance:
+            self._check_guidance(layers, self.guidance)
+        return self
+
+    def _check_together(self) -> None:
+        """What prune points may not say beside each other."""
         if len(rows := sorted({p.rows for p in self.points if p.score in BY_ATTENTION})) > 1:
             raise UsageError(
                 f"plan {self.name}: prune points go by the rows {' and '.join(rows)}, but a decoder has one set of "
@@ -174,28 +197,31 @@ class PruningPlan(Record):
                 f"plan {self.name}: prune points keep {[p.count or p.keep for p in self.points]} of the original "
                 "tokens in turn, but what is dropped is gone; order them down"
             )
+        if self.vision and self.vision.score in ("zip", "tome") and not self.vision.per_image:
+            raise UsageError(
+                f"plan {self.name}: score {self.vision.score!r} merges the tokens of one image, so each image keeps its "
+                "own share; say per_image = true"
+            )
         if self.vision and self.vision.merge and self.vision.score != "zip":
             raise UsageError(
                 f"plan {self.name}: merge belongs to score 'zip', not to {self.vision.score!r}; leave it out"
             )
-        if self.guidance:
-            if not self.guidance.layers or len(set(self.guidance.layers)) < len(self.guidance.layers):
-                raise UsageError(
-                    f"plan {self.name}: guidance comes from layers {list(self.guidance.layers)}, but it is a sum over "
-                    "at least one layer, each once; list them so"
-                )
-            if self.guidance.rows == "raters":
-                raise UsageError(
-                    f"plan {self.name}: guidance is a plain sum over its rows; raters rank prune points only"
-                )
-            if bad := [i for i in self.guidance.layers if not 0 <= i < layers]:
-                raise UsageError(f"plan {self.name}: guidance layers {bad} do not exist; the model has {layers}")
-            if self.points or self.vision:
-                raise UsageError(
-                    f"plan {self.name}: guidance is collected over full rows, so a plan that gives "
-                    "guidance cannot prune inside; split it over two exports"
-                )
-        return self
+
+    def _check_guidance(self, layers: int, guidance: Guidance) -> None:
+        if not guidance.layers or len(set(guidance.layers)) < len(guidance.layers):
+            raise UsageError(
+                f"plan {self.name}: guidance comes from layers {list(guidance.layers)}, but it is a sum over "
+                "at least one layer, each once; list them so"
+            )
+        if guidance.rows == "raters":
+            raise UsageError(f"plan {self.name}: guidance is a plain sum over its rows; raters rank prune points only")
+        if bad := [i for i in guidance.layers if not 0 <= i < layers]:
+            raise UsageError(f"plan {self.name}: guidance layers {bad} do not exist; the model has {layers}")
+        if self.points or self.vision:
+            raise UsageError(
+                f"plan {self.name}: guidance is collected over full rows, so a plan that gives "
+                "guidance cannot prune inside; split it over two exports"
+            )
 
 
 def layer_of(fraction: float, layers: int) -> int:
@@ -226,6 +252,26 @@ def kept_count(tokens: int, keep: float) -> int:
     if not 0 < keep <= 1:
         raise UsageError(f"keep is {keep:g}, but must lie in (0, 1]; give the share of visual tokens to keep")
     return max(1, int(tokens * keep + 1e-9)) if tokens else 0
+
+
+def merge_schedule(tokens: int, keep: int, layers: int) -> list[int]:
+    """Tokens of an image left behind each tower layer, as evenly as whole numbers go; ends at ``keep`` (ToMe)."""
+    return [tokens - (tokens - keep) * (i + 1) // layers for i in range(layers)]
+
+
+def checked_merging(tokens: int, keep: int, layers: int) -> None:
+    """UsageError where a layer would have to merge more than half of its tokens."""
+    if not _can_merge(tokens, keep, layers):
+        fewest = next(k for k in range(keep, tokens + 1) if _can_merge(tokens, k, layers))
+        raise UsageError(
+            f"merging {tokens} tokens down to {keep} in {layers} layers would take more than half of a layer's tokens; "
+            f"keep at least {fewest}"
+        )
+
+
+def _can_merge(tokens: int, keep: int, layers: int) -> bool:
+    lefts = [tokens, *merge_schedule(tokens, keep, layers)]
+    return all(a - b <= a // 2 for a, b in pairwise(lefts))
 
 
 def checked_keep(values: Sequence[float]) -> tuple[float, ...]:

@@ -58,6 +58,38 @@ TABLE = (
         lambda role: GuidanceDocument() if role == "small" else None,
     ),
     Policy(
+        "star",
+        "Twice: after the vision tower, what each visual token receives in softmax(HHᵀ/√d) over the embeddings of its "
+        "image; before a layer in the middle, what it receives from all text behind the image.",
+        "STAR, arXiv 2505.12359; its R, K and P are not published where we could read: 50 % at the vision stage is "
+        "ours, K = 14 of 32 and keep 5 % are those of a close successor",
+        _always(
+            _point("vision", "received", keep=0.5, per_image=True),
+            _point(0.4375, "attention", rows="text", keep=0.05),
+        ),
+    ),
+    Policy(
+        "fastervlm",
+        "What each visual token receives from the tower's class token, in the layer whose output is used. "
+        "Towers with a class token only (LLaVA-1.5's CLIP).",
+        "FasterVLM, arXiv 2412.01818: keep 144 of 576 (the mildest of 144, 58, 29)",
+        _always(_point("vision", "cls", keep=0.25, per_image=True)),
+    ),
+    Policy(
+        "visionzip",
+        "As fastervlm for the dominant tokens; the rest is averaged into contextual ones by the likeness of keys, "
+        "before the projector. In image order; the class token itself is not passed on.",
+        "VisionZip, arXiv 2412.04467: 54 dominant and 10 contextual of 576",
+        _always(_point("vision", "zip", keep=64 / 576, per_image=True, merge=10 / 64)),
+    ),
+    Policy(
+        "tome",
+        "Merges the most alike tokens in every tower layer, evenly, weighing attention by size; SGL's other baseline. "
+        "A merged token stands where the one stood that the others were merged into.",
+        "ToMe, arXiv 2210.09461; the paper has no LVLM budget: keep 25 % is ours",
+        _always(_point("vision", "tome", keep=0.25, per_image=True)),
+    ),
+    Policy(
         "fastv",
         "What the last row attends to in layer 1; a mean over heads ranks as our sum does.",
         "FastV, arXiv 2403.06764: before layer K = 2, keep 50 %",

@@ -16,8 +16,8 @@ import torch
 class Rows:
     """What a policy may look at before it cuts: the rows that are alive, as indices into the prompt's.
 
-    attention: [H, S, S], softmaxed, causal, of the layer before, over its rows (which are these). hidden: [S, D], what enters
-    the layer behind the cut. embeds: [S, D], what entered the decoder, of all prompt rows. plain: the decoder.
+    attention: [H, S, S], softmaxed, causal, of the layer before, over its rows (which are these). hidden: [S, D], what
+    enters the layer behind the cut. embeds: [S, D], what entered the decoder, of all prompt rows. plain: the decoder.
     """
 
     layer: int

@@ -69,6 +69,8 @@ def test_where_0_is_a_layer_and_a_share_of_nothing_is_too():
         (HEAD + a_point(2, "attention", keep=0.5, merge=0.5), "has no merge"),
         (HEAD + a_point("vision", "cls", keep=0.5, rows="last"), "has no rows"),
         (HEAD + a_point("vision", "cls", keep=0.5, merge=0.5), "merge belongs to score 'zip'"),
+        (HEAD + a_point("vision", "zip", keep=0.5, merge=0.1), "say per_image = true"),
+        (HEAD + a_point("vision", "tome", keep=0.5), "say per_image = true"),
         (HEAD + a_point(2, "attention", keep=0.5, rows="first"), "rows"),
         (HEAD + a_point(2, "attention", keep=0.5, sede=1), "there is no point.0.sede; known are .*seed"),
         (HEAD + a_point(2, "attention", keep=0.5) * 2, "before layer 2, but it must lie after layer 2"),
