@@ -1,6 +1,6 @@
 """Tiny random checkpoints and their exports, each made once per session: tracing costs a second a layer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def hf(checkpoint: Callable[[str], Path]) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def traced_before(exported: Callable[[str], Exported], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def traced_before(exported: Callable[[str], Exported], monkeypatch: pytest.MonkeyPatch) -> Path:
     """Exports of the checkpoint "untied" as role small take their traces from an earlier export: no seconds lost."""
     import onnx_ir as ir
 
@@ -99,4 +99,4 @@ def traced_before(exported: Callable[[str], Exported], monkeypatch: pytest.Monke
         return ir.load(folder / f"{type(program).__name__.removesuffix('Program').lower()}.onnx")
 
     monkeypatch.setattr(exporter_page, "onnx_from_program", reread)
-    yield folder
+    return folder

@@ -322,7 +322,7 @@ def test_golden_tensors_replay(exported, name):
             result = compare(
                 f"{stage}/{case}/{tensor}", out[tensor], wanted, 2e-2 if model.spec.dtype == "float16" else None
             )
-            assert result.agrees, (result.name, result.problem)
+            assert result.agrees, (stage, case, tensor, result.problem)
     prefill = model.golden["decoder/prefill/in/inputs_embeds"]
     if model.spec.plan.points:
         assert model.golden["decoder/prefill/out/kept_0"].shape[1] < prefill.shape[1], "golden prunes nothing"
