@@ -89,3 +89,50 @@ def register() -> str:
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, attention_function)
     return NAME
+
+
+BLOCKS = "saccade_flash_blocks"  # transformers hands packed rows to attentions whose name contains "flash"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Which packed rows attend to each other: ``graphs.layouts.patches``.
+
+    rows: int64 [B,K], the row at each place of each block, −1 for none. place: int64 [P], where each row went.
+    """
+
+    rows: torch.Tensor
+    place: torch.Tensor
+
+
+def block_attention_function(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    *,
+    saccade_blocks: Blocks,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Full attention inside each block of a packed vision tower: q, k, v [1,H,P,D] → [1,P,H,D]."""
+    blocks, places = saccade_blocks.rows.shape
+    row = saccade_blocks.rows.clamp(min=0).flatten()
+
+    def spread(x_1HPD: torch.Tensor) -> torch.Tensor:
+        _, heads, _, width = x_1HPD.shape
+        return x_1HPD[0].transpose(0, 1).index_select(0, row).view(blocks, places, heads, width).transpose(1, 2)
+
+    is_real = saccade_blocks.rows >= 0
+    out = OPS["BlockAttention"].torch_op(spread(query), spread(key), spread(value), is_real, scaling)
+    gathered = out.transpose(1, 2).flatten(0, 1).index_select(0, saccade_blocks.place)
+    return gathered[None], None
+
+
+def register_blocks() -> str:
+    """Make the packed vision attention known to transformers, and return its name."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(BLOCKS, block_attention_function)
+    return BLOCKS

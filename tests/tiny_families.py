@@ -121,4 +121,88 @@ def tiny_internvl(folder: Path, *, seed: int = 0, dtype: str = "float32", **size
     return folder
 
 
-TINY: dict[str, Callable[..., Path]] = {"llava": tiny_llava, "internvl": tiny_internvl}
+QWEN = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+PATCH = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+
+
+def finish_qwen(folder: Path, patch: int = 4) -> Path:
+    """Tokenizer, image processor and template of the Qwen families."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    write_tokenizer(folder, QWEN, CHATML % "<|vision_start|><|image_pad|><|vision_end|>", {"image_token": QWEN[2]})
+    size = {"shortest_edge": 256, "longest_edge": 4096}
+    Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2, size=size).save_pretrained(folder)
+    return folder
+
+
+def qwen_ids() -> dict[str, int]:
+    """The special tokens that a configuration names."""
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    return {name: id_of(token, QWEN) for name, token in zip(names, QWEN, strict=True)}
+
+
+def mrope(sizes: dict[str, Any]) -> dict[str, Any]:
+    """A decoder whose rotary angles go by time, row and column."""
+    text = text_of(sizes)
+    half = (text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]) // 2
+    section = [half - 2 * (half // 3), half // 3, half // 3]
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}
+    return text | {"rope_parameters": rope}
+
+
+def tiny_qwen2_vl(folder: Path, *, seed: int = 0, dtype: str = "float32", **sizes: Any) -> Path:
+    """Qwen2-VL: every tower layer sees its whole image."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    text = mrope(sizes)
+    vision = PATCH | {"depth": 2, "embed_dim": 32, "hidden_size": text["hidden_size"], "num_heads": 2, "mlp_ratio": 2}
+    config = Qwen2VLConfig(vision_config=vision, text_config=text, **qwen_ids())
+    save_random(Qwen2VLForConditionalGeneration, config, folder, seed, dtype)
+    return finish_qwen(folder)
+
+
+def tiny_qwen2_5_vl(folder: Path, *, seed: int = 0, dtype: str = "float32", **sizes: Any) -> Path:
+    """Qwen2.5-VL: windows of 4×4 patches in one layer, whole images in the other."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = mrope(sizes)
+    vision = PATCH | {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "out_hidden_size": text["hidden_size"],
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }
+    config = Qwen2_5_VLConfig(vision_config=vision, text_config=text, **qwen_ids())
+    save_random(Qwen2_5_VLForConditionalGeneration, config, folder, seed, dtype)
+    return finish_qwen(folder)
+
+
+def tiny_qwen3_vl(folder: Path, *, seed: int = 0, dtype: str = "float32", **sizes: Any) -> Path:
+    """Qwen3-VL: a learned position table of 6×6, features of two tower layers into the first two decoder layers."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    text = mrope({"head_dim": 12} | sizes)
+    vision = PATCH | {
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "out_hidden_size": text["hidden_size"],
+        "num_position_embeddings": 36,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    config = Qwen3VLConfig(vision_config=vision, text_config=text, **qwen_ids())
+    save_random(Qwen3VLForConditionalGeneration, config, folder, seed, dtype)
+    return finish_qwen(folder)
+
+
+TINY: dict[str, Callable[..., Path]] = {
+    "llava": tiny_llava,
+    "internvl": tiny_internvl,
+    "qwen2_vl": tiny_qwen2_vl,
+    "qwen2_5_vl": tiny_qwen2_5_vl,
+    "qwen3_vl": tiny_qwen3_vl,
+}

@@ -50,6 +50,9 @@ CASES = {
             "internvl.processing_internvl:InternVLProcessor",
             lambda config: {"image_seq_length": 4},
         ),
+        Case("qwen2_vl", "qwen2_vl.processing_qwen2_vl:Qwen2VLProcessor"),
+        Case("qwen2_5_vl", "qwen2_5_vl.processing_qwen2_5_vl:Qwen2_5_VLProcessor"),
+        Case("qwen3_vl", "qwen3_vl.processing_qwen3_vl:Qwen3VLProcessor"),
     ]
 }
 
