@@ -27,12 +27,14 @@ class Chunk:
     """Rows of a conversation that are fed together.
 
     inputs_embeds: [1, S, D], host or device. is_visual: bool [S]. positions: original ones,
-    int64 [S] ascending, None for the rows that follow the cache.
+    int64 [S] ascending, None for the rows that follow the cache. visual_tokens: how many the images have
+    originally, None where all of them are here.
     """
 
     inputs_embeds: Value
     is_visual: np.ndarray
     positions: np.ndarray | None = None
+    visual_tokens: int | None = None
 
     def __len__(self) -> int:
         return len(self.is_visual)
@@ -86,7 +88,7 @@ class Decoder:
                 f"the conversation would be {int(position_S[-1]) + 1} tokens long, but the model has "
                 f"{self._spec.language.max_positions} positions; shorten it"
             )
-        kept_rows = rows_behind(plan, chunk.is_visual, keep)
+        kept_rows = rows_behind(plan, chunk.is_visual, keep, chunk.visual_tokens)
         feeds: dict[str, Value] = {
             "inputs_embeds": chunk.inputs_embeds,
             "position_ids": position_S[None],
@@ -133,34 +135,44 @@ def guide_rows(plan: PruningPlan, is_visual_S: np.ndarray) -> int:
     return {"text": text, "raters": text, "last": 1, "text_and_last_visual": text + 1}[rows]
 
 
-def rows_behind(plan: PruningPlan, is_visual_S: np.ndarray, keep: Keep) -> tuple[int, ...]:
-    """Return S_{i+1} of every prune point: all text rows, and int(N·r) of the chunk's N visual ones."""
+def rows_behind(
+    plan: PruningPlan, is_visual_S: np.ndarray, keep: Keep, visual_tokens: int | None = None
+) -> tuple[int, ...]:
+    """Return S_{i+1} of every prune point: all text rows, and int(N·r) of the images' N original visual tokens.
+
+    visual_tokens: N, where the vision stage dropped some already; no more stay than are left.
+    """
     visual = int(is_visual_S.sum())
     text = len(is_visual_S) - visual
-    ratios = keep_ratios(plan, keep)
+    ratios = keep_ratios(plan, keep)[len(plan.budgets) - len(plan.points) :]
     if not visual:
         if keep is not None and any(r < 1 for r in ratios):
             raise UsageError("a chunk without an image has nothing to prune; leave keep out")
-        return tuple(len(is_visual_S) for _ in ratios)
-    return tuple(text + kept_count(visual, r) for r in ratios)
+        return tuple(len(is_visual_S) for _ in plan.points)
+    original, behind = visual_tokens or visual, [visual]
+    for i, point in enumerate(plan.points):
+        wanted = point.kept_of(original) if keep is None else kept_count(original, ratios[i])
+        behind.append(min(behind[-1], wanted))
+    return tuple(text + left for left in behind[1:])
 
 
-def keep_ratios(plan: PruningPlan, keep: Keep) -> tuple[float, ...]:
-    """Return one share of the original visual tokens per prune point; None stands for the plan's own.
+def keep_ratios(plan: PruningPlan, keep: Keep, visual_tokens: int = 0) -> tuple[float, ...]:
+    """Return one share of the original visual tokens per prune point, the vision stage's first; None: the plan's own.
 
+    visual_tokens: what a plan's count is a share of.
     Raises UsageError for a share outside (0, 1], for shares that grow, for another number of them
     than there are prune points, and for any share below 1 where nothing can be pruned.
     """
     if keep is None:
-        return tuple(p.keep for p in plan.points)
+        return tuple(p.share_of(visual_tokens) for p in plan.budgets)
     ratios = (float(keep),) if isinstance(keep, int | float) else tuple(float(r) for r in keep)
     for ratio in ratios:
         kept_count(1, ratio)
-    if not plan.points and all(r == 1 for r in ratios):
+    if not plan.budgets and all(r == 1 for r in ratios):
         return ()
-    if len(ratios) != len(plan.points):
+    if len(ratios) != len(plan.budgets):
         raise UsageError(
-            f"{len(ratios)} keep ratios were given, but plan {plan.name} has {len(plan.points)} prune points; "
+            f"{len(ratios)} keep ratios were given, but plan {plan.name} has {len(plan.budgets)} prune points; "
             "give one for each, or export with another plan"
         )
     if any(b > a for a, b in pairwise(ratios)):

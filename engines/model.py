@@ -14,10 +14,11 @@ import numpy as np
 from PIL import Image
 
 from engines.clock import Clock
-from engines.decoder import Decoder, Keep
+from engines.decoder import Decoder, Keep, keep_ratios
 from engines.generate import Generation
 from engines.processing import Processor
 from engines.session import Session, Value, open_session
+from engines.vision import see
 from graphs.spec import ExportSpec
 
 DEFAULT_NEW_TOKENS = 128
@@ -28,7 +29,8 @@ class Prompt:
     """An image and a question, ready for the decoder.
 
     input_ids: int64 [1, S]. pixel_values: float32 [1, 3, H, W]. inputs_embeds: [1, S, D] on the
-    device. ms: what each step took.
+    device. ms: what each step took. positions: int64 [S], the original ones, with gaps where the vision stage
+    dropped tokens. kept_visual: int64, which of the original visual tokens are there; None: all.
     """
 
     input_ids: np.ndarray
@@ -36,9 +38,21 @@ class Prompt:
     inputs_embeds: Value
     is_visual: np.ndarray
     ms: dict[str, float]
+    positions: np.ndarray
+    visual_tokens: int
+    kept_visual: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[1]
+
+    @property
+    def next_position(self) -> int:
+        """The position of the first token of the answer."""
+        return int(self.positions[-1]) + 1
+
+    def of_visual(self, values_V: np.ndarray) -> np.ndarray:
+        """Of one value per original visual token, those of the tokens that are there."""
+        return values_V if self.kept_visual is None else values_V[self.kept_visual]
 
 
 class Model:
@@ -73,8 +87,12 @@ class Model:
         """The decoder with the host's rules around it."""
         return Decoder(self.session("decoder"), self.spec)
 
-    def prompt(self, image: Image.Image, question: str) -> Prompt:
-        """See the image and merge it with the question; the first stages of every answer."""
+    def prompt(self, image: Image.Image, question: str, keep: Keep = None) -> Prompt:
+        """See the image and merge it with the question; the first stages of every answer.
+
+        keep: as for ``generate``; the vision stage's share is its first, where the plan prunes there.
+        """
+        vision_keep = keep_ratios(self.spec.plan, keep)[0] if self.spec.plan.vision and keep is not None else None
         self.processor.checked(question)
         clock, ms = Clock(), {}
         self.open()
@@ -82,12 +100,14 @@ class Model:
         input_ids = self.processor.prompt(question)
         pixel_values = self.processor.pixels(image)
         ms["prepare"] = clock.lap()
-        vision = self.session("vision").run({"pixel_values": pixel_values}, device=("visual_embeds",))
+        seen = see(self, pixel_values, input_ids[0], keep=vision_keep)
         ms["vision"] = clock.lap()
-        embeds = self._embeds(input_ids, vision["visual_embeds"])
-        ms["embed"] = clock.lap()
         is_visual_S = input_ids[0] == self.spec.tokens.image
-        return Prompt(input_ids, pixel_values, embeds, is_visual_S, ms)
+        rows = seen.rows(is_visual_S)
+        embeds = self._embeds(input_ids[:, rows], seen.visual_embeds)
+        ms["embed"] = clock.lap()
+        visual = int(is_visual_S.sum())
+        return Prompt(input_ids[:, rows], pixel_values, embeds, is_visual_S[rows], ms, rows, visual, seen.kept)
 
     def embed_text(self, tokens: Sequence[int]) -> Value:
         """Return inputs_embeds [1, S, D] of text alone.

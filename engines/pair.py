@@ -57,7 +57,7 @@ def refuse_unasked(source: Source) -> None:
 
 def _check_alone(source: Source) -> None:
     refuse_unasked(source)
-    if source.spec.plan.uses_priority:
+    if source.spec.plan.needs_guidance:
         raise UsageError(
             f"{source.folder} is pruned by the guidance of a small model; give that export too, or export this one "
             "with --role alone"
@@ -66,7 +66,7 @@ def _check_alone(source: Source) -> None:
 
 def _check_plans(small: Source, large: Source) -> None:
     refuse_unasked(large)
-    if large.spec.plan.uses_priority and small.spec.plan.guidance is None:
+    if large.spec.plan.needs_guidance and small.spec.plan.guidance is None:
         raise UsageError(
             f"{large.folder} waits for guidance and {small.folder} gives none (plan {small.spec.plan.name}); "
             "export the small model with --policy sgl --role small"

@@ -44,6 +44,10 @@ class Budget(Record):
             return images * self.kept_of(tokens // images)
         return kept_count(tokens, self.keep) if self.count is None else min(self.count, tokens)
 
+    def share_of(self, tokens: int) -> float:
+        """What stays by default, as a share of ``tokens``."""
+        return self.keep if self.count is None else min(1.0, self.count / tokens) if tokens else 1.0
+
     @property
     def prunes(self) -> bool:
         """Whether anything is dropped by default (a count may, by the image's size)."""
@@ -138,9 +142,19 @@ class PruningPlan(Record):
         return any(p.score in FROM_OUTSIDE for p in self.points)
 
     @property
+    def needs_guidance(self) -> bool:
+        """Whether another model has to say what stays."""
+        return any(p.score == "priority" for p in self.points)
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """Every prune point in order, that of the vision stage first."""
+        return (*([self.vision] if self.vision else []), *self.points)
+
+    @property
     def prunes(self) -> bool:
         """Whether any point drops tokens by default."""
-        return any(p.prunes for p in (self.vision, *self.points) if p)
+        return any(p.prunes for p in self.budgets)
 
     @property
     def attention_rows(self) -> Rows | None:
@@ -190,16 +204,17 @@ class PruningPlan(Record):
                 f"plan {self.name}: prune points go by {' and '.join(scores)}, but a decoder has one input priority; "
                 "choose one of them"
             )
-        keeps = [p.keep for p in self.points if p.count is None]
+        keeps = [p.keep for p in self.budgets if p.count is None]
         counts = [p.count for p in self.points if p.count is not None]
         if any(b > a for a, b in [*pairwise(keeps), *pairwise(counts)]):
+            said = [p.count or round(p.keep, 4) for p in self.budgets]
             raise UsageError(
-                f"plan {self.name}: prune points keep {[p.count or p.keep for p in self.points]} of the original "
-                "tokens in turn, but what is dropped is gone; order them down"
+                f"plan {self.name}: prune points keep {said} of the original tokens "
+                "in turn, but what is dropped is gone; order them down"
             )
         if self.vision and self.vision.score in ("zip", "tome") and not self.vision.per_image:
             raise UsageError(
-                f"plan {self.name}: score {self.vision.score!r} merges the tokens of one image, so each image keeps its "
+                f"plan {self.name}: score {self.vision.score!r} merges tokens of one image, so each image keeps its "
                 "own share; say per_image = true"
             )
         if self.vision and self.vision.merge and self.vision.score != "zip":

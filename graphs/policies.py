@@ -90,6 +90,20 @@ TABLE = (
         _always(_point("vision", "tome", keep=0.25, per_image=True)),
     ),
     Policy(
+        "divprune",
+        "The tokens that lie farthest from each other by cosine distance, chosen greedily by the host between the "
+        "vision and the embed stage; text-free.",
+        "DivPrune, arXiv 2503.02175: keep 9.8 %",
+        _always(_point("vision", "divprune", keep=0.098, per_image=True)),
+    ),
+    Policy(
+        "cdpruner",
+        "Tokens that are relevant to the question and unlike each other: greedy MAP of a DPP, by the host. Relevance "
+        "is cosine to the language model's own text embeddings, not to a CLIP text tower as in the paper.",
+        "CDPruner, arXiv 2506.10967: keep 64 of 576",
+        _always(_point("vision", "cdpruner", keep=64 / 576, per_image=True)),
+    ),
+    Policy(
         "fastv",
         "What the last row attends to in layer 1; a mean over heads ranks as our sum does.",
         "FastV, arXiv 2403.06764: before layer K = 2, keep 50 %",
