@@ -60,6 +60,22 @@ def guidance_differs(stage: Stage) -> Report:
             yield "attention_received", f"it sums {found} of {wanted} layers"
 
 
+@stage_rule("G504", "vision prune point differs", AGAIN)
+def vision_prune_point_differs(stage: Stage) -> Report:
+    """The vision stage cuts and merges by the ops of the plan's score, and not at all where it has no score there."""
+    if stage.name != "vision":
+        return
+    point = stage.spec.plan.vision
+    wanted = dict.fromkeys(("KeepTopK", "MergeContext", "MergePairs"), 0)
+    if point and not point.on_host:
+        wanted["KeepTopK"] = int(point.score != "tome")
+        wanted["MergeContext"] = int(point.merge > 0)
+        wanted["MergePairs"] = point.tower_layers if point.score == "tome" else 0
+    for op, count in wanted.items():
+        if (found := len(_ours(stage, op))) != count:
+            yield op, f"{found} in the graph, plan {stage.spec.plan.name} needs {count}"
+
+
 def _ours(stage: Stage, *ops: str) -> list[Node]:
     return [node for node in nodes_of(stage.model.graph) if node.domain == DOMAIN and node.op_type in ops]
 

@@ -338,6 +338,17 @@ def fewer_layers_promised(folder):
     edit_spec(folder, lambda s: s["plan"]["guidance"].update(layers=[0]))
 
 
+@bad("G504", role="large")
+def a_vision_point_promised(folder):
+    edit_spec(folder, lambda s: s["plan"].update(vision={"score": "received", "keep": 0.5}))
+
+
+@bad("G504", role="large")
+def layers_of_merging_promised(folder):
+    vision = {"score": "tome", "keep": 0.5, "per_image": True, "tower_layers": 2}
+    edit_spec(folder, lambda s: s["plan"].update(vision=vision))
+
+
 @bad("G601")
 def old_opset(folder):
     def change(model):

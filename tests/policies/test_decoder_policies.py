@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from graphs.policies import plan_of_policy
 from graphs.rules import export_from_folder, findings_in
 from tests.policies.plain import PlainDecoder, Rows, share
 
@@ -24,15 +25,6 @@ where = 3
 score = "attention"
 rows = "raters"
 keep = 0.25
-"""
-TEXT = """
-schema = "saccade.plan/1"
-name = "star, stage 2"
-[[point]]
-where = 0.5
-score = "attention"
-rows = "text"
-keep = 0.5
 """
 
 
@@ -65,8 +57,7 @@ def raters_mean(rows: Rows) -> torch.Tensor:
 # name → plan, its prune layers in a model of 4, the score by formula
 POLICIES = {
     "fastv": ("fastv", [2], last_row_mean),
-    "sgl alone": ("sgl", [1], all_text_mean),
-    "star stage 2": (TEXT, [2], all_text_mean),
+    "star stage 2": ("star", [1], all_text_mean),
     "pyramiddrop": ("pyramiddrop", [1, 2, 3], last_row_of_the_next_layer),
     "sparsevlm": (RATERS, [1, 3], raters_mean),
 }
@@ -153,9 +144,13 @@ def test_graph_rules_hold(exported, name):
 
 def test_a_preview_computes_no_attention(exported):
     """PyramidDrop's extra q·k must not drag the attention of its layer, nor its values, in twice."""
-    from graphs.rules import export_from_folder
-
     stage = export_from_folder(exported("pyramiddrop").folder).stages["decoder"]
     ops = [node.op_type for node in stage.model.graph.node]
     assert ops.count("Attention") == 4
     assert ops.count("AttentionReceived") == 3
+
+
+def test_sgl_alone_is_the_decoder_half_of_star():
+    """So what holds of the one graph holds of the other."""
+    (sgl,), star = plan_of_policy("sgl", "alone", 4).points, plan_of_policy("star", "alone", 4).points
+    assert (sgl,) == star

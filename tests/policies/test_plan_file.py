@@ -47,6 +47,7 @@ def test_where_0_is_a_layer_and_a_share_of_nothing_is_too():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        (HEAD + a_point("vision", "cls", keep=0.1) + a_point(2, "attention", keep=0.5), "what is dropped is gone"),
         ("name = = 1", "is no TOML.*line 1"),
         ('name = "mine"', 'names no schema; begin it with: schema = "saccade.plan/1"'),
         ('schema = "saccade.plan/2"\nname = "x"', "schema.*saccade.plan/1.*saccade.plan/2"),

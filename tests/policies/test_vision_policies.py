@@ -15,11 +15,25 @@ from tests.policies.plain import PlainDecoder, share
 from tests.policies.test_decoder_policies import all_text_mean, last_row_mean
 from tests.policies.tower import Merging, PlainTower, best, contextual, received
 
-HEAD = 'schema = "saccade.plan/1"\nname = "x"\n[[point]]\nwhere = "vision"\nscore = '
+ZIP_AND_FASTV = """
+schema = "saccade.plan/1"
+name = "visionzip, fastv"
+[[point]]
+where = "vision"
+score = "zip"
+keep = 0.5
+merge = 0.15625  # 10 of 64
+per_image = true
+[[point]]
+where = 2
+score = "attention"
+rows = "last"
+keep = 0.25
+"""
 PLANS = {
     "star": ("star", "alone"),
     "fastervlm+sgl": ("fastervlm+sgl", "large"),
-    "visionzip+fastv": ("visionzip+fastv", "alone"),
+    "visionzip, fastv": (ZIP_AND_FASTV, "alone"),
     "tome": ("tome", "alone"),
 }
 SHARES = [0.75, 0.5, 0.25]
@@ -77,7 +91,7 @@ def tome(tower, image, keep):
     return {t: tower.project(tokens[t]) for t in sorted(tokens)}
 
 
-FORMULAS = {"star": star, "fastervlm+sgl": fastervlm, "visionzip+fastv": visionzip, "tome": tome}
+FORMULAS = {"star": star, "fastervlm+sgl": fastervlm, "visionzip, fastv": visionzip, "tome": tome}
 
 
 @pytest.mark.parametrize("keep", SHARES)
@@ -106,7 +120,7 @@ def test_keeping_all_is_the_whole_image(exported, tower, name):
 
 BEHIND = {
     "star": (1, all_text_mean),
-    "visionzip+fastv": (2, last_row_mean),
+    "visionzip, fastv": (2, last_row_mean),
     "fastervlm+sgl": (0, None),
 }
 
@@ -168,4 +182,4 @@ def test_merging_more_than_half_of_a_layer_is_refused(exported):
 
 def test_a_share_of_one_token_cannot_be_zipped(exported):
     with pytest.raises(UsageError, match="keep at least 2"):
-        exported("visionzip+fastv").spec.plan.vision.carriers(TOKENS, 1, 0.05)
+        exported(*PLANS["visionzip, fastv"]).spec.plan.vision.carriers(TOKENS, 1, 0.05)
