@@ -1,0 +1,1 @@
+"""A trained pair of small LLaVA models on images of handwritten digits: its data, training and evaluation."""
