@@ -130,6 +130,21 @@ def show_ops(as_json: bool) -> None:
         _print(columns([(d["op"], f"cpu: {d['cpu']}", d["meaning"]) for d in documents]))
 
 
+@click.command("families")
+@json_option
+def show_families(as_json: bool) -> None:
+    """List the model families that are exported, and those that are not, with the reason."""
+    from engines.words import columns
+    from graphs.families import KNOWN, REFUSED, documents
+
+    if as_json:
+        emit_json({"schema": "saccade.families/1", "families": documents()})
+        return
+    _print(columns([(f.name, f.architecture, f.example, f.image) for f in KNOWN]))
+    _print([f"{f.name}: {f.note}" for f in KNOWN if f.note])
+    _print([f"not taken: {r.name} ({r.architecture}): {r.reason}" for r in REFUSED])
+
+
 @click.command("policies")
 @click.option("--layers", default=48, show_default=True, help="Of the model in the examples.")
 @json_option

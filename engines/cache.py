@@ -19,7 +19,7 @@ class Cache:
     """Immutable: a run returns the next one, and an older one can be continued a second time.
 
     values: input name of the decoder → [1, Hkv, P_j, d], on the device.
-    positions: per segment the original positions of its rows, int64 [P_j], ascending.
+    positions: per segment the original positions of its rows, int64 [P_j], ascending, or [3, P_j].
     """
 
     values: Mapping[str, Value]
@@ -29,7 +29,7 @@ class Cache:
     @property
     def lengths(self) -> tuple[int, ...]:
         """P_j of every segment."""
-        return tuple(len(p) for p in self.positions)
+        return tuple(p.shape[-1] for p in self.positions)
 
 
 def empty_cache(spec: ExportSpec) -> Cache:
@@ -42,7 +42,8 @@ def empty_cache(spec: ExportSpec) -> Cache:
         for name in past_names(layer)
     }
     segments = spec.plan.segments(language.layers)
-    return Cache(values, tuple(np.zeros(0, np.int64) for _ in segments), 0)
+    shape = (0,) if language.position_axes == 1 else (3, 0)
+    return Cache(values, tuple(np.zeros(shape, np.int64) for _ in segments), 0)
 
 
 def present_outputs(spec: ExportSpec) -> tuple[str, ...]:
@@ -60,6 +61,7 @@ def grown(cache: Cache, outputs: Mapping[str, Value], position_S: np.ndarray, ke
     for layer in range(len(cache.values) // 2):
         for past, present in zip(past_names(layer), present_names(layer), strict=True):
             values[past] = outputs[present]
-    rows = (np.arange(len(position_S)), *kept)
-    positions = tuple(np.concatenate([old, position_S[r]]) for old, r in zip(cache.positions, rows, strict=True))
-    return Cache(values, positions, int(position_S[-1]) + 1)
+    rows = (np.arange(position_S.shape[-1]), *kept)
+    segments = zip(cache.positions, rows, strict=True)
+    positions = tuple(np.concatenate([old, position_S[..., r]], axis=-1) for old, r in segments)
+    return Cache(values, positions, int(position_S.max()) + 1)

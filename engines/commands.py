@@ -18,6 +18,7 @@ from graphs.talk import emit_json
 SHOWS = {
     "kept": ("engines.commands:show_kept", "Draw what the large model keeps of an image, and the guidance."),
     "bundle": ("engines.bundle_commands:show_bundle", "Tell what a bundle holds (also: saccade show BUNDLE)."),
+    "families": ("engines.bundle_commands:show_families", "List the model families and what is not taken."),
     "policies": ("engines.bundle_commands:show_policies", "List the pruning policies."),
     "ops": ("engines.bundle_commands:show_ops", "List the ops of domain saccade."),
     "machine": ("engines.bundle_commands:show_machine", "Tell what this machine can run."),
@@ -64,7 +65,7 @@ class ShowGroup(click.Group):
 
 @click.group(cls=ShowGroup)
 def show() -> None:
-    """Show a bundle, kept tokens, policies, ops or this machine."""
+    """Show a bundle, kept tokens, families, policies, ops or this machine."""
 
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))

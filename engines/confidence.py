@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engines.decoder import Chunk
+from engines.decoder import Chunk, following
 from engines.guidance import top_visual
 
 if TYPE_CHECKING:
@@ -72,7 +72,13 @@ def consistency_of(
     chunk = Chunk(
         inputs_embeds=np.concatenate(parts, axis=1),
         is_visual=np.concatenate([is_visual_S[rows], np.zeros(len(fed), bool)]),
-        positions=np.concatenate([rows, np.arange(len(is_visual_S), len(is_visual_S) + len(fed))]),
+        positions=np.concatenate([prompt.positions[..., rows], following(prompt.positions, len(fed))], axis=-1),
+        deepstack={name: _rows_of(model.to_host(x), rows, len(fed)) for name, x in prompt.deepstack.items()},
     )
     step = model.decoder.run(chunk, tail=len(tokens))
     return float(np.exp(log_probs(step.logits, tokens).sum()))
+
+
+def _rows_of(feature_1SD: np.ndarray, rows: np.ndarray, text: int) -> np.ndarray:
+    """The given rows, and rows of zeros for text behind them."""
+    return np.pad(feature_1SD[:, rows], ((0, 0), (0, text), (0, 0)))

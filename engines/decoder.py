@@ -6,8 +6,8 @@ The carriers guide, keep_i and tail are read for their length only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -17,7 +17,7 @@ from engines.cache import Cache, empty_cache, grown, present_outputs
 from engines.session import Session, Value
 from graphs.errors import OperationFailed, UsageError
 from graphs.plan import PruningPlan, kept_count
-from graphs.spec import ExportSpec
+from graphs.spec import ExportSpec, deepstack_names
 
 Keep: TypeAlias = float | Sequence[float] | None
 
@@ -27,13 +27,15 @@ class Chunk:
     """Rows of a conversation that are fed together.
 
     inputs_embeds: [1, S, D], host or device. is_visual: bool [S]. positions: original ones,
-    int64 [S] ascending, None for the rows that follow the cache. visual_tokens: how many the images have
-    originally, None where all of them are here.
+    int64 [S] ascending, or [3, S] where the model has three axes; None for text that follows the cache.
+    deepstack: features by input name, [1, S, D]; those that are missing are zeros, as for text.
+    visual_tokens: how many the images have originally, None where all of them are here.
     """
 
     inputs_embeds: Value
     is_visual: np.ndarray
     positions: np.ndarray | None = None
+    deepstack: Mapping[str, Value] = field(default_factory=dict)
     visual_tokens: int | None = None
 
     def __len__(self) -> int:
@@ -78,22 +80,25 @@ class Decoder:
         tail: how many of the last rows get logits. priority_S: float [S], where the plan prunes by it.
         Raises UsageError where the plan cannot serve the chunk, OperationFailed for NaN in the logits.
         """
-        plan, rows = self._spec.plan, len(chunk)
+        plan, language, rows = self._spec.plan, self._spec.language, len(chunk)
         cache = cache or empty_cache(self._spec)
         position_S = chunk.positions
         if position_S is None:
-            position_S = np.arange(cache.next_position, cache.next_position + rows, dtype=np.int64)
-        if position_S[-1] >= self._spec.language.max_positions:
+            line = np.arange(cache.next_position, cache.next_position + rows, dtype=np.int64)
+            position_S = line if language.position_axes == 1 else np.tile(line, (3, 1))
+        if (last := int(position_S.max())) >= language.max_positions:
             raise UsageError(
-                f"the conversation would be {int(position_S[-1]) + 1} tokens long, but the model has "
-                f"{self._spec.language.max_positions} positions; shorten it"
+                f"the conversation would be {last + 1} tokens long, but the model has "
+                f"{language.max_positions} positions; shorten it"
             )
         kept_rows = rows_behind(plan, chunk.is_visual, keep, chunk.visual_tokens)
         feeds: dict[str, Value] = {
             "inputs_embeds": chunk.inputs_embeds,
-            "position_ids": position_S[None],
+            "position_ids": position_S[None] if position_S.ndim == 1 else position_S[:, None],
             "tail": np.zeros(tail, np.int32),
             **{f"keep_{i}": np.zeros(n, np.int32) for i, n in enumerate(kept_rows)},
+            **{name: np.zeros((1, rows, language.width), self._dtype[name]) for name in deepstack_names(language)},
+            **chunk.deepstack,
             **cache.values,
         }
         if plan.points:
@@ -113,6 +118,12 @@ class Decoder:
         kept = composed(rows, [out[name][0] for name in self._kept_names])
         received_T = out["attention_received"][0].astype(np.float32) if plan.guidance else None
         return Step(logits_RV, kept, received_T, grown(cache, out, position_S, kept))
+
+
+def following(positions: np.ndarray, rows: int) -> np.ndarray:
+    """Positions of text behind positions [S] or [3, S], of the same axes."""
+    line = int(positions.max()) + 1 + np.arange(rows, dtype=np.int64)
+    return np.broadcast_to(line, (*positions.shape[:-1], rows))
 
 
 def guide_rows(plan: PruningPlan, is_visual_S: np.ndarray) -> int:

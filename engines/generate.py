@@ -56,9 +56,7 @@ class Generation:
 
     def __iter__(self) -> Iterator[int]:
         clock = Clock()
-        prompt = self._prompt
-        chunk = Chunk(prompt.inputs_embeds, prompt.is_visual, prompt.positions, prompt.visual_tokens)
-        step = self._model.decoder.run(chunk, keep=self._keep, priority_S=self._priority_S)
+        step = self._model.decoder.run(self._prompt.chunk, keep=self._keep, priority_S=self._priority_S)
         self.kept = step.kept
         token = self._taken(step)
         self.prefill_ms = clock.lap()

@@ -5,7 +5,7 @@ Legend: S prompt rows, V visual tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +14,13 @@ import numpy as np
 from PIL import Image
 
 from engines.clock import Clock
-from engines.decoder import Decoder, Keep, keep_ratios
+from engines.decoder import Chunk, Decoder, Keep, keep_ratios
+from engines.families import Seen
 from engines.generate import Generation
 from engines.processing import Processor
 from engines.session import Session, Value, open_session
-from engines.vision import see
-from graphs.spec import ExportSpec
+from engines.vision import features_of
+from graphs.spec import ExportSpec, deepstack_names
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -28,19 +29,26 @@ DEFAULT_NEW_TOKENS = 128
 class Prompt:
     """An image and a question, ready for the decoder.
 
-    input_ids: int64 [1, S]. pixel_values: float32 [1, 3, H, W]. inputs_embeds: [1, S, D] on the
-    device. ms: what each step took. positions: int64 [S], the original ones, with gaps where the vision stage
-    dropped tokens. kept_visual: int64, which of the original visual tokens are there; None: all.
+    input_ids: int64 [1, S]. visual: the image as the vision stage took it. inputs_embeds: [1, S, D] on
+    the device. is_visual: bool [S]. positions: int64 [S] or [3, S], the original ones, with gaps where the
+    vision stage dropped tokens. deepstack: features by input name, [1, S, D] on the device. ms: what each step
+    took. kept_visual: int64, which of the original visual tokens are there; None: all.
     """
 
     input_ids: np.ndarray
-    pixel_values: np.ndarray
+    visual: Seen
     inputs_embeds: Value
     is_visual: np.ndarray
-    ms: dict[str, float]
     positions: np.ndarray
+    deepstack: Mapping[str, Value]
+    ms: dict[str, float]
     visual_tokens: int
     kept_visual: np.ndarray | None = None
+
+    @property
+    def chunk(self) -> Chunk:
+        """All of it, as the decoder takes it."""
+        return Chunk(self.inputs_embeds, self.is_visual, self.positions, self.deepstack, self.visual_tokens)
 
     def __len__(self) -> int:
         return self.input_ids.shape[1]
@@ -48,7 +56,7 @@ class Prompt:
     @property
     def next_position(self) -> int:
         """The position of the first token of the answer."""
-        return int(self.positions[-1]) + 1
+        return int(self.positions.max()) + 1
 
     def of_visual(self, values_V: np.ndarray) -> np.ndarray:
         """Of one value per original visual token, those of the tokens that are there."""
@@ -97,17 +105,27 @@ class Model:
         clock, ms = Clock(), {}
         self.open()
         ms["open"] = clock.lap()
-        input_ids = self.processor.prompt(question)
-        pixel_values = self.processor.pixels(image)
-        ms["prepare"] = clock.lap()
-        seen = see(self, pixel_values, input_ids[0], keep=vision_keep)
-        ms["vision"] = clock.lap()
+        visual = self.processor.look(image)
+        input_ids = self.processor.prompt(question, visual)
         is_visual_S = input_ids[0] == self.spec.tokens.image
-        rows = seen.rows(is_visual_S)
-        embeds = self._embeds(input_ids[:, rows], seen.visual_embeds)
+        positions = squeezed(self.processor.family.positions(is_visual_S, visual, 0))
+        ms["prepare"] = clock.lap()
+        features = features_of(self, visual, input_ids[0], vision_keep)
+        ms["vision"] = clock.lap()
+        rows = features.rows(is_visual_S)
+        embeds, deepstack = self._embeds(input_ids[:, rows], features.values)
         ms["embed"] = clock.lap()
-        visual = int(is_visual_S.sum())
-        return Prompt(input_ids[:, rows], pixel_values, embeds, is_visual_S[rows], ms, rows, visual, seen.kept)
+        return Prompt(
+            input_ids[:, rows],
+            visual,
+            embeds,
+            is_visual_S[rows],
+            positions[..., rows],
+            deepstack,
+            ms,
+            int(is_visual_S.sum()),
+            features.kept,
+        )
 
     def embed_text(self, tokens: Sequence[int]) -> Value:
         """Return inputs_embeds [1, S, D] of text alone.
@@ -117,7 +135,8 @@ class Model:
         dtype = next(t.dtype for t in self.spec.stages["embed"].inputs if t.name == "visual_embeds")
         rows = max(1, list(tokens).count(self.spec.tokens.image))
         no_image = np.zeros((rows, self.spec.language.width), dtype=dtype)
-        return self._embeds(np.asarray([tokens], np.int64), no_image)
+        nothing = dict.fromkeys(("visual_embeds", *self._deepstack), no_image)
+        return self._embeds(np.asarray([tokens], np.int64), nothing)[0]
 
     def generate(
         self,
@@ -134,6 +153,16 @@ class Model:
         """Copy a device value to the host."""
         return self.session("decoder").to_host(value)
 
-    def _embeds(self, input_ids: np.ndarray, visual_embeds: Value) -> Value:
-        feeds = {"input_ids": input_ids, "visual_embeds": visual_embeds}
-        return self.session("embed").run(feeds, device=("inputs_embeds",))["inputs_embeds"]
+    @property
+    def _deepstack(self) -> tuple[str, ...]:
+        return deepstack_names(self.spec.language)
+
+    def _embeds(self, input_ids: np.ndarray, features: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
+        device = ("inputs_embeds", *self._deepstack)
+        out = self.session("embed").run({"input_ids": input_ids, **features}, device=device)
+        return out.pop("inputs_embeds"), out
+
+
+def squeezed(positions: np.ndarray) -> np.ndarray:
+    """Positions without the batch axis: [1, S] → [S], [3, 1, S] → [3, S]."""
+    return positions[0] if positions.ndim == 2 else positions[:, 0]

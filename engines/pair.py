@@ -80,6 +80,32 @@ def _check_grids(small: Source, large: Source) -> None:
             f"the pair cuts an image into unequal grids of visual tokens: {small.folder} into {a.rows}×{a.columns}, "
             f"{large.folder} into {b.rows}×{b.columns}; guidance goes by index, so choose models of one grid"
         )
+    if differs := [name for name in type(a).model_fields if getattr(a, name) != getattr(b, name)]:
+        raise UsageError(
+            f"the pair makes unequal grids of visual tokens: {', '.join(differs)} of {small.folder} and {large.folder} "
+            "differ; guidance goes by index, so choose models of one grid"
+        )
+    made_small, made_large = (image_settings(source) for source in (small, large))
+    if a.kind != "fixed" and made_small != made_large:
+        keys = sorted(made_small.keys() | made_large.keys(), key=str)
+        name = next(k for k in keys if made_small.get(k) != made_large.get(k))
+        raise UsageError(
+            f"the pair cuts images differently: {name} is {made_small.get(name, 'absent')} in {small.folder}, "
+            f"{made_large.get(name, 'absent')} in {large.folder}; guidance goes by index, so choose models of one grid"
+        )
+
+
+# What the image processor's settings say that does not move a visual token.
+NO_MATTER = {"image_processor_type", "processor_class", "image_mean", "image_std", "feature_extractor_type"}
+
+
+def image_settings(source: Source) -> dict[str, Any]:
+    """The image processor's settings that decide how an image is cut."""
+    folder = source.folder / PROCESSOR_FOLDER
+    path = folder / "preprocessor_config.json"
+    document = _json_of(path if path.is_file() else folder / "processor_config.json")
+    settings = document.get("image_processor", document) if isinstance(document, dict) else {}
+    return {key: value for key, value in settings.items() if key not in NO_MATTER}
 
 
 def _check_tokenizers(small: Source, large: Source) -> None:

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from engines.answer import Answer
 from engines.cascade import Cascade
 from engines.decoder import Keep
+from engines.families import Seen
 from engines.images import Picture, image_from
 from graphs.atomic import atomic_file
 from graphs.errors import UsageError
@@ -43,12 +44,23 @@ def show_kept_tokens(
         raise UsageError("this bundle holds no model to show; build it again")
     picture = image_from(image)
     answer = cascade.ask(picture, question, keep=keep, threshold=1, max_new_tokens=max_new_tokens)
-    seen = model.processor.seen(model.processor.pixels(picture))
-    kept = answer.kept[-1] if answer.kept else None
-    drawing = kept_picture(seen, model.spec.grid, kept, answer.guidance, caption_of(question, answer))
+    visual = model.processor.look(picture)
+    grid, place_V = map_of(visual)
+    kept = np.flatnonzero(np.isin(place_V, answer.kept[-1])) if answer.kept else None
+    guidance = None if answer.guidance is None else answer.guidance[place_V]
+    drawing = kept_picture(model.processor.view(visual), grid, kept, guidance, caption_of(question, answer))
     with atomic_file(output) as partial:
         drawing.save(partial, format="PNG")
     return answer
+
+
+def map_of(visual: Seen) -> tuple[VisualGrid, np.ndarray]:
+    """The first image's whole view as a grid, and the visual token of each of its fields, row by row.
+
+    Where an image is also cut into tiles, their tokens are not drawn.
+    """
+    rows, columns = visual.whole[0].shape
+    return VisualGrid(image_height=0, image_width=0, rows=rows, columns=columns), visual.whole[0].ravel()
 
 
 def caption_of(question: str, answer: Answer) -> str:

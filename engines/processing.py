@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from engines.families import FAMILIES, HostFamily, Seen, expanded
 from graphs.errors import BadArtefact, UsageError
 from graphs.spec import PROCESSOR_FOLDER, ExportSpec
 
@@ -49,57 +50,70 @@ class Processor:
         """The text of the chat template, from wherever this checkpoint keeps it."""
         return chat_template_of(self.folder)
 
-    def pixels(self, image: Image.Image) -> np.ndarray:
-        """Return pixel_values, float32 [1, 3, H, W], of the size the export was traced for."""
-        try:
-            values = self.image_processor(images=[image], return_tensors="np")["pixel_values"]
-        except (ValueError, TypeError, OSError, MemoryError) as e:
-            raise BadArtefact(f"the image processor of {self.folder} refused the image ({e}); try another") from None
-        pixel_values = np.asarray(values, dtype=np.float32)
-        grid = self.spec.grid
-        wanted = (1, 3, grid.image_height, grid.image_width)
-        if pixel_values.shape != wanted:
+    @cached_property
+    def family(self) -> HostFamily:
+        """The family's host half; BadArtefact for one that this version does not know."""
+        if self.spec.family not in FAMILIES:
             raise BadArtefact(
-                f"{self.folder} makes pixels of shape {list(pixel_values.shape)}, but the vision graph takes "
-                f"{list(wanted)}; export the checkpoint again"
+                f"{self.folder} belongs to family {self.spec.family!r}; known are {', '.join(FAMILIES)}, "
+                "so run it with the version that exported it"
             )
-        return pixel_values
+        return FAMILIES[self.spec.family]
 
-    def seen(self, pixel_values: np.ndarray) -> Image.Image:
-        """Return what the model sees of an image, RGB [H, W]: cropped and resized, normalisation undone."""
+    def look(self, *images: Image.Image) -> Seen:
+        """Return one prompt's images as the vision graph takes them, with their numbers of visual tokens."""
+        try:
+            made = self.image_processor(images=[list(images)], return_tensors="np", **self.family.options)
+            seen = self.family.seen(made, self.spec.grid)
+        except (ValueError, TypeError, KeyError, IndexError, OSError, MemoryError) as e:
+            raise BadArtefact(f"the image processor of {self.folder} refused the image ({e}); try another") from None
+        wanted = {t.name: t.shape for t in self.spec.stages["vision"].inputs}
+        for name, value in seen.feeds.items():
+            fixed = wanted.get(name, ())
+            same_rank = len(fixed) == value.ndim
+            if not same_rank or any(isinstance(a, int) and a != b for a, b in zip(fixed, value.shape, strict=True)):
+                raise BadArtefact(
+                    f"{self.folder} makes {name} of shape {list(value.shape)}, but the vision graph takes "
+                    f"{list(fixed)}; export the checkpoint again"
+                )
+        return seen
+
+    def view(self, seen: Seen) -> Image.Image:
+        """Return what the model sees of the first image, RGB [H, W]: cropped and resized, normalisation undone."""
         mean, std = (
             np.asarray(getattr(self.image_processor, name, None) or default, np.float32)
             for name, default in (("image_mean", [0.0] * 3), ("image_std", [1.0] * 3))
         )
-        colour = pixel_values[0].transpose(1, 2, 0) * std + mean
+        colour = seen.view(0).transpose(1, 2, 0) * std + mean
         return Image.fromarray((colour * 255).round().clip(0, 255).astype(np.uint8))
 
-    def prompt(self, question: str) -> np.ndarray:
-        """Return token ids, int64 [1, S], of one image and a question, one placeholder per visual token.
+    def prompt(self, question: str, visual: Seen) -> np.ndarray:
+        """Return token ids, int64 [1, S], of images and a question, one placeholder per visual token.
 
         Raises UsageError for an empty question, one that holds the placeholder's text, or a prompt
         that leaves no position for an answer.
         """
-        tokens, grid = self.spec.tokens, self.spec.grid
-        text = self._rendered(self.checked(question))
-        if text.count(tokens.image_text) != 1:
+        tokens, images, total = self.spec.tokens, len(visual.tokens), sum(visual.tokens)
+        text = self._rendered(self.checked(question), images)
+        if text.count(tokens.image_text) != images:
             raise BadArtefact(
                 f"the chat template of {self.folder} writes {text.count(tokens.image_text)} placeholders "
-                f"{tokens.image_text!r} for one image, wanted 1; use the template the model was trained with"
+                f"{tokens.image_text!r} for {images} image(s); use the template the model was trained with"
             )
-        text = text.replace(tokens.image_text, tokens.image_text * grid.tokens)
+        texts = [self.family.text(visual, i, tokens.image_text, self.tokenizer) for i in range(images)]
+        text = expanded(text, tokens.image_text, texts)
         bos = self.tokenizer.bos_token
         ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
         input_ids = np.asarray([ids], dtype=np.int64)
-        if (found := int((input_ids == tokens.image).sum())) != grid.tokens:
+        if (found := int((input_ids == tokens.image).sum())) != total:
             raise BadArtefact(
-                f"the tokenizer of {self.folder} makes {found} placeholder tokens of {grid.tokens} visual ones; "
+                f"the tokenizer of {self.folder} makes {found} placeholder tokens of {total} visual ones; "
                 "tokenizer and spec.json disagree, export the checkpoint again"
             )
         limit = self.spec.language.max_positions
         if input_ids.shape[1] >= limit:
             raise UsageError(
-                f"the prompt is {input_ids.shape[1]} tokens long ({grid.tokens} of the image), but the model has "
+                f"the prompt is {input_ids.shape[1]} tokens long ({total} of the image), but the model has "
                 f"{limit} positions and the answer needs one; shorten the question"
             )
         return input_ids
@@ -126,10 +140,10 @@ class Processor:
         value = _json_of(path).get("max_new_tokens") if path.is_file() else None
         return value if isinstance(value, int) and value > 0 else None
 
-    def _rendered(self, question: str) -> str:
+    def _rendered(self, question: str, images: int) -> str:
         from jinja2 import TemplateError
 
-        content = [{"type": "image"}, {"type": "text", "text": question}]
+        content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
         try:
             return str(
                 self.tokenizer.apply_chat_template(

@@ -5,23 +5,26 @@ Legend: V visual tokens of the images, K those that stay, S prompt rows, D width
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engines.families import Seen
 from engines.policies import chosen
 from engines.session import Value
+from graphs.spec import deepstack_names
 
 if TYPE_CHECKING:
     from engines.model import Model
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """visual_embeds: [K, D]. kept: int64 [K], which of the V tokens they are; None where all are there."""
+class Features:
+    """values: visual_embeds [K, D] and deepstack features. kept: int64 [K], which of the V they are; None: all."""
 
-    visual_embeds: Value
+    values: Mapping[str, Value]
     kept: np.ndarray | None = None
 
     def rows(self, is_visual_S: np.ndarray) -> np.ndarray:
@@ -33,24 +36,26 @@ class Seen:
         return np.flatnonzero(stays_S)
 
 
-def see(
-    model: Model, pixel_values: np.ndarray, input_ids_S: np.ndarray, images: int = 1, keep: float | None = None
-) -> Seen:
+def features_of(model: Model, seen: Seen, input_ids_S: np.ndarray, keep: float | None = None) -> Features:
     """Run the vision stage and its prune point; ``keep`` is a share instead of the plan's own.
 
     Raises UsageError for a share that the point cannot have.
     """
-    point, session = model.spec.plan.vision, model.session("vision")
+    spec, session = model.spec, model.session("vision")
+    point, names = spec.plan.vision, ("visual_embeds", *deepstack_names(spec.language))
     if point is None:
-        return Seen(session.run({"pixel_values": pixel_values}, device=("visual_embeds",))["visual_embeds"])
-    is_visual_S = input_ids_S == model.spec.tokens.image
+        return Features(session.run(seen.feeds, device=names))
     if point.on_host:
-        embeds_VD = session.run({"pixel_values": pixel_values}, host=("visual_embeds",))["visual_embeds"]
-        after = input_ids_S[int(np.flatnonzero(is_visual_S)[-1]) + 1 :]
-        text = model.to_host(model.embed_text(after.tolist()))[0] if point.score == "cdpruner" else embeds_VD[:0]
-        kept_K = chosen(point, embeds_VD, text, images, keep)
-        return Seen(np.ascontiguousarray(embeds_VD[kept_K]), kept_K)
-    lengths = point.carriers(int(is_visual_S.sum()), images, keep)
+        out = session.run(seen.feeds, host=names)
+        embeds_VD, text_GD = out["visual_embeds"], out["visual_embeds"][:0]
+        if point.score == "cdpruner":
+            behind = int(np.flatnonzero(input_ids_S == spec.tokens.image)[-1]) + 1
+            text_GD = model.to_host(model.embed_text(input_ids_S[behind:].tolist()))[0]
+        kept_K = chosen(point, embeds_VD, text_GD, seen.tokens, keep)
+        return Features({name: np.ascontiguousarray(value[kept_K]) for name, value in out.items()}, kept_K)
+    tokens = sum(seen.tokens)
+    images = tokens // spec.grid.tokens if spec.grid.kind in ("fixed", "tiles") else len(seen.tokens)
+    lengths = point.carriers(tokens, images, keep)
     feeds: dict[str, Value] = {name: np.zeros(length, np.int32) for name, length in lengths.items()}
-    out = session.run({"pixel_values": pixel_values, **feeds}, host=("kept_vision",), device=("visual_embeds",))
-    return Seen(out["visual_embeds"], out["kept_vision"])
+    values = session.run({**seen.feeds, **feeds}, host=("kept_vision",), device=names)
+    return Features({name: values[name] for name in names}, values["kept_vision"])

@@ -13,7 +13,7 @@ from graphs.errors import UsageError
 from graphs.ops import DOMAIN, OPS
 from graphs.plan import Budget, PruningPlan, Role, average_retention
 from graphs.policies import TABLE, plan_of_policy
-from graphs.spec import StageSpec
+from graphs.spec import StageSpec, VisualGrid
 
 MB = 1e6
 
@@ -72,13 +72,21 @@ def _dimension(size: int | str) -> str:
     return " + ".join(sorted(size.split(" + "))) if isinstance(size, str) else str(size)
 
 
+def grid_in_words(grid: VisualGrid) -> str:
+    """How many visual tokens an image becomes."""
+    if grid.kind == "patches":
+        side = grid.patch * grid.merge
+        return f"one visual token per {side}×{side} pixels"
+    return f"{grid.rows}×{grid.columns} visual tokens" + ("" if grid.kind == "fixed" else " per tile")
+
+
 def member_in_words(name: str, member: MemberEntry) -> list[str]:
     """A model of a bundle: size, plan, ops and stages."""
     language, grid = member.language, member.grid
     served = ", ".join(f"{op} by its {by}" for op, by in member.ops.items()) or "none of ours"
     return [
         f"{name}: {member.architecture} ({member.family}), {member.dtype}, {language.layers} layers of width "
-        f"{language.width}, {grid.rows}×{grid.columns} visual tokens, {member.weight_bytes / MB:.1f} MB of weights",
+        f"{language.width}, {grid_in_words(grid)}, {member.weight_bytes / MB:.1f} MB of weights",
         *(f"  plan {member.plan.name}: {line}" for line in plan_in_words(member.plan, language.layers)),
         f"  ops: {served}",
         *(line for stage, spec in member.stages.items() for line in stage_in_words(stage, spec)),

@@ -1,5 +1,5 @@
 """The table of known families."""
 
-from exporter import internvl, llava, qwen_vl
+from exporter import anyres, idefics3, internvl, llava, qwen_vl
 
-FAMILIES = (llava.FAMILY, internvl.FAMILY, *qwen_vl.FAMILIES)
+FAMILIES = (llava.FAMILY, internvl.FAMILY, *qwen_vl.FAMILIES, *anyres.FAMILIES, *idefics3.FAMILIES)

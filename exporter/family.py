@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from graphs.errors import BadArtefact
+from graphs.families import REFUSED
 from graphs.spec import VisualGrid
-
 
 Tensors = dict[str, torch.Tensor]
 Dims = dict[str, tuple[int | str, ...]]
@@ -47,6 +47,17 @@ class Family:
     prepare: Callable[[Any], None] = lambda model: None
 
 
+def class_of(name: str) -> Callable[[], Any]:
+    """A transformers class, imported late."""
+
+    def load() -> Any:
+        import transformers
+
+        return getattr(transformers, name)
+
+    return load
+
+
 def tiles(grid: VisualGrid, count: int) -> torch.Tensor:
     """Random pixels, fp32 [count,3,H,W]."""
     draw = torch.Generator().manual_seed(SEED)
@@ -74,6 +85,8 @@ def family_of(architectures: Sequence[str] | None, families: Sequence[Family]) -
         if name in known:
             return known[name]
     got = ", ".join(architectures or ()) or "none"
+    if reasons := [f"{r.name}: {r.reason}" for r in REFUSED if r.architecture in (architectures or ())]:
+        raise BadArtefact(f"architecture {got} is not taken ({reasons[0]})")
     near = get_close_matches(got, known, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]}?" if near else "; convert the checkpoint or open an issue for its family"
     raise BadArtefact(f"unknown architecture {got}; known are {', '.join(sorted(known))}{hint}")

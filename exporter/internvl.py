@@ -1,4 +1,4 @@
-"""InternVL, the ``-hf`` checkpoints of 2.5, 3 and 3.5: an InternViT tower, pixel shuffle, any decoder (models/internvl).
+"""InternVL, the ``-hf`` checkpoints of 2.5, 3 and 3.5: an InternViT tower, pixel shuffle, any decoder.
 
 An image is a thumbnail and the tiles it is cut into; each tile is one item of the batch, so tile counts
 and numbers of images are one dynamic dimension.
@@ -8,16 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from exporter.family import Family, Tensors
+from exporter.family import Family, Tensors, class_of
 from graphs.errors import UsageError
 from graphs.spec import VisualGrid
-
-
-def model_class() -> Any:
-    """The transformers class, imported late."""
-    from transformers import InternVLForConditionalGeneration
-
-    return InternVLForConditionalGeneration
 
 
 def visual(model: Any, feed: Tensors) -> Tensors:
@@ -52,7 +45,7 @@ def grid(config: Any) -> VisualGrid:
 FAMILY = Family(
     name="internvl",
     architecture="InternVLForConditionalGeneration",
-    model_class=model_class,
+    model_class=class_of("InternVLForConditionalGeneration"),
     language=lambda model: model.model.language_model,
     visual=visual,
     grid=grid,

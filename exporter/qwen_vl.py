@@ -8,29 +8,17 @@ are not put in window order first, as transformers does, since attention does no
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
 from exporter.attention import Blocks, register_blocks
-from exporter.family import SEED, Dims, Family, Tensors
+from exporter.family import SEED, Dims, Family, Tensors, class_of
 from graphs.layouts.patches import patch_feeds
 from graphs.spec import VisualGrid
 
 PATCHES = {1: [(10, 14)], 2: [(10, 14), (4, 18)]}
-
-
-def class_of(name: str) -> Callable[[], Any]:
-    """A transformers class, imported late."""
-
-    def load() -> Any:
-        import transformers
-
-        return getattr(transformers, name)
-
-    return load
 
 
 def visual(model: Any, feed: Tensors) -> Tensors:

@@ -54,7 +54,7 @@ def examples_of(
         "guide": ("G",),
         "tail": ("R",),
         **{f"keep_{i}": (f"S_{i + 1}",) for i in range(points)},
-        **{name: (1, "S", width) for name in deepstack},
+        **dict.fromkeys(deepstack, (1, "S", width)),
     }
     for j, segment in enumerate(decoder.segments):
         for i in segment:

@@ -91,6 +91,8 @@ def save_random(model_class: Any, config: Any, folder: Path, seed: int, dtype: s
                 parameter.normal_(std=1.0 if "embed_tokens" in name else SPREAD)
             elif parameter.dim() == 1 and name.endswith("newline"):
                 parameter.normal_()
+        # An answer that holds the placeholder would be embedded as text by transformers, as an image by the export.
+        model.lm_head.weight[config.image_token_id] = 0
     model.to(getattr(torch, dtype)).save_pretrained(folder)
 
 
@@ -180,7 +182,7 @@ def tiny_qwen2_5_vl(folder: Path, *, seed: int = 0, dtype: str = "float32", **si
     return finish_qwen(folder)
 
 
-def tiny_qwen3_vl(folder: Path, *, seed: int = 0, dtype: str = "float32", **sizes: Any) -> Path:
+def tiny_qwen3_vl(folder: Path, *, seed: int = 3, dtype: str = "float32", **sizes: Any) -> Path:
     """Qwen3-VL: a learned position table of 6×6, features of two tower layers into the first two decoder layers."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -199,10 +201,107 @@ def tiny_qwen3_vl(folder: Path, *, seed: int = 0, dtype: str = "float32", **size
     return finish_qwen(folder)
 
 
+PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
+
+
+def tiny_llava_next(folder: Path, *, seed: int = 2, dtype: str = "float32", **sizes: Any) -> Path:
+    """LLaVA-NeXT: a CLIP tower over tiles of 32×32, 4×4 tokens each."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**TOWER | {"num_hidden_layers": 3}, image_size=32, patch_size=8),
+        text_config=LlamaConfig(**text_of(sizes)),
+        image_token_index=id_of("<image>", ["<image>"]),
+        image_grid_pinpoints=PINPOINTS,
+        tie_word_embeddings=False,
+    )
+    save_random(LlavaNextForConditionalGeneration, config, folder, seed, dtype)
+    write_tokenizer(folder, ["<image>"], PLAIN, {"image_token": "<image>"})
+    LlavaNextImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_grid_pinpoints=PINPOINTS
+    ).save_pretrained(folder)
+    return folder
+
+
+def tiny_llava_onevision(folder: Path, *, seed: int = 0, dtype: str = "float32", **sizes: Any) -> Path:
+    """LLaVA-OneVision: a SigLIP tower, maps of more than 3 tiles shrunk."""
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+    pinpoints = [*PINPOINTS, [96, 64], [64, 96], [32, 32]]
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**TOWER, image_size=32, patch_size=8, vision_use_head=False),
+        text_config=Qwen2Config(**text_of(sizes)),
+        image_token_index=id_of("<image>", ["<image>"]),
+        video_token_index=id_of("<video>", ["<image>", "<video>"]),
+        image_grid_pinpoints=pinpoints,
+        vision_aspect_ratio="anyres_max_3",
+        tie_word_embeddings=False,
+    )
+    save_random(LlavaOnevisionForConditionalGeneration, config, folder, seed, dtype)
+    write_tokenizer(folder, ["<image>", "<video>"], CHATML % "<image>\n", {"image_token": "<image>"})
+    LlavaOnevisionImageProcessorPil(size={"height": 32, "width": 32}, image_grid_pinpoints=pinpoints).save_pretrained(
+        folder
+    )
+    return folder
+
+
+SMOL_TOKENS = [
+    "<image>",
+    "<fake_token_around_image>",
+    "<global-img>",
+    "<end_of_utterance>",
+    *(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)),
+]
+
+
+def _tiny_idefics(folder: Path, config_class: Any, model_class: Any, seed: int, dtype: str, sizes: Any) -> Path:
+    from transformers import LlamaConfig
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    config = config_class(
+        vision_config=TOWER | {"image_size": 32, "patch_size": 8},
+        text_config=LlamaConfig(**text_of(sizes)),
+        image_token_id=id_of("<image>", SMOL_TOKENS),
+        scale_factor=2,
+        tie_word_embeddings=False,
+    )
+    save_random(model_class, config, folder, seed, dtype)
+    write_tokenizer(folder, SMOL_TOKENS, SMOL, {})
+    Idefics3ImageProcessorPil(
+        size={"longest_edge": 96}, max_image_size={"longest_edge": 32}, do_image_splitting=True
+    ).save_pretrained(folder)
+    return folder
+
+
+def tiny_idefics3(folder: Path, *, seed: int = 0, dtype: str = "float32", **sizes: Any) -> Path:
+    """Idefics3: tiles of 32×32, 2×2 tokens each."""
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+    return _tiny_idefics(folder, Idefics3Config, Idefics3ForConditionalGeneration, seed, dtype, sizes)
+
+
+def tiny_smolvlm(folder: Path, *, seed: int = 0, dtype: str = "float32", **sizes: Any) -> Path:
+    """SmolVLM: the same under its own names."""
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    return _tiny_idefics(folder, SmolVLMConfig, SmolVLMForConditionalGeneration, seed, dtype, sizes)
+
+
 TINY: dict[str, Callable[..., Path]] = {
     "llava": tiny_llava,
     "internvl": tiny_internvl,
     "qwen2_vl": tiny_qwen2_vl,
     "qwen2_5_vl": tiny_qwen2_5_vl,
     "qwen3_vl": tiny_qwen3_vl,
+    "llava_next": tiny_llava_next,
+    "llava_onevision": tiny_llava_onevision,
+    "idefics3": tiny_idefics3,
+    "smolvlm": tiny_smolvlm,
 }

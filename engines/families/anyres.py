@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engines.families.family import HostFamily, Processed, Seen
+from engines.families.family import HostFamily, Processed, Seen, seen_tiles
 from graphs.layouts.anyres import anyres_feeds, tile_count
 from graphs.spec import VisualGrid
 
@@ -20,13 +20,8 @@ def seen(processed: Processed, grid: VisualGrid) -> Seen:
     tiles = [1 if whole_only else tile_count(size, grid) for size in sizes]
     pixels = np.concatenate([image[:n] for image, n in zip(padded, tiles, strict=True)])
     feeds, counts = anyres_feeds(sizes, grid, whole_only)
-    view = np.arange(grid.tokens).reshape(grid.rows, grid.columns)
-    return Seen(
-        {"pixel_values": pixels.astype(np.float32, copy=False), **feeds},
-        tuple(counts),
-        tuple((grid.rows, grid.columns) for _ in sizes),
-        tuple(view for _ in sizes),
-    )
+    tiled = seen_tiles(pixels, tiles, grid, whole_last=False)
+    return Seen({**tiled.feeds, **feeds}, tuple(counts), tiled.shapes, tiled.whole, tiled.view)
 
 
 FAMILY = HostFamily(seen=seen)

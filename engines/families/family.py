@@ -22,13 +22,15 @@ class Seen:
 
     feeds: its inputs by name. tokens: visual tokens of each image, in order. shapes: per image what the
     family lays out in rows and columns (tokens, or tiles). whole: per image the visual tokens of its whole
-    view, int64 [rows, columns], indices into the image's own; for pictures.
+    view, int64 [rows, columns], indices into the image's own; view: the i-th image's whole view as the tower
+    gets it, float32 [3,H,W]. Both are for pictures.
     """
 
     feeds: dict[str, np.ndarray]
     tokens: tuple[int, ...]
     shapes: tuple[tuple[int, int], ...]
     whole: tuple[np.ndarray, ...]
+    view: Callable[[int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ def seen_tiles(pixels: np.ndarray, tiles: Sequence[int], grid: VisualGrid, whole
     view = np.arange(grid.tokens).reshape(grid.rows, grid.columns)
     whole = tuple(view + (count - grid.tokens if whole_last else 0) for count in counts)
     shapes = tuple((grid.rows, grid.columns) for _ in tiles)
-    return Seen({"pixel_values": pixels.astype(np.float32, copy=False)}, tuple(counts), shapes, whole)
+    feeds = {"pixel_values": pixels.astype(np.float32, copy=False)}
+    at = np.cumsum(tiles) - 1 if whole_last else np.cumsum([0, *tiles[:-1]])
+    return Seen(feeds, tuple(counts), shapes, whole, lambda i: pixels[at[i]])
 
 
 def expanded(text: str, token: str, texts: Sequence[str]) -> str:

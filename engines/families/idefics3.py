@@ -20,7 +20,7 @@ def seen(processed: Processed, grid: VisualGrid) -> Seen:
     ]
     pixels = np.asarray(processed["pixel_values"])[0]
     tiled = seen_tiles(pixels, [r * c + 1 for r, c in shapes], grid, whole_last=True)
-    return Seen(tiled.feeds, tiled.tokens, tuple(shapes), tiled.whole)
+    return Seen(tiled.feeds, tiled.tokens, tuple(shapes), tiled.whole, tiled.view)
 
 
 def text(seen: Seen, i: int, token: str, tokenizer: Any) -> str:

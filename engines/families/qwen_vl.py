@@ -19,7 +19,16 @@ def seen(processed: Processed, grid: VisualGrid) -> Seen:
         tuple(h * w for h, w in shapes),
         shapes,
         tuple(np.arange(h * w).reshape(h, w) for h, w in shapes),
+        lambda i: _unpatched(pixels, patches, i, grid),
     )
+
+
+def _unpatched(pixels: np.ndarray, patches: list[tuple[int, int]], i: int, grid: VisualGrid) -> np.ndarray:
+    """The i-th image as [3,H,W], the first of its equal frames."""
+    (h, w), m, p = patches[i], grid.merge, grid.patch
+    start = sum(a * b for a, b in patches[:i])
+    blocks = pixels[start : start + h * w].reshape(h // m, w // m, m, m, 3, grid.frames, p, p)[:, :, :, :, :, 0]
+    return blocks.transpose(4, 0, 2, 5, 1, 3, 6).reshape(3, h * p, w * p)
 
 
 def positions(is_visual_S: np.ndarray, seen: Seen | None, start: int) -> np.ndarray:

@@ -7,6 +7,8 @@ Legend: V visual tokens, D width, G text rows, K tokens that stay.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from engines.policies import cdpruner, divprune
@@ -15,17 +17,20 @@ from graphs.plan import VisionPoint
 
 
 def chosen(
-    point: VisionPoint, embeds_VD: np.ndarray, text_GD: np.ndarray, images: int, keep: float | None = None
+    point: VisionPoint, embeds_VD: np.ndarray, text_GD: np.ndarray, tokens: Sequence[int], keep: float | None = None
 ) -> np.ndarray:
     """The visual tokens that stay, int64 ascending, by the point's score; ``keep`` instead of its own share.
 
-    images: how many equal parts the V tokens are, where the point is per image.
+    tokens: how many of the V each image has, in order; their sum is V.
     """
     if not np.isfinite(embeds_VD).all():
         raise OperationFailed("visual embeddings are not numbers (NaN or infinite); replay them with: saccade verify")
-    parts = np.split(np.arange(len(embeds_VD)), images) if point.per_image else [np.arange(len(embeds_VD))]
-    count = point.carriers(len(embeds_VD), images, keep)["keep_vision"]
-    kept = [part[_of_one(point, embeds_VD[part], text_GD, count, i)] for i, part in enumerate(parts)]
+    everything = np.arange(len(embeds_VD))
+    parts = np.split(everything, np.cumsum(tokens)[:-1]) if point.per_image else [everything]
+    kept = []
+    for image, part in enumerate(parts):
+        count = point.carriers(len(part), 1, keep)["keep_vision"]
+        kept.append(part[_of_one(point, embeds_VD[part], text_GD, count, image)])
     return np.concatenate(kept)
 
 

@@ -1,1 +1,1 @@
-"""How the patches and tiles of images lie in the vision stage's inputs: index arithmetic in numpy, shared by both rooms."""
+"""How patches and tiles of images lie in the vision stage's inputs: index arithmetic in numpy, for both rooms."""

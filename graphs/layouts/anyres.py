@@ -72,7 +72,7 @@ def shrunk_taps(table: np.ndarray, grid: VisualGrid) -> tuple[np.ndarray, np.nda
     ratio = math.sqrt(h * w / (grid.max_tiles * grid.rows**2))
     shape = (int(h // ratio), int(w // ratio)) if ratio > 1.1 else (h, w)
     for old, new in zip((h, w), shape, strict=True):
-        at = np.maximum((np.arange(new) + 0.5) * (old / new) - 0.5, 0)
+        at = np.maximum((np.arange(new) + 0.5) * (old / max(new, 1)) - 0.5, 0)
         low = at.astype(np.int64)
         rows.append(np.stack([low, np.minimum(low + 1, old - 1)], -1))
         weights.append(np.stack([1 - (at - low), at - low], -1))

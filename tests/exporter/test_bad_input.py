@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from exporter import export as exporter_page
 from exporter import golden as golden_page
 from graphs.errors import SaccadeError
-from graphs.plan import POLICIES
+from graphs.policies import POLICIES
 
 # What a sentence ends with: the next step.
 NEXT = re.compile(

@@ -50,6 +50,36 @@ CASES = {
             "internvl.processing_internvl:InternVLProcessor",
             lambda config: {"image_seq_length": 4},
         ),
+        Case(
+            "llava",
+            "llava.processing_llava:LlavaProcessor",
+            lambda config: {
+                "patch_size": 8,
+                "vision_feature_select_strategy": "default",
+                "num_additional_image_tokens": 1,
+            },
+        ),
+        Case(
+            "llava_next",
+            "llava_next.processing_llava_next:LlavaNextProcessor",
+            lambda config: {
+                "patch_size": 8,
+                "vision_feature_select_strategy": "default",
+                "num_additional_image_tokens": 1,
+            },
+        ),
+        Case(
+            "llava_onevision",
+            "llava_onevision.processing_llava_onevision:LlavaOnevisionProcessor",
+            lambda config: {
+                "num_image_tokens": 16,
+                "vision_feature_select_strategy": "full",
+                "vision_aspect_ratio": config.vision_aspect_ratio,
+            },
+        ),
+        Case("idefics3", "idefics3.processing_idefics3:Idefics3Processor", lambda config: {"image_seq_len": 4}),
+        # SmolVLMProcessor asks for num2words even where there is no video; for images it writes what Idefics3's does.
+        Case("smolvlm", "idefics3.processing_idefics3:Idefics3Processor", lambda config: {"image_seq_len": 4}),
         Case("qwen2_vl", "qwen2_vl.processing_qwen2_vl:Qwen2VLProcessor"),
         Case("qwen2_5_vl", "qwen2_5_vl.processing_qwen2_5_vl:Qwen2_5_VLProcessor"),
         Case("qwen3_vl", "qwen3_vl.processing_qwen3_vl:Qwen3VLProcessor"),

@@ -50,7 +50,6 @@ class Sample:
         features = torch.cat([f.reshape(-1, f.shape[-1]) for f in pooled])
         return [features, *(getattr(out, "deepstack_features", None) or [])]
 
-
     @property
     def language(self) -> Any:
         """The decoder's module."""
@@ -74,7 +73,9 @@ def sample_of(name: str, folder: Path, **changes: Any) -> Sample:
     checkpoint = case.checkpoint(folder / "checkpoint", **changes)
     spec = export_checkpoint(checkpoint, folder / "export", plan=PLAN, role="alone")
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    return Sample(case, checkpoint, model, case.hf_processor(checkpoint, model.config), OnnxModel(folder / "export", spec))
+    return Sample(
+        case, checkpoint, model, case.hf_processor(checkpoint, model.config), OnnxModel(folder / "export", spec)
+    )
 
 
 @pytest.fixture(scope="session", params=list(CASES))

@@ -103,7 +103,9 @@ class OnnxModel:
             if len(result.tokens) == new_tokens:
                 return result
             past = {
-                a: out[b] for i in range(spec.language.layers) for a, b in zip(past_names(i), present_names(i), strict=True)
+                a: out[b]
+                for i in range(spec.language.layers)
+                for a, b in zip(past_names(i), present_names(i), strict=True)
             }
             rows = self.embedded(np.array([[result.tokens[-1]]]), None)
             positions = self.family.positions(np.zeros(1, bool), None, int(positions.max()) + 1)

@@ -90,8 +90,9 @@ class Told:
     """A question as the plain reference knows it."""
 
     def __init__(self, model: Model, llava_model, image, tower) -> None:
-        self.ids = model.processor.prompt(QUESTION)[0]
-        pixels = torch.from_numpy(model.processor.pixels(image)[0])
+        visual = model.processor.look(image)
+        self.ids = model.processor.prompt(QUESTION, visual)[0]
+        pixels = torch.from_numpy(visual.feeds["pixel_values"][0])
         self.embeds = tower.embeds(pixels)
         self.visual_at = np.flatnonzero(self.ids == model.spec.tokens.image)
         self.look = llava_model.get_input_embeddings().double()

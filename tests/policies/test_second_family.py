@@ -1,4 +1,4 @@
-"""The policies on InternVL (tiles, a pixel shuffle, a Qwen2 decoder), by the same formulas; and what is refused there."""
+"""The policies on InternVL (tiles, pixel shuffle, a Qwen2 decoder), by the same formulas; what is refused there."""
 
 import numpy as np
 import pytest

@@ -192,7 +192,7 @@ def test_a_broken_processor_folder_is_refused(
         path.write_text(str(text))
     processor = Processor(folder, spec_from_folder(tiny_pair.exports["small"]))
     with pytest.raises(BadArtefact, match=words):
-        _ = processor.pixels(picture_of(0)), processor.prompt(QUESTION)
+        _ = processor.prompt(QUESTION, processor.look(picture_of(0)))
 
 
 def test_a_missing_processor_folder_is_refused(tiny_pair: TinyPair, tmp_path: Path) -> None:

@@ -1,0 +1,86 @@
+"""LLaVA-NeXT and LLaVA-OneVision: a whole view and tiles of it, joined into one map (transformers models/llava_next,
+models/llava_onevision).
+
+transformers packs the tiles' features image by image with reshapes; here a gather with host-computed rows
+(graphs/layouts/anyres.py) does it, so one graph serves every size, tile count and number of images.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from exporter.family import Dims, Family, Tensors, class_of, tiles, tower_features
+from graphs.errors import UsageError
+from graphs.layouts.anyres import anyres_feeds, tile_count
+from graphs.spec import VisualGrid
+
+
+def visual(model: Any, feed: Tensors) -> Tensors:
+    """Tower and projector on tiles [T,3,H,W], a newline row before their features, and the gather: → [V,D]."""
+    features = model.model.multi_modal_projector(tower_features(model, feed["pixel_values"]))
+    table = torch.cat([model.model.image_newline[None].to(features.dtype), features.flatten(0, 1)])
+    rows = feed["token_rows"]
+    if rows.dim() == 1:
+        return {"visual_embeds": table.index_select(0, rows)}
+    taps = table.index_select(0, rows.flatten()).unflatten(0, (-1, 4)) * feed["token_weights"][..., None].to(
+        table.dtype
+    )
+    return {"visual_embeds": taps.sum(1)}
+
+
+def grid(config: Any) -> VisualGrid:
+    """Square tiles on the configuration's pinpoints; OneVision shrinks maps of more than some tiles."""
+    vision = config.vision_config
+    wanted = "default" if "clip" in vision.model_type else "full"
+    if config.vision_feature_select_strategy != wanted:
+        raise UsageError(
+            f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}, but with a tower of type "
+            f"{vision.model_type} only {wanted!r} gives a grid of visual tokens; export a checkpoint with that strategy"
+        )
+    side = vision.image_size // vision.patch_size
+    aspect = getattr(config, "vision_aspect_ratio", "")
+    return VisualGrid(
+        image_height=vision.image_size,
+        image_width=vision.image_size,
+        rows=side,
+        columns=side,
+        kind="anyres",
+        pinpoints=tuple((int(h), int(w)) for h, w in config.image_grid_pinpoints),
+        max_tiles=int(aspect.removeprefix("anyres_max_")) if aspect else 0,
+    )
+
+
+def dims(grid: VisualGrid) -> Dims:
+    """Tiles, and which features become tokens."""
+    named: Dims = {"pixel_values": ("N", 3, grid.image_height, grid.image_width)}
+    if grid.max_tiles:
+        return named | {"token_rows": ("V", 4), "token_weights": ("V", 4)}
+    return named | {"token_rows": ("V",)}
+
+
+def example(grid: VisualGrid, images: int) -> Tensors:
+    """One or two images whose sizes are the first and last pinpoint, so that the second has its own tile count."""
+    sizes = [grid.pinpoints[0], grid.pinpoints[-1]][:images]
+    feeds, _ = anyres_feeds([(h - 1, w) for h, w in sizes], grid)
+    pixels = tiles(grid, sum(tile_count((h - 1, w), grid) for h, w in sizes))
+    return {"pixel_values": pixels} | {name: torch.from_numpy(value) for name, value in feeds.items()}
+
+
+record = partial(
+    Family,
+    language=lambda model: model.model.language_model,
+    visual=visual,
+    grid=grid,
+    dims=dims,
+    example=example,
+)
+FAMILIES = tuple(
+    record(name=name, architecture=architecture, model_class=class_of(architecture))
+    for name, architecture in (
+        ("llava_next", "LlavaNextForConditionalGeneration"),
+        ("llava_onevision", "LlavaOnevisionForConditionalGeneration"),
+    )
+)
