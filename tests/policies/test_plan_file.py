@@ -158,6 +158,15 @@ def test_the_defaults_are_the_papers():
     assert cuts("fastv") == [(2, 0.5, "last")]
     assert cuts("pyramiddrop") == [(8, 0.5, "last"), (16, 0.25, "last"), (24, 0.125, "last")]
     assert cuts("sgl") == [(1, 0.05, "text")]
+    assert [(p.layer, p.kept_of(576), p.rows) for p in plan_of_policy("sparsevlm", "alone", 32).points] == [
+        (3, 66, "raters"),
+        (7, 30, "raters"),
+        (16, 17, "raters"),
+    ]
+    at_vision = {name: plan_of_policy(name, "alone", 32).vision.carriers(576) for name in ("fastervlm", "visionzip")}
+    assert at_vision == {"fastervlm": {"keep_vision": 144}, "visionzip": {"keep_vision": 54, "merge_vision": 10}}
+    assert plan_of_policy("divprune", "alone", 32).vision.kept_of(576) == 56
+    assert plan_of_policy("cdpruner", "alone", 32).vision.kept_of(576) == 64
     assert plan_of_policy("sgl", "small", 3).guidance == Guidance(layers=(0, 1, 2))
 
 
