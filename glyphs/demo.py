@@ -5,6 +5,7 @@ A user of the front door only: what it does with ``saccade`` anyone can do.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,6 @@ import click
 
 PAIR = Path(__file__).parent / "pair"
 QUESTIONS = 200
-# The least threshold at which the cascade lost nothing on 300 other held-out questions (glyphs/pair/README.md).
-THRESHOLD = 0.9
 SCHEMA = "saccade.demo/1"
 
 
@@ -58,14 +57,15 @@ def run_demo(out: Path, questions: int = QUESTIONS) -> dict[str, Any]:
     middle = PruningPlan(name="one-layer", guidance=Guidance(layers=(small.language.layers // 2,)))
     saccade.export(PAIR / "small", exports["one-layer"], plan=middle, role="small", overwrite=True)
     bundle = out / "pair.bundle"
-    saccade.build([exports["small"], exports["large"]], bundle, threshold=THRESHOLD, overwrite=True)
+    threshold = json.loads((PAIR / "threshold.json").read_text("utf-8"))["threshold"]
+    saccade.build([exports["small"], exports["large"]], bundle, threshold=threshold, overwrite=True)
     saccade.build([exports["one-layer"]], out / "one-layer.bundle", overwrite=True)
     cascade = saccade.Cascade.open(bundle)
     compared = Comparison(
         cascade,
         saccade.Cascade.open(out / "one-layer.bundle"),
         {name: saccade.Reference(PAIR / name) for name in ("small", "large")},
-        THRESHOLD,
+        threshold,
     )
     asked = held_out_questions(questions)
     for _ in track(compared.run(asked), f"asking {questions} held-out questions of every system", questions):
@@ -76,7 +76,7 @@ def run_demo(out: Path, questions: int = QUESTIONS) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "questions": questions,
-        "threshold": THRESHOLD,
+        "threshold": threshold,
         "systems": [tally.document() for tally in compared.tallies.values()],
         "parity": compared.parity.document(),
         "picture": str(picture),

@@ -160,11 +160,8 @@ class Comparison:
                 self.parity.add(tuple(run.tokens), theirs.tokens, run.first_logits, theirs.first_logits)
                 self._add(f"HF generate, {name}", theirs.text, question, theirs.milliseconds)
 
-    def _add(
-        self, name: str, text: str, question: Question, milliseconds: float, exited: bool | None = None
-    ) -> None:
+    def _add(self, name: str, text: str, question: Question, milliseconds: float, exited: bool | None = None) -> None:
         self.tallies[name].add(text == question.answer, milliseconds, exited)
-
 
 
 def _total(answer: Answer, prefix: str = "") -> float:
