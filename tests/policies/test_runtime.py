@@ -191,5 +191,5 @@ def test_keeps_that_cannot_be(exported):
     with pytest.raises(UsageError, match="grow with depth"):
         cascade.ask(an_image(1), QUESTION, keep=(0.2, 0.5))
     tome = Cascade.from_exports(exported("tome").folder)
-    with pytest.raises(UsageError, match="keep at least 4"):
+    with pytest.raises(UsageError, match="keep at least 6"):
         tome.ask(an_image(1), QUESTION, keep=0.05)

@@ -36,7 +36,7 @@ PLANS = {
     "visionzip, fastv": (ZIP_AND_FASTV, "alone"),
     "tome": ("tome", "alone"),
 }
-SHARES = [0.75, 0.5, 0.25]
+SHARES = [0.75, 0.5, 0.4]
 TOKENS = 16
 
 
@@ -175,8 +175,8 @@ def test_golden_tensors_replay(exported):
 def test_merging_more_than_half_of_a_layer_is_refused(exported):
     point = exported("tome").spec.plan.vision
     assert point.tower_layers == 2
-    assert point.carriers(TOKENS, 1, 0.25) == {"keep_vision": 4}
-    with pytest.raises(UsageError, match=r"merging 16 tokens down to 1 in 2 layers.*keep at least 4"):
+    assert point.carriers(TOKENS, 1, 0.4) == {"keep_vision": 6}
+    with pytest.raises(UsageError, match=r"merging 16 tokens down to 1 in 2 layers.*keep at least 6"):
         point.carriers(TOKENS, 1, 0.05)
 
 
