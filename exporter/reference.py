@@ -31,7 +31,9 @@ class Reference:
         require("torch", "transformers")
         from transformers import AutoTokenizer
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         checkpoint = checkpoint_from_folder(Path(folder))
         self.model: Any = checkpoint.family.model_class().from_pretrained(folder, dtype=dtype).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -47,7 +49,9 @@ class Reference:
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         text = prompt.replace(self.image_token, self.image_token * self.tokens_per_image)
-        inputs = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        # As transformers' processors do: the start token is added where the template has not written it.
+        written = text.startswith(self.tokenizer.bos_token or "\0")
+        inputs = self.tokenizer(text, return_tensors="pt", add_special_tokens=not written)
         pixels = self.images(images=image, return_tensors="pt")["pixel_values"].to(self.model.dtype)
         with torch.no_grad():
             out = self.model.generate(

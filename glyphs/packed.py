@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from glyphs.train_data import IGNORE, NO_COLOUR, NO_DIGIT, Batch
 
 NO_KEYWORD = -2  # equals no keyword, and not -1, which marks a row without one
-LOOKING = (1, 3)  # the layers, counted among those that take part, that `look_loss` teaches
+LOOKING = (1, 3, 5)  # the layers, counted among those that take part, that `look_loss` teaches
 ATTENTION = "glyphs_packed"
 
 
@@ -90,15 +90,24 @@ def packed_hidden(
     batch: Batch,
     stride: int = 1,
     looks: list[Tensor] | None = None,
+    shown_NK: Tensor | None = None,
 ) -> Tensor:
-    """Final hidden states of the tail, [N,T,D], through every `stride`-th decoder layer."""
+    """Final hidden states of the tail, [N,T,D], through every `stride`-th decoder layer.
+
+    `shown_NK`: the visual tokens that are there at all, ascending; the others' positions stay empty.
+    """
     language = model.model.language_model
-    n, p = len(visual_NVD), len(prefix_ids)
+    (n, v, d), p = visual_NVD.shape, len(prefix_ids)
     at = int((prefix_ids == model.config.image_token_id).nonzero()[0])
+    cells_NK = torch.arange(v).expand(n, -1) if shown_NK is None else shown_NK
     words = language.embed_tokens(prefix_ids).expand(n, -1, -1)
+    seen = visual_NVD.gather(1, cells_NK[..., None].expand(-1, -1, d))
     tail = language.embed_tokens(torch.from_numpy(batch.tail_ids))
-    hidden = torch.cat((words[:, :at], visual_NVD, words[:, at + visual_NVD.shape[1] :], tail), dim=1)
-    positions = torch.cat((torch.arange(p).expand(n, -1), torch.from_numpy(batch.tail_offsets) + p), dim=1)
+    hidden = torch.cat((words[:, :at], seen, words[:, at + v :], tail), dim=1)
+    line = torch.arange(p).expand(n, -1)
+    offsets = torch.from_numpy(batch.tail_offsets) + p
+    positions = torch.cat((line[:, :at], at + cells_NK, line[:, at + v :], offsets), dim=1)
+    p -= v - cells_NK.shape[1]
     mask = tail_mask(torch.from_numpy(batch.tail_block), p)
     rotary = language.rotary_emb(hidden, position_ids=positions)
     for number, layer in enumerate(language.layers[::stride]):
@@ -109,16 +118,14 @@ def packed_hidden(
 
 
 def look_loss(layer: nn.Module, hidden_NSD: Tensor, rotary: tuple[Tensor, Tensor], at: int, batch: Batch) -> Tensor:
-    """How little attention the right patches get: the ones with the colour or the digit that the keyword names.
+    """How little attention the right patches get: the ones with the digit that the keyword names.
 
-    -log of their share among all patches, over the rows from the keyword on; one head looks for colours, and one
-    with other keys for digits.
+    -log of their share among all patches, over the rows from the keyword on.
     """
-    attention, v = layer.self_attn, batch.cell_colour.shape[1]
+    attention, v = layer.self_attn, batch.cell_digit.shape[1]
     keyword = torch.from_numpy(batch.tail_keyword)
-    digit, colour = torch.from_numpy(batch.cell_digit), torch.from_numpy(batch.cell_colour)
-    shown = torch.stack((digit.where(digit != NO_DIGIT, NO_KEYWORD), colour + 10))
-    target = (keyword[:, :, None, None] == shown.permute(1, 2, 0)[:, None]).any(-1)
+    digit = torch.from_numpy(batch.cell_digit)
+    target = keyword[:, :, None] == digit.where(digit != NO_DIGIT, NO_KEYWORD)[:, None]
     normed = layer.input_layernorm(hidden_NSD)
     split = lambda x: x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # noqa: E731
     query, key = split(attention.q_proj(normed)), split(attention.k_proj(normed))
@@ -126,8 +133,7 @@ def look_loss(layer: nn.Module, hidden_NSD: Tensor, rotary: tuple[Tensor, Tensor
     query = query[:, :: attention.num_key_value_groups, -keyword.shape[1] :]
     scores = query @ key[:, :, at : at + v].transpose(2, 3) * attention.scaling
     mass = scores.float().log_softmax(-1).masked_fill(~target[:, None], -1e4).logsumexp(-1)
-    mass = torch.where(keyword < NO_DIGIT, mass[:, -1], mass[:, 0])
-    return -mass[target.any(-1)].mean()
+    return -mass.transpose(1, 2)[target.any(-1)].mean()
 
 
 def answer_losses(model: LlavaForConditionalGeneration, hidden_NTD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ class Stage:
     """Learning rate falls along a half cosine from `high` to `low`, and is `sight` times that outside the decoder.
 
     Stride 0 trains the tower alone, otherwise every stride-th layer takes part; `images` a step.
+    `spare`: share of the steps that leave background tokens out, never a glyph's.
     """
 
     steps: int
@@ -19,6 +20,7 @@ class Stage:
     sight: float = 1.0
     images: int = 8
     look: bool = False
+    spare: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,13 @@ class Plan:
 PLANS = {
     "large": Plan(
         "large",
-        (Stage(8000, 0, 2e-3, 5e-4), Stage(8500, 4, 1.4e-3, 1e-3, look=True), Stage(1300, 1, 1e-3, 0.0, images=12)),
+        (
+            Stage(8000, 0, 2e-3, 5e-4),
+            Stage(8050, 4, 1.4e-3, 1e-3),
+            Stage(4800, 2, 1.2e-3, 5e-5, look=True),
+            Stage(200, 1, 1e-4, 0.0),
+            Stage(700, 1, 4e-4, 0.0, spare=0.75),
+        ),
     ),
     "small": Plan("small", (Stage(3000, 0, 2e-3, 1e-3), Stage(15000, 1, 1.5e-3, 2e-4)), seed=1, enough=0.80),
 }

@@ -96,7 +96,7 @@ def sample_scenes(rng: np.random.Generator, n: int, held_out: bool, counts: tupl
         centres = None
         while centres is None:
             k = counts[rng.integers(len(counts))]
-            favoured, share = rng.integers(len(COLOURS)), rng.random() * 0.9
+            favoured, share = rng.integers(len(COLOURS)), rng.random() * 0.6
             c = np.where(rng.random(k) < share, favoured, rng.integers(len(COLOURS), size=k))
             s = _between(rng, *SIZES, k)
             centres = _place(rng, c, s)
@@ -132,8 +132,8 @@ def _glyph_alpha(
     if lesson:
         pools = scans_by_digit(False)
         other = np.array([pools[d][rng.integers(len(pools[d]))] for d in scenes.digit[at]])
-        scan += f(-0.2, 0.4).clip(0) * (scans()[0][other] - scan) + rng.integers(-1, 2, size=scan.shape) * (scan > 0)
-        bend = [f(-0.03, 0.03) for _ in range(6)]
+        scan += f(-0.1, 0.4).clip(0) * (scans()[0][other] - scan) + rng.integers(-2, 3, size=scan.shape) * (scan > 0)
+        bend = [f(-0.045, 0.045) for _ in range(6)]
         u += bend[0] * dx * dy + bend[1] * dx * dx + bend[2] * dy * dy
         v += bend[3] * dx * dy + bend[4] * dx * dx + bend[5] * dy * dy
     ink[:, 1:9, 1:9] = scan / np.float32(16)

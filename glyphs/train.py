@@ -23,7 +23,7 @@ from glyphs.checkpoint import PAIR, PREFIX, SUFFIX, VISUAL_TOKENS, config_from_n
 from glyphs.data import KINDS, NAMES, held_out_questions
 from glyphs.plan import PLANS, Plan
 from glyphs.tower_start import start_local
-from glyphs.train_data import Batch, pack, training_batch
+from glyphs.train_data import batch_of, pack, shown_cells, training_batch
 
 RUN = Path(tempfile.gettempdir()) / "glyphs_run"
 # Without this glibc gives every large tensor back at once, and a fifth of the time goes to page faults.
@@ -58,12 +58,14 @@ class Trainer:
         self.keywords = {self.tokenizer.convert_tokens_to_ids(word): i for i, word in enumerate(words)}
         self.prefix_ids = torch.tensor(self.tokenizer(PREFIX.replace("<image>", "<image>" * VISUAL_TOKENS)).input_ids)
 
+    @torch.no_grad()
     def silence_late_layers(self) -> None:
-        """Layers absent from an earlier stage add zero to the residual stream until trained."""
+        """Layers absent from an earlier stage add zero to the residual stream until trained; they start out choosy."""
         stride = max([s.stride for s in self.plan.stages] + [1])
         for i, layer in enumerate(self.model.model.language_model.layers):
             if i % stride:
                 torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+                layer.self_attn.q_proj.weight.mul_(4), layer.self_attn.k_proj.weight.mul_(4)
                 torch.nn.init.zeros_(layer.mlp.down_proj.weight)
 
     def encode(self, question: str, answer: str) -> tuple[list[int], list[int]]:
@@ -82,8 +84,11 @@ class Trainer:
             cells = self.head.loss(visual, batch)
             loss = answers = cells
             if stage.stride:
-                looks = [] if stage.look else None
-                hidden = packed.packed_hidden(self.model, visual, self.prefix_ids, batch, stage.stride, looks)
+                looks: list[torch.Tensor] | None = [] if stage.look else None
+                shown = None
+                if rng.random() < stage.spare:
+                    shown = torch.from_numpy(shown_cells(rng, batch.cell_digit))
+                hidden = packed.packed_hidden(self.model, visual, self.prefix_ids, batch, stage.stride, looks, shown)
                 answers, hints = packed.answer_losses(self.model, hidden, batch)
                 loss = answers + 0.5 * hints + 0.5 * cells + 0.3 * sum(looks or [])
         self.optimiser.zero_grad()
@@ -103,13 +108,8 @@ class Trainer:
         questions = held_out_questions(n, seed)
         for i in range(0, n, 100):
             part = questions[i : i + 100]
-            rows = [
-                np.stack(c)
-                for c in zip(
-                    *(pack([self.encode(q.question, q.answer)], self.keywords, 16) for q in part), strict=False
-                )
-            ]
-            batch = Batch(np.stack([np.asarray(q.image) for q in part]), *rows, None, None, None)
+            rows = [pack([self.encode(q.question, q.answer)], self.keywords, 16) for q in part]
+            batch = batch_of(np.stack([np.asarray(q.image) for q in part]), rows, cells=None)
             visual = packed.visual_tokens(self.model, packed.pixels_from_images(batch.pixels))
             exact = packed.exact_answers(
                 self.model, packed.packed_hidden(self.model, visual, self.prefix_ids, batch, stride), batch
@@ -147,11 +147,13 @@ def train(plan: Plan, run: Path = RUN, folder: Path = PAIR) -> None:
     cells, answers = [], []
     while trainer.step < plan.steps:
         c, a = trainer.train_step()
-        cells.append(c), answers.append(a)
+        cells.append(c)
+        answers.append(a)
         now = time.monotonic()
         trainer.seconds, mark = trainer.seconds + now - mark, now
         if trainer.step % 100 == 0:
-            print(progress(trainer, np.mean(cells), np.mean(answers), (now - shown) / len(cells)), flush=True)
+            means = float(np.mean(cells)), float(np.mean(answers))
+            print(progress(trainer, *means, (now - shown) / len(cells)), flush=True)
             cells, answers, shown = [], [], now
         if now - saved > 60:
             trainer.save()
@@ -192,8 +194,9 @@ def main(arguments: list[str]) -> None:
         return
     start = time.monotonic()
     command = [sys.executable, "-m", "glyphs.train", "--here"]
-    workers = [subprocess.Popen([*command, name], env=os.environ | MEMORY) for name in arguments or PLANS]
-    failed = [worker.args[-1] for worker in workers if worker.wait()]
+    names = arguments or list(PLANS)
+    workers = [subprocess.Popen([*command, name], env=os.environ | MEMORY) for name in names]
+    failed = [name for name, worker in zip(names, workers, strict=True) if worker.wait()]
     print(f"total {(time.monotonic() - start) / 60:.1f} min" + (f", failed: {failed}" if failed else ""))
     sys.exit(bool(failed))
 

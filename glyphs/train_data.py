@@ -16,6 +16,8 @@ CELLS = SIDE // PATCH
 NO_DIGIT, NO_COLOUR = 10, 7
 IGNORE = -100
 TAIL = 104
+TAIL_FIELDS = ("tail_ids", "tail_labels", "tail_hints", "tail_keyword", "tail_offsets", "tail_block")
+CELL_FIELDS = ("cell_digit", "cell_colour", "cell_centre")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def cells_of(scenes: Scenes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         inside = rows[:, None] & columns[None, :]
         digit[i][inside], colour[i][inside] = scenes.digit[i, g], scenes.colour[i, g]
         centre[i, int(scenes.y[i, g] // PATCH), int(scenes.x[i, g] // PATCH)] = 1
-    return tuple(a.reshape(n, -1) for a in (digit, colour, centre))
+    return digit.reshape(n, -1), colour.reshape(n, -1), centre.reshape(n, -1)
 
 
 def pack(
@@ -94,6 +96,23 @@ def training_batch(rng: np.random.Generator, n: int, encode, keywords: dict[int,
             blocks.append(encode(*picked))
             left -= len(blocks[-1][0]) + len(blocks[-1][1]) - 1
         rows.append(pack(blocks, keywords))
-    return Batch(
-        draw(rng, scenes, stock=0), *(np.stack(column) for column in zip(*rows, strict=False)), *cells_of(scenes)
-    )
+    return batch_of(draw(rng, scenes, stock=0), rows, cells_of(scenes))
+
+
+def batch_of(pixels: np.ndarray, rows: list[tuple[np.ndarray, ...]], cells: tuple[np.ndarray, ...] | None) -> Batch:
+    """A batch of `pack`ed rows; without `cells` one to answer, not to learn from."""
+    unknown = np.full((len(rows), CELLS**2), IGNORE)
+    tail = dict(zip(TAIL_FIELDS, (np.stack(column) for column in zip(*rows, strict=True)), strict=True))
+    return Batch(pixels=pixels, **tail, **dict(zip(CELL_FIELDS, cells or (unknown,) * 3, strict=True)))
+
+
+def shown_cells(rng: np.random.Generator, cell_digit_NV: np.ndarray) -> np.ndarray:
+    """Visual tokens to leave in, int64 [N,K] ascending: all that show a glyph, and background by chance.
+
+    K is drawn anew for each batch, down to the most glyph cells of any of its images.
+    """
+    n, v = cell_digit_NV.shape
+    glyph_NV = cell_digit_NV != NO_DIGIT
+    count = max(int(glyph_NV.sum(axis=1).max()), int(rng.random() * v))
+    order = np.argsort(np.where(glyph_NV, -1.0, rng.random((n, v))), axis=1, kind="stable")
+    return np.sort(order[:, :count], axis=1)

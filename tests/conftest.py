@@ -9,10 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.house.closure import link_closure, wheel_from_tree
 
 ROOT = Path(__file__).parent.parent
+
+# How long one example takes says how busy the machine is, nothing of the code.
+settings.register_profile("saccade", deadline=None)
+settings.load_profile("saccade")
 
 
 @dataclass(frozen=True)
