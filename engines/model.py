@@ -20,7 +20,7 @@ from engines.generate import Generation
 from engines.processing import Processor
 from engines.session import Session, Value, open_session
 from engines.vision import features_of
-from graphs.spec import ExportSpec, deepstack_names
+from graphs.spec import ExportSpec, deepstack_names, visual_names
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -135,7 +135,7 @@ class Model:
         dtype = next(t.dtype for t in self.spec.stages["embed"].inputs if t.name == "visual_embeds")
         rows = max(1, list(tokens).count(self.spec.tokens.image))
         no_image = np.zeros((rows, self.spec.language.width), dtype=dtype)
-        nothing = dict.fromkeys(("visual_embeds", *self._deepstack), no_image)
+        nothing = dict.fromkeys(visual_names(self.spec.language), no_image)
         return self._embeds(np.asarray([tokens], np.int64), nothing)[0]
 
     def generate(
@@ -153,12 +153,8 @@ class Model:
         """Copy a device value to the host."""
         return self.session("decoder").to_host(value)
 
-    @property
-    def _deepstack(self) -> tuple[str, ...]:
-        return deepstack_names(self.spec.language)
-
     def _embeds(self, input_ids: np.ndarray, features: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
-        device = ("inputs_embeds", *self._deepstack)
+        device = ("inputs_embeds", *deepstack_names(self.spec.language))
         out = self.session("embed").run({"input_ids": input_ids, **features}, device=device)
         return out.pop("inputs_embeds"), out
 

@@ -14,7 +14,7 @@ import numpy as np
 from engines.families import Seen
 from engines.policies import chosen
 from engines.session import Value
-from graphs.spec import deepstack_names
+from graphs.spec import visual_names
 
 if TYPE_CHECKING:
     from engines.model import Model
@@ -42,7 +42,7 @@ def features_of(model: Model, seen: Seen, input_ids_S: np.ndarray, keep: float |
     Raises UsageError for a share that the point cannot have.
     """
     spec, session = model.spec, model.session("vision")
-    point, names = spec.plan.vision, ("visual_embeds", *deepstack_names(spec.language))
+    point, names = spec.plan.vision, visual_names(spec.language)
     if point is None:
         return Features(session.run(seen.feeds, device=names))
     if point.on_host:

@@ -26,7 +26,7 @@ class Family:
     model_class: returns the transformers class (imported late).
     language: the module with ``embed_tokens``, ``layers``, ``norm`` and ``rotary_emb``.
     visual: (model, the vision stage's inputs, pixels in the model's dtype) → ``visual_embeds`` [V, D], images in
-    order, and ``deepstack_i`` [V, D] where the family has them.
+    order, and ``visual_deepstack_i`` [V, D] where the family has them.
     grid: how an image becomes visual tokens, from the configuration; UsageError where it cannot be had.
     dims: the vision stage's inputs in the file's order, each with its dimensions ("4*V" is a multiple).
     example: valid vision inputs for 1 or 2 images of different shapes, pixels random.

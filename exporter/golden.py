@@ -32,7 +32,7 @@ def embed_cases(program: EmbedProgram, seen: Tensors, tokens: Tokens, vocab: int
     ids += ids >= tokens.image
     visual = min(VISUAL, seen["visual_embeds"].shape[0])
     row = torch.cat([ids[:TEXT_BEFORE], torch.full((visual,), tokens.image), ids[-TEXT_AFTER:]])
-    feed = {"input_ids": row[None], **{name: seen[name][:visual] for name in ("visual_embeds", *program.deepstack)}}
+    feed = {"input_ids": row[None], **{name: value[:visual] for name, value in seen.items() if name != "kept_vision"}}
     return {"one": (feed, program(feed))}
 
 

@@ -14,7 +14,7 @@ from exporter.family import Family, Tensors
 from exporter.vision_pruning import VisionPruning
 from graphs.ops import OPS
 from graphs.plan import FROM_OUTSIDE, PruningPlan, VisionPoint
-from graphs.spec import LanguageModel, VisualGrid, deepstack_names, past_names, present_names
+from graphs.spec import LanguageModel, VisualGrid, deepstack_names, past_names, present_names, visual_names
 
 
 class VisionProgram(nn.Module):
@@ -30,7 +30,7 @@ class VisionProgram(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.family, self.grid, self.dims = model, family, grid, family.dims(grid)
-        self.outputs = ("visual_embeds", *deepstack_names(language))
+        self.outputs = visual_names(language)
         self.pruning = VisionPruning(model, family, point, grid) if point and not point.on_host else None
         if self.pruning:
             self.dims, self.outputs = self.dims | self.pruning.dims, (*self.outputs, "kept_vision")
@@ -67,7 +67,7 @@ class EmbedProgram(nn.Module):
         embeds = torch.where(is_visual[..., None], visual, self.embed_tokens(feed["input_ids"]))
         out = {"inputs_embeds": embeds, "is_visual": is_visual}
         for name in self.deepstack:
-            deep = feed[name].index_select(0, row[0])[None]
+            deep = feed[f"visual_{name}"].index_select(0, row[0])[None]
             out[name] = torch.where(is_visual[..., None], deep, torch.zeros_like(deep))
         return out
 

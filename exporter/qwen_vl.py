@@ -44,7 +44,7 @@ def visual(model: Any, feed: Tensors) -> Tensors:
         )
         if i in deep_layers:
             number = list(deep_layers).index(i)
-            out[f"deepstack_{number}"] = tower.deepstack_merger_list[number](hidden)
+            out[f"visual_deepstack_{number}"] = tower.deepstack_merger_list[number](hidden)
     return {"visual_embeds": tower.merger(hidden), **out}
 
 

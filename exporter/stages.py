@@ -10,7 +10,7 @@ from exporter.family import Dims, Tensors
 from exporter.program import DecoderProgram, Program, VisionProgram
 from exporter.weights import PlacedWeights
 from graphs.errors import OperationFailed
-from graphs.spec import DType, LanguageModel, StageSpec, TensorSpec, VisualGrid, deepstack_names
+from graphs.spec import DType, LanguageModel, StageSpec, TensorSpec, VisualGrid, deepstack_names, visual_names
 from graphs.weights import TensorSlice
 
 ONNX_NAME = {"float32": "FLOAT", "float16": "FLOAT16"}
@@ -59,7 +59,7 @@ def examples_of(
     for j, segment in enumerate(decoder.segments):
         for i in segment:
             dims |= dict.fromkeys(golden.past_names(i), (1, language.kv_heads, f"P_{j}", language.head_dim))
-    visual = {name: torch.zeros(5, width, dtype=dtype) for name in ("visual_embeds", *deepstack)}
+    visual = {name: torch.zeros(5, width, dtype=dtype) for name in visual_names(language)}
     embed_dims: Dims = {"input_ids": (1, "S"), **dict.fromkeys(visual, ("V", width))}
     return {
         "vision": (vision.example(2), vision.dims),

@@ -136,8 +136,13 @@ def past_names(layer: int) -> tuple[str, str]:
     return f"past_k_{layer}", f"past_v_{layer}"
 
 
+def visual_names(language: LanguageModel) -> tuple[str, ...]:
+    """What the vision stage gives and embed takes, each [V,D]: the visual tokens, then their deepstack features."""
+    return ("visual_embeds", *(f"visual_{name}" for name in deepstack_names(language)))
+
+
 def deepstack_names(language: LanguageModel) -> tuple[str, ...]:
-    """Names of the features that go into the first layers: [V,D] out of vision, [1,S,D] from embed to decoder."""
+    """Features added behind the first layers, each [1,S,D], from embed to decoder; zeros on text rows."""
     return tuple(f"deepstack_{i}" for i in range(language.deepstack))
 
 

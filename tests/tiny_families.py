@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.tiny import WORDS, tiny_llava
+from tests.tiny import WORDS
 
 CHATML = (
     "{%% for m in messages %%}{{ '<|im_start|> ' + m['role'] + '\n' }}{%% for c in m['content'] %%}"
@@ -204,6 +204,28 @@ def tiny_qwen3_vl(folder: Path, *, seed: int = 3, dtype: str = "float32", **size
 PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
 
 
+def tiny_llava_15(folder: Path, *, seed: int = 0, dtype: str = "float32", **sizes: Any) -> Path:
+    """LLaVA-1.5 like the others here, with weights wide enough that its greedy answers vary."""
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**TOWER | {"num_hidden_layers": 3}, image_size=32, patch_size=8),
+        text_config=LlamaConfig(**text_of(sizes)),
+        image_token_index=id_of("<image>", ["<image>"]),
+        tie_word_embeddings=False,
+    )
+    save_random(LlavaForConditionalGeneration, config, folder, seed, dtype)
+    write_tokenizer(folder, ["<image>"], PLAIN, {"image_token": "<image>"})
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
 def tiny_llava_next(folder: Path, *, seed: int = 2, dtype: str = "float32", **sizes: Any) -> Path:
     """LLaVA-NeXT: a CLIP tower over tiles of 32×32, 4×4 tokens each."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
@@ -224,7 +246,7 @@ def tiny_llava_next(folder: Path, *, seed: int = 2, dtype: str = "float32", **si
     return folder
 
 
-def tiny_llava_onevision(folder: Path, *, seed: int = 0, dtype: str = "float32", **sizes: Any) -> Path:
+def tiny_llava_onevision(folder: Path, *, seed: int = 1, dtype: str = "float32", **sizes: Any) -> Path:
     """LLaVA-OneVision: a SigLIP tower, maps of more than 3 tiles shrunk."""
     from transformers import (
         LlavaOnevisionConfig,
@@ -295,7 +317,7 @@ def tiny_smolvlm(folder: Path, *, seed: int = 0, dtype: str = "float32", **sizes
 
 
 TINY: dict[str, Callable[..., Path]] = {
-    "llava": tiny_llava,
+    "llava": tiny_llava_15,
     "internvl": tiny_internvl,
     "qwen2_vl": tiny_qwen2_vl,
     "qwen2_5_vl": tiny_qwen2_5_vl,

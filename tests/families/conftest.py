@@ -46,9 +46,8 @@ class Sample:
     def hf_features(self, inputs: dict[str, torch.Tensor]) -> Any:
         """Visual tokens [V,D], deepstack features [V,D] each."""
         out = self.model.model.get_image_features(**self.visual_inputs(inputs), return_dict=True)
-        pooled = out.pooler_output
-        features = torch.cat([f.reshape(-1, f.shape[-1]) for f in pooled])
-        return [features, *(getattr(out, "deepstack_features", None) or [])]
+        parts = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+        return [torch.cat([f.reshape(-1, f.shape[-1]) for f in part]) for part in parts]
 
     @property
     def language(self) -> Any:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from engines.families import FAMILIES, Seen, expanded
 from engines.session import Session, open_session
-from graphs.spec import ExportSpec, deepstack_names, past_names, present_names
+from graphs.spec import ExportSpec, past_names, present_names, visual_names
 
 
 @dataclass
@@ -56,7 +56,7 @@ class OnnxModel:
         return np.array([self.tokenizer(expanded(text, token, texts))["input_ids"]])
 
     def embedded(self, ids: np.ndarray, seen: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
-        names = ("visual_embeds", *deepstack_names(self.spec.language))
+        names = visual_names(self.spec.language)
         dtype = np.dtype(self.spec.dtype)
         visual = seen or {name: np.zeros((1, self.spec.language.width), dtype) for name in names}
         return self.run("embed", {"input_ids": ids, **visual})

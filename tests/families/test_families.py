@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from graphs.compare import TOLERANCES
-from graphs.spec import deepstack_names
+from graphs.spec import visual_names
 from tests.families.cases import PROMPTS, conversation, pictures
 from tests.families.conftest import PLAN, Sample
 from tests.families.reference import pruned_forward
@@ -30,7 +30,7 @@ def test_prompt_is_that_of_the_processor_class(sample: Sample, shapes: list[tupl
 @pytest.mark.parametrize("shapes", PROMPTS, ids=str)
 def test_visual_tokens_are_those_of_get_image_features(sample: Sample, shapes: list[tuple[int, int]]) -> None:
     got = sample.onnx.run("vision", sample.onnx.seen(pictures(shapes)).feeds)
-    names = ("visual_embeds", *deepstack_names(sample.onnx.spec.language))
+    names = visual_names(sample.onnx.spec.language)
     wanted = sample.hf_features(sample.hf_inputs(shapes))
     assert len(names) == len(wanted)
     for name, tensor in zip(names, wanted, strict=True):

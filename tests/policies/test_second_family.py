@@ -39,7 +39,16 @@ TILE = 4
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return tiny_internvl(tmp_path_factory.mktemp("internvl"))
+    """Its projector scaled down: with embeddings this wide each token attends to itself only, and all scores tie."""
+    from transformers import InternVLForConditionalGeneration
+
+    folder = tiny_internvl(tmp_path_factory.mktemp("internvl"))
+    model = InternVLForConditionalGeneration.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.model.multi_modal_projector.linear_2.parameters():
+            parameter.mul_(0.1)
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +104,8 @@ def test_star_at_the_vision_stage_works_tile_by_tile(exports, hf, keep, tiles):
     out = stages("vision", pixel_values=pixels, **{n: np.zeros(k, np.int32) for n, k in lengths.items()})
     with torch.no_grad():
         whole = hf.model.get_image_features(pixel_values=torch.from_numpy(pixels).double()).pooler_output
+    scores = torch.stack([received(tile) for tile in whole]).sort(1).values
+    assert scores.diff(dim=1).min() > 1e-4
     wanted = [TILE * i + t for i, tile in enumerate(whole) for t in best(received(tile), share(TILE, keep))]
     assert out["kept_vision"].tolist() == wanted
     rows = whole.flatten(0, 1)[wanted].numpy()
