@@ -71,3 +71,33 @@ def pruned_forward(
         for hook in hooks:
             hook.remove()
     return Reference(head(language.norm(hidden[:, -1:]))[0, 0], chosen)
+
+
+@torch.no_grad()
+def guidance_of(
+    language: Any,
+    embeds_1TD: torch.Tensor,
+    positions: torch.Tensor,
+    is_visual_T: torch.Tensor,
+    deepstack: list[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """SGL's A: attention that each visual row receives from all rows behind the last image, over layers and heads."""
+    language.config._attn_implementation = "eager"
+    rows, hidden, received = embeds_1TD.shape[1], embeds_1TD, torch.zeros(embeds_1TD.shape[1])
+    guides = torch.arange(rows) > int(is_visual_T.nonzero()[-1])
+    rotary = language.rotary_emb(hidden, positions)
+    mask = torch.full((rows, rows), torch.finfo(hidden.dtype).min).triu(1)[None, None]
+    maps: list[torch.Tensor] = []
+    hooks = [layer.self_attn.register_forward_hook(lambda _, __, out: maps.append(out[1])) for layer in language.layers]
+    try:
+        for i, layer in enumerate(language.layers):
+            out = layer(hidden, attention_mask=mask, position_ids=None, position_embeddings=rotary)
+            hidden = out if isinstance(out, torch.Tensor) else out[0]
+            if deepstack is not None and i < len(deepstack):
+                hidden = hidden + deepstack[i]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for attention in maps:
+        received += attention[0][:, guides].sum((0, 1))
+    return received[is_visual_T]

@@ -1,0 +1,101 @@
+"""A small model of another depth, width and head count guides a large one of its family; unequal grids are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engines.cascade import Cascade
+from exporter.export import export_checkpoint
+from graphs.compare import TOLERANCES
+from graphs.errors import UsageError
+from graphs.plan import plan_of_policy
+from tests.families.cases import CASES, PROMPTS, pictures
+from tests.families.conftest import Sample
+from tests.families.reference import guidance_of, pruned_forward
+
+SMALL = {"num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+QUESTION = "which digit is red ?"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session", params=["internvl", "qwen2_5_vl", "qwen3_vl", "llava_next"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Checkpoints and exports of a pair."""
+    case, folder = CASES[request.param], tmp_path_factory.mktemp(f"pair_{request.param}")
+    found: dict[str, Any] = {"case": case}
+    for role, sizes in (("small", SMALL), ("large", {})):
+        found[role] = case.checkpoint(folder / f"{role}_checkpoint", **sizes)
+        options = {"fraction": 0.4, "keep": 0.3} if role == "large" else {}
+        export_checkpoint(found[role], folder / role, policy="sgl", role=role, **options)
+        found[f"{role}_export"] = folder / role
+    return found
+
+
+def loaded(case: Any, folder: Path) -> Sample:
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    return Sample(case, folder, model, case.hf_processor(folder, model.config), None)
+
+
+def embedded(sample: Sample, ids: torch.Tensor, inputs: dict[str, torch.Tensor]) -> tuple[Any, Any, Any, Any]:
+    """Embeddings, positions, visual rows and deepstack features of a prompt and the tokens behind it."""
+    prompt, fed = inputs["input_ids"].shape[1], ids.shape[1] - inputs["input_ids"].shape[1]
+    features, *deep = sample.hf_features(inputs)
+    is_visual = torch.cat([inputs["input_ids"][0] == sample.model.config.image_token_id, torch.zeros(fed, dtype=bool)])
+    embeds = sample.language.embed_tokens(ids).detach()
+    embeds[0, is_visual] = features
+    positions = sample.hf_positions(inputs)
+    behind = (positions.max() + 1 + torch.arange(fed)).expand(*positions.shape[:-1], fed)
+    stack = [torch.zeros_like(embeds).index_put((torch.tensor(0), is_visual.nonzero()[:, 0]), d) for d in deep]
+    assert prompt + fed == len(is_visual)
+    return embeds, torch.cat([positions, behind], -1), is_visual, stack
+
+
+def test_guidance_and_pruned_answer_are_those_of_plain_maps(pair: dict[str, Any]) -> None:
+    cascade = Cascade.from_exports(pair["small_export"], pair["large_export"], threshold=1, threads=1)
+    (picture,) = pictures(PROMPTS[0])
+    looked = cascade.look(picture, QUESTION, max_new_tokens=5)
+    answer = cascade.answer_large(looked, max_new_tokens=1)
+    small, large = loaded(pair["case"], pair["small"]), loaded(pair["case"], pair["large"])
+    inputs = small.hf_inputs(PROMPTS[0])
+    ids = torch.cat([inputs["input_ids"], torch.tensor([looked.tokens[:-1]], dtype=torch.int64)], 1)
+    wanted = guidance_of(small.language, *embedded(small, ids, inputs)).numpy()
+    np.testing.assert_allclose(looked.guidance, wanted, atol=TOLERANCES["float32"] * float(wanted.max()))
+
+    inputs = large.hf_inputs(PROMPTS[0])
+    embeds, positions, is_visual, stack = embedded(large, inputs["input_ids"], inputs)
+    priority = torch.zeros(len(is_visual))
+    priority[is_visual] = torch.from_numpy(looked.guidance)
+    plan = plan_of_policy("sgl", "large", 3, fraction=0.4, keep=0.3)
+    count = max(1, int(len(wanted) * 0.3 + 1e-9))
+    arguments = (embeds, positions, is_visual, plan, (count,), priority, len(is_visual), None, stack)
+    reference = pruned_forward(large.language, large.model.lm_head, *arguments)
+    ordinal = np.cumsum(is_visual.numpy()) - 1
+    kept = [int(ordinal[t]) for t in reference.kept[0] if is_visual[t]]
+    assert answer.kept is not None
+    assert answer.kept[0].tolist() == kept
+    assert answer.tokens[0] == int(reference.logits.argmax())
+
+
+def test_unequal_grids_are_refused(pair: dict[str, Any], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(pair["small_export"], other)
+    path = other / "processor" / "preprocessor_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"size": {"height": 8, "width": 8}}))
+    with pytest.raises(UsageError, match="cuts images differently: size"):
+        Cascade.from_exports(other, pair["large_export"])
+    shutil.copy(pair["small_export"] / "processor" / "preprocessor_config.json", path)
+    spec = json.loads((other / "spec.json").read_text())
+    spec["grid"]["merge"] += 1
+    (other / "spec.json").write_text(json.dumps(spec))
+    with pytest.raises(UsageError, match="unequal grids of visual tokens: merge"):
+        Cascade.from_exports(other, pair["large_export"])
