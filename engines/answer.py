@@ -40,7 +40,7 @@ class Answer:
     """An answer and how it came about.
 
     model: who gave it. exited: whether the small model's answer was good enough, None where there
-    is no choice. confidence: None without a small model. kept: per prune point the visual tokens
+    is no choice. confidence: None without a small model. kept: per prune point (vision stage first) the visual tokens
     that stayed, as indices into the image's own, None where no large model ran. average_retention: of the
     visual tokens over the layers of the model that was pruned. milliseconds: stage → what it took;
     a stage whose result was shared is counted with the time it took once.
@@ -95,9 +95,10 @@ class Answer:
 
 
 def retention_of(plan: PruningPlan, layers: int, ratios: tuple[float, ...]) -> float:
-    """Return the average share of visual tokens over the layers, for any number of prune points."""
-    share, before = 1.0, 1.0
-    for point, ratio in zip(plan.points, ratios, strict=True):
+    """Return the average share of visual tokens over the decoder's layers, for any number of prune points."""
+    at_vision = len(plan.budgets) - len(plan.points)
+    share = before = ratios[0] if at_vision else 1.0
+    for point, ratio in zip(plan.points, ratios[at_vision:], strict=True):
         share += average_retention(layers, point.layer, ratio) - average_retention(layers, point.layer, before)
         before = ratio
     return share

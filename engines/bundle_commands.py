@@ -159,6 +159,8 @@ def show_policies(layers: int, as_json: bool) -> None:
     for document in documents:
         roles: dict[str, Any] = document["roles"]
         click.echo(f"{document['policy']}: {document['meaning']}")
+        if document["source"]:
+            click.echo(f"  source: {document['source']}")
         _print([f"  {role}: {line}" for role, lines in roles.items() for line in lines])
 
 

@@ -19,7 +19,7 @@ from engines.clock import Clock
 from engines.confidence import Confidence, confidence_of, consistency_of
 from engines.decoder import Keep, keep_ratios
 from engines.generate import Generation
-from engines.guidance import priority_of_rows
+from engines.guidance import drawn_priority, priority_of_rows
 from engines.images import Picture, image_from
 from engines.model import Model, Prompt
 from engines.text_stream import pieces_of
@@ -201,10 +201,13 @@ class Cascade:
         threshold: float | None,
     ) -> Iterator[str | Answer]:
         large = self._large()
-        if "large" not in looked.shared:
-            looked.shared["large"] = large.prompt(looked.image, looked.question)
-        prompt = looked.shared["large"]
+        shared = f"large, vision stage {keep}" if large.spec.plan.vision else "large"
+        if shared not in looked.shared:
+            looked.shared[shared] = large.prompt(looked.image, looked.question, keep)
+        prompt = looked.shared[shared]
         scores_V = looked.guidance if guidance is None else guidance
+        if guidance is None and (drawn := drawn_priority(large.spec.plan, prompt.visual_tokens)) is not None:
+            scores_V = drawn
         run = large.generate(prompt, max_new_tokens, keep, _priority(large, prompt, scores_V))
         yield from pieces_of(run, large.processor)
         times = {**looked.milliseconds, **_times("large", prompt, run)}
@@ -214,7 +217,9 @@ class Cascade:
         self, image: Picture, question: str, keep: Keep, max_new_tokens: int | None, guidance: np.ndarray | None
     ) -> Iterator[str | Answer]:
         alone = self._large()
-        prompt = alone.prompt(image_from(image), question)
+        prompt = alone.prompt(image_from(image), question, keep)
+        if guidance is None:
+            guidance = drawn_priority(alone.spec.plan, prompt.visual_tokens)
         priority_S = _priority(alone, prompt, guidance) if guidance is not None else None
         run = alone.generate(prompt, max_new_tokens, keep, priority_S)
         yield from pieces_of(run, alone.processor)
@@ -267,12 +272,13 @@ def checked_threshold(threshold: float) -> float:
 def _priority(model: Model, prompt: Prompt, guidance_V: np.ndarray) -> np.ndarray | None:
     if not model.spec.plan.uses_priority:
         return None
-    visual = int(prompt.is_visual.sum())
-    if np.shape(guidance_V) != (visual,):
-        raise UsageError(f"guidance has shape {np.shape(guidance_V)}, but the image has {visual} visual tokens")
+    if np.shape(guidance_V) != (prompt.visual_tokens,):
+        raise UsageError(
+            f"guidance has shape {np.shape(guidance_V)}, but the image has {prompt.visual_tokens} visual tokens"
+        )
     if not np.isfinite(guidance_V).all():
         raise UsageError("guidance holds values that are not finite numbers; give one score per visual token")
-    return priority_of_rows(guidance_V, prompt.is_visual)
+    return priority_of_rows(prompt.of_visual(guidance_V), prompt.is_visual)
 
 
 def _answer(
@@ -287,8 +293,10 @@ def _answer(
     times: dict[str, float],
 ) -> Answer:
     plan = model.spec.plan
-    ratios = keep_ratios(plan, keep)
-    ordinal_S = np.cumsum(prompt.is_visual) - 1
+    ratios = keep_ratios(plan, keep, prompt.visual_tokens)
+    original_S = np.zeros(len(prompt), np.int64)
+    original_S[prompt.is_visual] = prompt.of_visual(np.arange(prompt.visual_tokens))
+    at_vision = () if prompt.kept_visual is None else (prompt.kept_visual,)
     return Answer(
         text=model.processor.text(run.tokens),
         tokens=tuple(run.tokens),
@@ -298,11 +306,11 @@ def _answer(
         threshold=threshold,
         confidence=confidence,
         keep=ratios,
-        kept=tuple(ordinal_S[rows[prompt.is_visual[rows]]] for rows in run.kept),
+        kept=(*at_vision, *(original_S[rows[prompt.is_visual[rows]]] for rows in run.kept)),
         average_retention=retention_of(plan, model.spec.language.layers, ratios),
         guidance=guidance,
         prompt_tokens=len(prompt),
-        visual_tokens=int(prompt.is_visual.sum()),
+        visual_tokens=prompt.visual_tokens,
         milliseconds=times,
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 from engines.cache import Cache, empty_cache, grown, present_outputs
 from engines.session import Session, Value
 from graphs.errors import OperationFailed, UsageError
-from graphs.plan import PruningPlan, Rows, kept_count
+from graphs.plan import PruningPlan, kept_count
 from graphs.spec import ExportSpec, deepstack_names
 
 Keep: TypeAlias = float | Sequence[float] | None
@@ -29,12 +29,14 @@ class Chunk:
     inputs_embeds: [1, S, D], host or device. is_visual: bool [S]. positions: original ones,
     int64 [S] ascending, or [3, S] where the model has three axes; None for text that follows the cache.
     deepstack: features by input name, [1, S, D]; those that are missing are zeros, as for text.
+    visual_tokens: how many the images have originally, None where all of them are here.
     """
 
     inputs_embeds: Value
     is_visual: np.ndarray
     positions: np.ndarray | None = None
     deepstack: Mapping[str, Value] = field(default_factory=dict)
+    visual_tokens: int | None = None
 
     def __len__(self) -> int:
         return len(self.is_visual)
@@ -89,7 +91,7 @@ class Decoder:
                 f"the conversation would be {last + 1} tokens long, but the model has "
                 f"{language.max_positions} positions; shorten it"
             )
-        kept_rows = rows_behind(plan, chunk.is_visual, keep)
+        kept_rows = rows_behind(plan, chunk.is_visual, keep, chunk.visual_tokens)
         feeds: dict[str, Value] = {
             "inputs_embeds": chunk.inputs_embeds,
             "position_ids": position_S[None] if position_S.ndim == 1 else position_S[:, None],
@@ -130,7 +132,8 @@ def guide_rows(plan: PruningPlan, is_visual_S: np.ndarray) -> int:
     The text rows after the last image, one more where the plan says so, 1 for rows ``last``; every
     row of a chunk without an image. Raises UsageError where an image has no text behind it.
     """
-    rows: Rows = plan.guidance.rows if plan.guidance else next(p.rows for p in plan.points if p.score == "attention")
+    rows = plan.attention_rows
+    assert rows
     visual = np.flatnonzero(is_visual_S)
     if not len(visual):
         return len(is_visual_S)
@@ -140,37 +143,47 @@ def guide_rows(plan: PruningPlan, is_visual_S: np.ndarray) -> int:
             "the question is not in the same chunk as its image, and guidance is computed from the text rows "
             "behind the image; feed image and question together"
         )
-    return {"text": text, "last": 1, "text_and_last_visual": text + 1}[rows]
+    return {"text": text, "raters": text, "last": 1, "text_and_last_visual": text + 1}[rows]
 
 
-def rows_behind(plan: PruningPlan, is_visual_S: np.ndarray, keep: Keep) -> tuple[int, ...]:
-    """Return S_{i+1} of every prune point: all text rows, and int(N·r) of the chunk's N visual ones."""
+def rows_behind(
+    plan: PruningPlan, is_visual_S: np.ndarray, keep: Keep, visual_tokens: int | None = None
+) -> tuple[int, ...]:
+    """Return S_{i+1} of every prune point: all text rows, and int(N·r) of the images' N original visual tokens.
+
+    visual_tokens: N, where the vision stage dropped some already; no more stay than are left.
+    """
     visual = int(is_visual_S.sum())
     text = len(is_visual_S) - visual
-    ratios = keep_ratios(plan, keep)
+    ratios = keep_ratios(plan, keep)[len(plan.budgets) - len(plan.points) :]
     if not visual:
         if keep is not None and any(r < 1 for r in ratios):
             raise UsageError("a chunk without an image has nothing to prune; leave keep out")
-        return tuple(len(is_visual_S) for _ in ratios)
-    return tuple(text + kept_count(visual, r) for r in ratios)
+        return tuple(len(is_visual_S) for _ in plan.points)
+    original, behind = visual_tokens or visual, [visual]
+    for i, point in enumerate(plan.points):
+        wanted = point.kept_of(original) if keep is None else kept_count(original, ratios[i])
+        behind.append(min(behind[-1], wanted))
+    return tuple(text + left for left in behind[1:])
 
 
-def keep_ratios(plan: PruningPlan, keep: Keep) -> tuple[float, ...]:
-    """Return one share of the original visual tokens per prune point; None stands for the plan's own.
+def keep_ratios(plan: PruningPlan, keep: Keep, visual_tokens: int = 0) -> tuple[float, ...]:
+    """Return one share of the original visual tokens per prune point, the vision stage's first; None: the plan's own.
 
+    visual_tokens: what a plan's count is a share of.
     Raises UsageError for a share outside (0, 1], for shares that grow, for another number of them
     than there are prune points, and for any share below 1 where nothing can be pruned.
     """
     if keep is None:
-        return tuple(p.keep for p in plan.points)
+        return tuple(p.share_of(visual_tokens) for p in plan.budgets)
     ratios = (float(keep),) if isinstance(keep, int | float) else tuple(float(r) for r in keep)
     for ratio in ratios:
         kept_count(1, ratio)
-    if not plan.points and all(r == 1 for r in ratios):
+    if not plan.budgets and all(r == 1 for r in ratios):
         return ()
-    if len(ratios) != len(plan.points):
+    if len(ratios) != len(plan.budgets):
         raise UsageError(
-            f"{len(ratios)} keep ratios were given, but plan {plan.name} has {len(plan.points)} prune points; "
+            f"{len(ratios)} keep ratios were given, but plan {plan.name} has {len(plan.budgets)} prune points; "
             "give one for each, or export with another plan"
         )
     if any(b > a for a, b in pairwise(ratios)):

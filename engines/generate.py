@@ -42,7 +42,7 @@ class Generation:
             raise UsageError(f"max_new_tokens is {max_new_tokens}, but an answer has at least 1 token")
         self._model, self._prompt = model, prompt
         self._keep, self._priority_S = keep, priority_S
-        room = model.spec.language.max_positions - len(prompt)
+        room = model.spec.language.max_positions - prompt.next_position
         self._limit = min(max_new_tokens, room)
         self._guidance = GuidanceSum(prompt.is_visual) if model.spec.plan.guidance else None
         self.tokens: list[int] = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from graphs.errors import OperationFailed
-from graphs.plan import kept_count
+from graphs.plan import PruningPlan, kept_count
 
 
 class GuidanceSum:
@@ -46,3 +46,8 @@ def priority_of_rows(guidance_V: np.ndarray, is_visual_S: np.ndarray) -> np.ndar
 def random_guidance(tokens: int, seed: int) -> np.ndarray:
     """Return a seeded uniform score per visual token, float32 [V]: the baseline of every comparison."""
     return np.random.default_rng(seed).random(tokens, dtype=np.float32)
+
+
+def drawn_priority(plan: PruningPlan, tokens: int) -> np.ndarray | None:
+    """Return the seeded scores of a plan that prunes by a draw, None for any other plan."""
+    return next((random_guidance(tokens, p.seed) for p in plan.points if p.score == "random"), None)

@@ -14,11 +14,12 @@ import numpy as np
 from PIL import Image
 
 from engines.clock import Clock
-from engines.decoder import Chunk, Decoder, Keep
+from engines.decoder import Chunk, Decoder, Keep, keep_ratios
 from engines.families import Seen
 from engines.generate import Generation
 from engines.processing import Processor
 from engines.session import Session, Value, open_session
+from engines.vision import features_of
 from graphs.spec import ExportSpec, deepstack_names, visual_names
 
 DEFAULT_NEW_TOKENS = 128
@@ -29,8 +30,9 @@ class Prompt:
     """An image and a question, ready for the decoder.
 
     input_ids: int64 [1, S]. visual: the image as the vision stage took it. inputs_embeds: [1, S, D] on
-    the device. is_visual: bool [S]. positions: int64 [S] or [3, S]. deepstack: features by input name,
-    [1, S, D] on the device. ms: what each step took.
+    the device. is_visual: bool [S]. positions: int64 [S] or [3, S], the original ones, with gaps where the
+    vision stage dropped tokens. deepstack: features by input name, [1, S, D] on the device. ms: what each step
+    took. kept_visual: int64, which of the original visual tokens are there; None: all.
     """
 
     input_ids: np.ndarray
@@ -40,14 +42,25 @@ class Prompt:
     positions: np.ndarray
     deepstack: Mapping[str, Value]
     ms: dict[str, float]
+    visual_tokens: int
+    kept_visual: np.ndarray | None = None
 
     @property
     def chunk(self) -> Chunk:
         """All of it, as the decoder takes it."""
-        return Chunk(self.inputs_embeds, self.is_visual, self.positions, self.deepstack)
+        return Chunk(self.inputs_embeds, self.is_visual, self.positions, self.deepstack, self.visual_tokens)
 
     def __len__(self) -> int:
         return self.input_ids.shape[1]
+
+    @property
+    def next_position(self) -> int:
+        """The position of the first token of the answer."""
+        return int(self.positions.max()) + 1
+
+    def of_visual(self, values_V: np.ndarray) -> np.ndarray:
+        """Of one value per original visual token, those of the tokens that are there."""
+        return values_V if self.kept_visual is None else values_V[self.kept_visual]
 
 
 class Model:
@@ -82,8 +95,12 @@ class Model:
         """The decoder with the host's rules around it."""
         return Decoder(self.session("decoder"), self.spec)
 
-    def prompt(self, image: Image.Image, question: str) -> Prompt:
-        """See the image and merge it with the question; the first stages of every answer."""
+    def prompt(self, image: Image.Image, question: str, keep: Keep = None) -> Prompt:
+        """See the image and merge it with the question; the first stages of every answer.
+
+        keep: as for ``generate``; the vision stage's share is its first, where the plan prunes there.
+        """
+        vision_keep = keep_ratios(self.spec.plan, keep)[0] if self.spec.plan.vision and keep is not None else None
         self.processor.checked(question)
         clock, ms = Clock(), {}
         self.open()
@@ -93,11 +110,22 @@ class Model:
         is_visual_S = input_ids[0] == self.spec.tokens.image
         positions = squeezed(self.processor.family.positions(is_visual_S, visual, 0))
         ms["prepare"] = clock.lap()
-        features = self.session("vision").run(visual.feeds, device=visual_names(self.spec.language))
+        features = features_of(self, visual, input_ids[0], vision_keep)
         ms["vision"] = clock.lap()
-        embeds, deepstack = self._embeds(input_ids, features)
+        rows = features.rows(is_visual_S)
+        embeds, deepstack = self._embeds(input_ids[:, rows], features.values)
         ms["embed"] = clock.lap()
-        return Prompt(input_ids, visual, embeds, is_visual_S, positions, deepstack, ms)
+        return Prompt(
+            input_ids[:, rows],
+            visual,
+            embeds,
+            is_visual_S[rows],
+            positions[..., rows],
+            deepstack,
+            ms,
+            int(is_visual_S.sum()),
+            features.kept,
+        )
 
     def embed_text(self, tokens: Sequence[int]) -> Value:
         """Return inputs_embeds [1, S, D] of text alone.

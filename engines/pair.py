@@ -42,13 +42,13 @@ def members_from_sources(sources: list[Source]) -> dict[str, Source]:
 
 def prunes_nothing(spec: ExportSpec) -> bool:
     """Whether every visual token reaches the last layer by default."""
-    return all(point.keep == 1 for point in spec.plan.points)
+    return not spec.plan.prunes
 
 
 def refuse_unasked(source: Source) -> None:
     """A plan that prunes nothing is fine where it is called none; otherwise nobody asked for it."""
     spec = source.spec
-    if spec.role != "small" and spec.plan.name != "none" and prunes_nothing(spec):
+    if spec.role != "small" and spec.plan.name != "none" and not spec.plan.allow_nothing and prunes_nothing(spec):
         raise UsageError(
             f"{source.folder}: plan {spec.plan.name} prunes nothing; export it with a prune point that keeps less than "
             "all, or with --policy none if that is wanted"
@@ -57,7 +57,7 @@ def refuse_unasked(source: Source) -> None:
 
 def _check_alone(source: Source) -> None:
     refuse_unasked(source)
-    if source.spec.plan.uses_priority:
+    if source.spec.plan.needs_guidance:
         raise UsageError(
             f"{source.folder} is pruned by the guidance of a small model; give that export too, or export this one "
             "with --role alone"
@@ -66,7 +66,7 @@ def _check_alone(source: Source) -> None:
 
 def _check_plans(small: Source, large: Source) -> None:
     refuse_unasked(large)
-    if large.spec.plan.uses_priority and small.spec.plan.guidance is None:
+    if large.spec.plan.needs_guidance and small.spec.plan.guidance is None:
         raise UsageError(
             f"{large.folder} waits for guidance and {small.folder} gives none (plan {small.spec.plan.name}); "
             "export the small model with --policy sgl --role small"
@@ -85,8 +85,10 @@ def _check_grids(small: Source, large: Source) -> None:
             f"the pair makes unequal grids of visual tokens: {', '.join(differs)} of {small.folder} and {large.folder} "
             "differ; guidance goes by index, so choose models of one grid"
         )
+    if a.kind == "fixed":
+        return
     made_small, made_large = (image_settings(source) for source in (small, large))
-    if a.kind != "fixed" and made_small != made_large:
+    if made_small != made_large:
         keys = sorted(made_small.keys() | made_large.keys(), key=str)
         name = next(k for k in keys if made_small.get(k) != made_large.get(k))
         raise UsageError(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, get_args
 
 from engines.bundle import Bundle
 from engines.golden import Replay
 from engines.manifest import MemberEntry
+from graphs.errors import UsageError
 from graphs.ops import DOMAIN, OPS
-from graphs.plan import POLICIES, PruningPlan, average_retention, plan_of_policy
+from graphs.plan import Budget, PruningPlan, Role, average_retention
+from graphs.policies import TABLE, plan_of_policy
 from graphs.spec import StageSpec, VisualGrid
 
 MB = 1e6
@@ -32,13 +34,23 @@ def plan_in_words(plan: PruningPlan, layers: int) -> list[str]:
         chosen = plan.guidance.layers
         which = "all layers" if len(chosen) == layers else f"layers {', '.join(map(str, chosen))}"
         lines.append(f"gives guidance: attention received from rows '{plan.guidance.rows}', summed over {which}")
+    if plan.vision:
+        each = " of each image" if plan.vision.per_image else ""
+        lines.append(f"at the vision stage keeps {_budget(plan.vision)}{each} by score '{plan.vision.score}'")
     for point in plan.points:
-        by = "the small model's guidance" if point.score == "priority" else f"attention of layer {point.layer - 1}"
-        lines.append(
-            f"before layer {point.layer} of {layers} keeps {point.keep:.0%} by {by} "
-            f"(average retention {average_retention(layers, point.layer, point.keep):.2%})"
-        )
+        by = {
+            "priority": "the small model's guidance",
+            "random": f"a draw from seed {point.seed}",
+            "preview": f"attention of layer {point.layer} itself from rows '{point.rows}', before it runs",
+            "attention": f"attention of layer {point.layer - 1} from rows '{point.rows}'",
+        }[point.score]
+        share = "" if point.count else f" (average retention {average_retention(layers, point.layer, point.keep):.2%})"
+        lines.append(f"before layer {point.layer} of {layers} keeps {_budget(point)} by {by}{share}")
     return lines or ["prunes nothing"]
+
+
+def _budget(point: Budget) -> str:
+    return f"{point.count} tokens" if point.count else f"{100 * point.keep:g}%"
 
 
 def stage_in_words(name: str, stage: StageSpec) -> list[str]:
@@ -123,11 +135,19 @@ def policy_documents(layers: int) -> list[dict[str, Any]]:
     """Each policy: its meaning, and what it does in a model of ``layers`` layers in each role."""
     return [
         {
-            "policy": name,
-            "meaning": (make.__doc__ or "").partition("\n")[0],
-            "roles": {
-                role: plan_in_words(plan_of_policy(name, role, layers), layers) for role in ("small", "large", "alone")
-            },
+            "policy": policy.name,
+            "meaning": policy.meaning,
+            "source": policy.source,
+            "plan": policy.document("large").dumps(),
+            "roles": {role: _plan_or_refusal(policy.name, role, layers) for role in get_args(Role)},
         }
-        for name, make in POLICIES.items()
+        for policy in TABLE
     ]
+
+
+def _plan_or_refusal(policy: str, role: Role, layers: int) -> list[str]:
+    """A named plan in words, or why a model of this depth cannot have it."""
+    try:
+        return plan_in_words(plan_of_policy(policy, role, layers), layers)
+    except UsageError as e:
+        return [f"refused: {e}"]

@@ -47,12 +47,14 @@ def _(
 class LayerRun:
     """What one decoder layer is given and gives back besides its hidden states.
 
-    guide: the carrier [G] where this layer's received attention is wanted, else None.
+    guide: the carrier [G] where this layer's received attention is wanted, or the guide rows' weights [1, G],
+    else None. preview: only that is wanted, so the attention itself is left out.
     """
 
     past_k: torch.Tensor
     past_v: torch.Tensor
     guide: torch.Tensor | None = None
+    preview: bool = False
     present_k: torch.Tensor | None = None
     present_v: torch.Tensor | None = None
     received: torch.Tensor | None = None
@@ -71,9 +73,13 @@ def attention_function(
 ) -> tuple[torch.Tensor, None]:
     """The attention that transformers' layers call; what it learns goes into ``saccade_run``."""
     run = saccade_run
-    out, run.present_k, run.present_v = attention(query, key, value, run.past_k, run.past_v, scaling)
+    if run.preview:
+        out, run.present_k = query, torch.cat([run.past_k, key], 2)
+    else:
+        out, run.present_k, run.present_v = attention(query, key, value, run.past_k, run.past_v, scaling)
     if run.guide is not None:
-        run.received = OPS["AttentionReceived"].torch_op(query, run.present_k, run.guide, scaling)
+        op = "AttentionReceived" if run.guide.dim() == 1 else "RatedAttentionReceived"
+        run.received = OPS[op].torch_op(query, run.present_k, run.guide, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -5,13 +5,16 @@ from typing import Any
 
 import click
 
-from graphs.plan import POLICIES
+from graphs.policies import POLICIES
 
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write; it must not exist yet.")
-@click.option("--policy", default="sgl", show_default=True, help=f"Named pruning plan: {', '.join(POLICIES)}.")
+@click.option(
+    "--policy", default="sgl", show_default=True, help=f"Named pruning plan: {', '.join(POLICIES)}; several with +."
+)
+@click.option("--plan", type=click.Path(path_type=Path), metavar="FILE", help="A plan of your own (TOML) instead.")
 @click.option(
     "--role",
     type=click.Choice(["small", "large", "alone"]),
@@ -29,6 +32,7 @@ def export(
     checkpoint: Path,
     out: Path | None,
     policy: str,
+    plan: Path | None,
     role: Any,
     layer_fraction: float | None,
     keep: float | None,
@@ -40,6 +44,8 @@ def export(
     """Turn the Hugging Face CHECKPOINT (a local folder) into ONNX stages under a pruning plan."""
     from graphs.versions import require
 
+    if plan and (layer_fraction is not None or keep is not None):
+        raise click.UsageError("--plan says where and how many itself; leave --layer-fraction and --keep out")
     require("torch", "transformers")
     from exporter.export import export_checkpoint
     from graphs.talk import emit_json
@@ -48,6 +54,7 @@ def export(
         checkpoint,
         out,
         policy=policy,
+        plan=plan,
         role=role,
         dtype=dtype,
         in_place=in_place,

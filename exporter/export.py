@@ -19,11 +19,14 @@ from exporter.checkpoint import (
 from exporter.processor import copy_processor, processor_files, tokens_of
 from exporter.program import DecoderProgram, EmbedProgram, Program, VisionProgram
 from exporter.stages import bind, examples_of, weights_used, write_stage
+from exporter.towers import with_tower
 from exporter.trace import finish, onnx_from_program
 from exporter.weights import PlacedWeights, place_weights, streamed
 from graphs.atomic import atomic_folder
 from graphs.errors import UsageError
-from graphs.plan import PruningPlan, Role, plan_of_policy
+from graphs.plan import PruningPlan, Role
+from graphs.plan_file import PlanDocument, plan_from_file
+from graphs.policies import plan_of_policy
 from graphs.spec import GOLDEN_FILE, PROCESSOR_FOLDER, SPEC_FILE, STAGES, ExportSpec, FloatType, WeightFile
 from graphs.talk import say, step
 from graphs.versions import installed_version, require
@@ -37,7 +40,7 @@ def export_checkpoint(
     *,
     policy: str = "sgl",
     role: Role = "large",
-    plan: PruningPlan | None = None,
+    plan: PruningPlan | PlanDocument | Path | str | None = None,
     dtype: FloatType | None = None,
     in_place: bool = False,
     overwrite: bool = False,
@@ -48,7 +51,8 @@ def export_checkpoint(
 
     dtype: "float32" or "float16" of weights and activations; default float16 where the checkpoint is, else float32.
     in_place: write the graphs into the checkpoint's own folder and no weight at all (``out`` stays None).
-    fraction, keep: options of the named policy (None: its defaults); ``plan`` overrides all three.
+    fraction, keep: options of the named policy (None: its defaults).
+    plan: a plan file, or a plan, instead of all three.
     Errors: BadArtefact for the checkpoint, UsageError for the request, OperationFailed for a full disk or NaN.
     """
     require(*PINNED)
@@ -58,9 +62,16 @@ def export_checkpoint(
     wanted = _dtype_for(source, dtype, in_place)
     layers = source.text.num_hidden_layers
     options = {k: v for k, v in (("fraction", fraction), ("keep", keep)) if v is not None}
-    plan = plan.validated(layers) if plan else plan_of_policy(policy, role, layers, **options)
+    fitted = fitted_plan(plan, layers) if plan else plan_of_policy(policy, role, layers, **options)
     with _workplace(source, out, overwrite) as work:
-        return _export(source, work, plan, role, wanted, in_place)
+        return _export(source, work, fitted, role, wanted, in_place)
+
+
+def fitted_plan(plan: PruningPlan | PlanDocument | Path | str, layers: int) -> PruningPlan:
+    """A plan, or a plan file, for a model of ``layers`` layers; UsageError where it does not fit."""
+    if isinstance(plan, PruningPlan):
+        return plan.validated(layers)
+    return (plan if isinstance(plan, PlanDocument) else plan_from_file(Path(plan))).resolved(layers)
 
 
 def _export(
@@ -72,7 +83,8 @@ def _export(
         model = skeleton_of(source, DTYPES[dtype])
         language, grid = language_of(source), source.family.grid(source.config)
         slices = slices_of_parameters(model, source)
-    vision = VisionProgram(model, source.family, grid, language)
+    plan = with_tower(plan, model, source.family)
+    vision = VisionProgram(model, source.family, grid, language, plan.vision)
     embed = EmbedProgram(model, source.family, tokens.image, language)
     decoder = DecoderProgram(model, source.family, plan, language)
     programs: dict[str, Program] = {"vision": vision, "embed": embed, "decoder": decoder}
@@ -95,7 +107,7 @@ def _export(
             bind(traced[name], used[name], placed, base)
             stages[name] = write_stage(finish(traced[name]), work, name)
     with step("computing golden tensors"), streamed(model, placed.slices):
-        seen = golden.vision_cases(vision, grid)
+        seen = golden.vision_cases(vision)
         merged = golden.embed_cases(embed, seen["one"][1], tokens, language.vocab)
         written = golden.decoder_cases(decoder, merged["one"][1], language)
         golden.save_golden(work / GOLDEN_FILE, {"vision": seen, "embed": merged, "decoder": written})

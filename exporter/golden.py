@@ -13,15 +13,15 @@ from exporter.family import SEED, Tensors
 from exporter.program import DecoderProgram, EmbedProgram, VisionProgram
 from graphs.errors import OperationFailed
 from graphs.plan import PruningPlan
-from graphs.spec import LanguageModel, Tokens, VisualGrid, past_names, present_names
+from graphs.spec import LanguageModel, Tokens, past_names, present_names
 
 TEXT_BEFORE, VISUAL, TEXT_AFTER, FOLLOW_UP = 4, 16, 4, 3
 Cases = dict[str, tuple[Tensors, Tensors]]
 
 
-def vision_cases(program: VisionProgram, grid: VisualGrid) -> Cases:
+def vision_cases(program: VisionProgram) -> Cases:
     """One image, and two of different shapes where the family knows any."""
-    feeds = {name: program.family.example(grid, images) for name, images in (("one", 1), ("two", 2))}
+    feeds = {name: program.example(images) for name, images in (("one", 1), ("two", 2))}
     return {name: (feed, program(feed)) for name, feed in feeds.items()}
 
 
@@ -32,7 +32,7 @@ def embed_cases(program: EmbedProgram, seen: Tensors, tokens: Tokens, vocab: int
     ids += ids >= tokens.image
     visual = min(VISUAL, seen["visual_embeds"].shape[0])
     row = torch.cat([ids[:TEXT_BEFORE], torch.full((visual,), tokens.image), ids[-TEXT_AFTER:]])
-    feed = {"input_ids": row[None], **{name: value[:visual] for name, value in seen.items()}}
+    feed = {"input_ids": row[None], **{name: value[:visual] for name, value in seen.items() if name != "kept_vision"}}
     return {"one": (feed, program(feed))}
 
 
@@ -43,8 +43,9 @@ def carrier(length: int) -> torch.Tensor:
 
 def guide_rows(plan: PruningPlan, text_after: int) -> int:
     """How many of the last rows guide the pruning, by the plan's choice of rows."""
-    rows = plan.guidance.rows if plan.guidance else next(p.rows for p in plan.points if p.score == "attention")
-    return {"text": text_after, "last": 1, "text_and_last_visual": text_after + 1}[rows]
+    rows = plan.attention_rows
+    assert rows
+    return {"text": text_after, "raters": text_after, "last": 1, "text_and_last_visual": text_after + 1}[rows]
 
 
 def decoder_feed(

@@ -11,22 +11,39 @@ from torch import nn
 
 from exporter.attention import LayerRun
 from exporter.family import Family, Tensors
+from exporter.vision_pruning import VisionPruning
 from graphs.ops import OPS
-from graphs.plan import PruningPlan
+from graphs.plan import FROM_OUTSIDE, PruningPlan, VisionPoint
 from graphs.spec import LanguageModel, VisualGrid, deepstack_names, past_names, present_names, visual_names
 
 
 class VisionProgram(nn.Module):
-    """pixel_values fp32 and the family's other inputs → visual_embeds [V,D] and deepstack features."""
+    """pixel_values fp32 and the family's other inputs → visual_embeds [V,D] and deepstack features, pruned or not."""
 
-    def __init__(self, model: Any, family: Family, grid: VisualGrid, language: LanguageModel) -> None:
+    def __init__(
+        self,
+        model: Any,
+        family: Family,
+        grid: VisualGrid,
+        language: LanguageModel,
+        point: VisionPoint | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.family, self.dims = model, family, family.dims(grid)
+        self.model, self.family, self.grid, self.dims = model, family, grid, family.dims(grid)
         self.outputs = visual_names(language)
+        self.pruning = VisionPruning(model, family, point, grid) if point and not point.on_host else None
+        if self.pruning:
+            self.dims, self.outputs = self.dims | self.pruning.dims, (*self.outputs, "kept_vision")
+
+    def example(self, images: int) -> Tensors:
+        """Valid inputs for 1 or 2 images."""
+        feed = self.family.example(self.grid, images)
+        return feed | self.pruning.carriers(images) if self.pruning else feed
 
     def forward(self, feed: Tensors) -> Tensors:
         pixels = feed["pixel_values"].to(self.model.dtype)
-        out = self.family.visual(self.model, {**feed, "pixel_values": pixels})
+        prepared = {**feed, "pixel_values": pixels}
+        out = self.pruning.run(prepared) if self.pruning else self.family.visual(self.model, prepared)
         return {name: out[name] for name in self.outputs}
 
 
@@ -96,13 +113,20 @@ class DecoderProgram(nn.Module):
         deepstack = [feed[name] for name in self.deepstack]
         out: Tensors = {}
         summed: torch.Tensor | None = None
-        received: torch.Tensor | None = None
+        received: torch.Tensor
+        rotary = self.rotary_emb(hidden, position)
+        guide = feed.get("guide")
+        if self.plan.attention_rows == "raters":
+            guide = OPS["TextRaters"].torch_op(hidden, is_visual, guide)
         for j, segment in enumerate(self.segments):
             if j:
                 point = self.plan.points[j - 1]
                 score = priority
-                if point.score == "attention" and received is not None:
-                    score = received[:, feed[past_names(point.layer - 1)[0]].shape[2] :]
+                if point.score not in FROM_OUTSIDE:
+                    scored = point.layer - (point.score == "attention")
+                    if point.score == "preview":
+                        received = self.preview(scored, hidden, rotary, feed, guide)
+                    score = received[:, feed[past_names(scored)[0]].shape[2] :]
                 kept = OPS["KeepTopK"].torch_op(score, is_visual, feed[f"keep_{j - 1}"])
                 out[f"kept_{j - 1}"] = kept
                 compact = OPS["CompactRows"].torch_op
@@ -112,10 +136,10 @@ class DecoderProgram(nn.Module):
                 if j < len(self.plan.points):
                     is_visual = compact(is_visual, kept)
                     priority = compact(priority, kept) if priority is not None else None
-            rotary = self.rotary_emb(hidden, position)
+                rotary = self.rotary_emb(hidden, position)
             for i in segment:
                 past_k, past_v = (feed[name] for name in past_names(i))
-                run = LayerRun(past_k, past_v, feed["guide"] if self.listens(i) else None)
+                run = LayerRun(past_k, past_v, guide if self.listens(i) else None)
                 hidden = self.layers[i](
                     hidden,
                     attention_mask=None,
@@ -126,8 +150,9 @@ class DecoderProgram(nn.Module):
                 )
                 if i < len(deepstack):
                     hidden = hidden + deepstack[i]
-                received = run.received
-                if self.plan.guidance and received is not None:
+                if run.received is not None:
+                    received = run.received
+                if self.plan.guidance and run.received is not None:
                     summed = received if summed is None else summed + received
                 out |= dict(zip(present_names(i), (run.present_k, run.present_v), strict=True))
         if summed is not None:
@@ -136,6 +161,22 @@ class DecoderProgram(nn.Module):
         last = torch.arange(wanted, device=hidden.device) + (rows - wanted)
         out["logits"] = self.lm_head(self.norm(hidden.index_select(1, last))).float()
         return {name: out[name] for name in self.outputs}
+
+    def preview(
+        self, layer: int, hidden: torch.Tensor, rotary: Any, feed: Tensors, guide: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What the keys of a layer would receive if it ran on these rows; its own q and k, nothing more of it."""
+        past_k, past_v = (feed[name] for name in past_names(layer))
+        run = LayerRun(past_k, past_v, guide, preview=True)
+        block = self.layers[layer]
+        block.self_attn(
+            hidden_states=block.input_layernorm(hidden),
+            position_embeddings=rotary,
+            attention_mask=None,
+            saccade_run=run,
+        )
+        assert run.received is not None
+        return run.received
 
     def listens(self, layer: int) -> bool:
         """Whether the plan reads what the keys of this layer receive."""

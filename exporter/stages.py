@@ -14,7 +14,7 @@ from graphs.spec import DType, LanguageModel, StageSpec, TensorSpec, VisualGrid,
 from graphs.weights import TensorSlice
 
 ONNX_NAME = {"float32": "FLOAT", "float16": "FLOAT16"}
-CARRIERS = ("guide", "tail", "keep_")
+CARRIERS = ("guide", "tail", "keep_", "merge_")
 DTYPES: dict[str, DType] = {
     "FLOAT": "float32",
     "FLOAT16": "float16",
@@ -62,7 +62,7 @@ def examples_of(
     visual = {name: torch.zeros(5, width, dtype=dtype) for name in visual_names(language)}
     embed_dims: Dims = {"input_ids": (1, "S"), **dict.fromkeys(visual, ("V", width))}
     return {
-        "vision": (vision.family.example(grid, 2), vision.dims),
+        "vision": (vision.example(2), vision.dims),
         "embed": ({"input_ids": torch.zeros(1, 7, dtype=torch.int64), **visual}, embed_dims),
         "decoder": (feed, {name: dims[name] for name in feed}),
     }

@@ -13,9 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from graphs.errors import UsageError
 
-Score = Literal["attention", "priority"]
-Rows = Literal["text", "last", "text_and_last_visual"]
+Score = Literal["attention", "preview", "priority", "random"]
+Rows = Literal["text", "last", "text_and_last_visual", "raters"]
+VisionScore = Literal["received", "cls", "zip", "tome", "divprune", "cdpruner", "random"]
 Role = Literal["small", "large", "alone"]
+
+BY_ATTENTION: tuple[Score, ...] = ("attention", "preview")
+FROM_OUTSIDE: tuple[Score, ...] = ("priority", "random")  # the host feeds them as the graph input ``priority``
+ON_HOST: tuple[VisionScore, ...] = ("divprune", "cdpruner", "random")  # greedy loops and draws, between two stages
 
 
 class Record(BaseModel):
@@ -24,18 +29,83 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class PrunePoint(Record):
+class Budget(Record):
+    """How many visual tokens stay: ``keep``, a share of the original ones, or ``count`` of them.
+
+    Both are defaults; a run may choose another number.
+    """
+
+    keep: float = Field(default=1.0, gt=0, le=1)
+    count: int | None = Field(default=None, ge=1)
+
+    def kept_of(self, tokens: int, images: int = 1) -> int:
+        """Tokens that stay of ``tokens``; a count is per image where the point is per image."""
+        if getattr(self, "per_image", False) and images > 1:
+            return images * self.kept_of(tokens // images)
+        return kept_count(tokens, self.keep) if self.count is None else min(self.count, tokens)
+
+    def share_of(self, tokens: int) -> float:
+        """What stays by default, as a share of ``tokens``."""
+        return self.keep if self.count is None else min(1.0, self.count / tokens) if tokens else 1.0
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything is dropped by default (a count may, by the image's size)."""
+        return self.count is not None or self.keep < 1
+
+
+class PrunePoint(Budget):
     """Drop visual tokens before decoder layer ``layer`` (0-based).
 
-    score ``attention``: what each token receives in layer ``layer - 1`` from the guide ``rows``;
-    ``priority``: the graph input of that name, guidance from outside (SGL's large model).
-    ``keep`` is the default share of the image's original visual tokens; a run may choose another.
+    score ``attention``: what each token receives in layer ``layer - 1`` from the guide ``rows``, summed over
+    heads and rows (a mean ranks the same); ``preview``: the same of layer ``layer`` itself, from its q and k over all
+    rows before it runs (PyramidDrop); ``priority``: the graph input of that name, guidance from outside
+    (SGL's large model); ``random``: the same input, drawn by the host from ``seed``.
+    rows: ``text`` behind the last image, ``last`` row only, or ``raters``: the text rows whose relevance to the
+    image is at least the mean (SparseVLM).
     """
 
     layer: int = Field(ge=0)
     score: Score
     rows: Rows = "text"
-    keep: float = Field(gt=0, le=1)
+    seed: int = Field(default=0, ge=0)
+
+
+class VisionPoint(Budget):
+    """Drop visual tokens after (or, ``tome``, inside) the vision tower, before the decoder sees any.
+
+    score ``received``: visual self-attention over the embeddings (STAR, stage 1); ``cls``: attention of the
+    tower's class token; ``zip``: the same, and a share ``merge`` of the kept tokens are averages of dropped
+    ones (VisionZip); ``tome``: bipartite merging in every tower layer; ``divprune``, ``cdpruner``, ``random``:
+    chosen by the host between the vision and the embed stage.
+    per_image: each image keeps its own share; else the best of all images together.
+    """
+
+    score: VisionScore
+    per_image: bool = False
+    merge: float = Field(default=0.0, ge=0, lt=1)
+    seed: int = Field(default=0, ge=0)
+    # tome: layers of the tower that merge, known once the plan is fitted to a model.
+    tower_layers: int = Field(default=0, ge=0)
+
+    def carriers(self, tokens: int, images: int = 1, keep: float | None = None) -> dict[str, int]:
+        """Lengths of the vision graph's shape carriers for ``tokens`` visual tokens of all images.
+
+        keep: a share in (0, 1] instead of the point's own. Raises UsageError for a number that cannot be had.
+        """
+        point = self if keep is None else self.model_copy(update={"keep": keep, "count": None})
+        kept = point.kept_of(tokens, images) // (images if self.per_image else 1)
+        if self.score == "tome":
+            checked_merging(tokens // images, kept, self.tower_layers)
+        merged = min(max(1, round(kept * self.merge)), kept - 1) if self.merge else 0
+        if self.merge and not merged:
+            raise UsageError("one token of an image is too few for some to be kept and some merged; keep at least 2")
+        return {"keep_vision": kept - merged, **({"merge_vision": merged} if self.merge else {})}
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the host chooses; the vision graph then gives every token."""
+        return self.score in ON_HOST
 
 
 class Guidance(Record):
@@ -50,21 +120,48 @@ class Guidance(Record):
 
 
 class PruningPlan(Record):
-    """An ordered list of prune points, and whether the model gives guidance to another one."""
+    """At most one prune point at the vision stage, an ordered list of them in the decoder, or guidance for others.
+
+    allow_nothing: a plan that prunes nothing was asked for.
+    """
 
     name: str
     points: tuple[PrunePoint, ...] = ()
     guidance: Guidance | None = None
+    vision: VisionPoint | None = None
+    allow_nothing: bool = False
 
     @property
     def uses_guide(self) -> bool:
         """Whether the decoder graph reads the shape carrier ``guide``."""
-        return self.guidance is not None or any(p.score == "attention" for p in self.points)
+        return self.guidance is not None or any(p.score in BY_ATTENTION for p in self.points)
 
     @property
     def uses_priority(self) -> bool:
         """Whether the decoder graph has the input ``priority``."""
+        return any(p.score in FROM_OUTSIDE for p in self.points)
+
+    @property
+    def needs_guidance(self) -> bool:
+        """Whether another model has to say what stays."""
         return any(p.score == "priority" for p in self.points)
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """Every prune point in order, that of the vision stage first."""
+        return (*([self.vision] if self.vision else []), *self.points)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any point drops tokens by default."""
+        return any(p.prunes for p in self.budgets)
+
+    @property
+    def attention_rows(self) -> Rows | None:
+        """The guide rows of guidance and prune points, one choice for the plan; None where it has no guide."""
+        if self.guidance:
+            return self.guidance.rows
+        return next((p.rows for p in self.points if p.score in BY_ATTENTION), None)
 
     def segments(self, layers: int) -> tuple[range, ...]:
         """The layers between prune points, one range per segment; each has its own cache length.
@@ -90,20 +187,56 @@ class PruningPlan(Record):
                     "use score 'priority' or a later layer"
                 )
             before = point.layer
+        self._check_together()
         if self.guidance:
-            if not self.guidance.layers or len(set(self.guidance.layers)) < len(self.guidance.layers):
-                raise UsageError(
-                    f"plan {self.name}: guidance comes from layers {list(self.guidance.layers)}, but it is a sum over "
-                    "at least one layer, each once; list them so"
-                )
-            if bad := [i for i in self.guidance.layers if not 0 <= i < layers]:
-                raise UsageError(f"plan {self.name}: guidance layers {bad} do not exist; the model has {layers}")
-            if self.points:
-                raise UsageError(
-                    f"plan {self.name}: guidance is collected over full rows, so a plan that gives "
-                    "guidance cannot prune inside; split it over two exports"
-                )
+            self._check_guidance(layers, self.guidance)
         return self
+
+    def _check_together(self) -> None:
+        """What prune points may not say beside each other."""
+        if len(rows := sorted({p.rows for p in self.points if p.score in BY_ATTENTION})) > 1:
+            raise UsageError(
+                f"plan {self.name}: prune points go by the rows {' and '.join(rows)}, but a decoder has one set of "
+                "guide rows; give all points the same rows"
+            )
+        if len(scores := sorted({p.score for p in self.points if p.score in FROM_OUTSIDE})) > 1:
+            raise UsageError(
+                f"plan {self.name}: prune points go by {' and '.join(scores)}, but a decoder has one input priority; "
+                "choose one of them"
+            )
+        keeps = [p.keep for p in self.budgets if p.count is None]
+        counts = [p.count for p in self.points if p.count is not None]
+        if any(b > a for a, b in [*pairwise(keeps), *pairwise(counts)]):
+            said = [p.count or round(p.keep, 4) for p in self.budgets]
+            raise UsageError(
+                f"plan {self.name}: prune points keep {said} of the original tokens "
+                "in turn, but what is dropped is gone; order them down"
+            )
+        if self.vision and self.vision.score in ("zip", "tome") and not self.vision.per_image:
+            raise UsageError(
+                f"plan {self.name}: score {self.vision.score!r} merges tokens of one image, so each image keeps its "
+                "own share; say per_image = true"
+            )
+        if self.vision and self.vision.merge and self.vision.score != "zip":
+            raise UsageError(
+                f"plan {self.name}: merge belongs to score 'zip', not to {self.vision.score!r}; leave it out"
+            )
+
+    def _check_guidance(self, layers: int, guidance: Guidance) -> None:
+        if not guidance.layers or len(set(guidance.layers)) < len(guidance.layers):
+            raise UsageError(
+                f"plan {self.name}: guidance comes from layers {list(guidance.layers)}, but it is a sum over "
+                "at least one layer, each once; list them so"
+            )
+        if guidance.rows == "raters":
+            raise UsageError(f"plan {self.name}: guidance is a plain sum over its rows; raters rank prune points only")
+        if bad := [i for i in guidance.layers if not 0 <= i < layers]:
+            raise UsageError(f"plan {self.name}: guidance layers {bad} do not exist; the model has {layers}")
+        if self.points or self.vision:
+            raise UsageError(
+                f"plan {self.name}: guidance is collected over full rows, so a plan that gives "
+                "guidance cannot prune inside; split it over two exports"
+            )
 
 
 def layer_of(fraction: float, layers: int) -> int:
@@ -136,42 +269,24 @@ def kept_count(tokens: int, keep: float) -> int:
     return max(1, int(tokens * keep + 1e-9)) if tokens else 0
 
 
-def plan_none(role: Role, layers: int) -> PruningPlan:
-    """Nothing is pruned and nothing is given; asked for by name, so it is not an error."""
-    return PruningPlan(name="none")
+def merge_schedule(tokens: int, keep: int, layers: int) -> list[int]:
+    """Tokens of an image left behind each tower layer, as evenly as whole numbers go; ends at ``keep`` (ToMe)."""
+    return [tokens - (tokens - keep) * (i + 1) // layers for i in range(layers)]
 
 
-def plan_sgl(role: Role, layers: int, **options: float) -> PruningPlan:
-    """SGL: the small model gives guidance, the large one is cut before layer int(L·f) by it.
-
-    Alone, a model is cut by its own attention of the layer before the cut. Options: ``fraction`` (f) and
-    ``keep``, both 0.05 unless given; the small model is not cut, so it takes neither.
-    """
-    if role == "small":
-        if options:
-            raise UsageError(
-                f"the small model of sgl is not pruned, so it takes no {' and no '.join(options)}; "
-                "give that to the large model's export, or --role large"
-            )
-        return PruningPlan(name="sgl", guidance=Guidance(layers=tuple(range(layers))))
-    (keep,) = checked_keep([options.get("keep", 0.05)])
-    layer = layer_of(options.get("fraction", 0.05), layers)
-    score: Score = "priority" if role == "large" else "attention"
-    if role == "alone":
-        layer = max(1, layer)
-    return PruningPlan(name="sgl", points=(PrunePoint(layer=layer, score=score, keep=keep),))
+def checked_merging(tokens: int, keep: int, layers: int) -> None:
+    """UsageError where a layer would have to merge more than half of its tokens."""
+    if not _can_merge(tokens, keep, layers):
+        fewest = next(k for k in range(keep, tokens + 1) if _can_merge(tokens, k, layers))
+        raise UsageError(
+            f"merging {tokens} tokens down to {keep} in {layers} layers would take more than half of a layer's tokens; "
+            f"keep at least {fewest}"
+        )
 
 
-POLICIES = {"none": plan_none, "sgl": plan_sgl}
-
-
-def plan_of_policy(policy: str, role: Role, layers: int, **options: float) -> PruningPlan:
-    """The named plan for a model of ``layers`` layers in this role; unknown names list the known ones."""
-    if policy not in POLICIES:
-        raise UsageError(f"unknown policy {policy!r}; known are {', '.join(sorted(POLICIES))}")
-    if options and policy == "none":
-        raise UsageError(f"policy none takes no {', '.join(options)}; leave them out or use --policy sgl")
-    return POLICIES[policy](role, layers, **options).validated(layers)
+def _can_merge(tokens: int, keep: int, layers: int) -> bool:
+    lefts = [tokens, *merge_schedule(tokens, keep, layers)]
+    return all(a - b <= a // 2 for a, b in pairwise(lefts))
 
 
 def checked_keep(values: Sequence[float]) -> tuple[float, ...]:

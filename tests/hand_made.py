@@ -16,7 +16,8 @@ import onnx.parser
 from safetensors.numpy import save_file
 
 from graphs.ops import OPS
-from graphs.plan import PruningPlan, plan_of_policy
+from graphs.plan import PruningPlan
+from graphs.policies import plan_of_policy
 from graphs.spec import (
     GOLDEN_FILE,
     PROCESSOR_FOLDER,

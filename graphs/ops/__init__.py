@@ -1,8 +1,31 @@
 """Our ops, one file each: formula, torch meaning, ONNX function body, shape rule, source."""
 
-from graphs.ops import attention_received, block_attention, compact_rows, keep_topk
+from graphs.ops import (
+    attention_received,
+    block_attention,
+    compact_rows,
+    keep_topk,
+    merge_context,
+    merge_pairs,
+    rated_attention_received,
+    received_from_all,
+    text_raters,
+)
 from graphs.ops.op import DOMAIN, VERSION, Op
 
-OPS: dict[str, Op] = {op.name: op for op in (attention_received.OP, keep_topk.OP, compact_rows.OP, block_attention.OP)}
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        attention_received.OP,
+        keep_topk.OP,
+        compact_rows.OP,
+        rated_attention_received.OP,
+        received_from_all.OP,
+        text_raters.OP,
+        merge_context.OP,
+        merge_pairs.OP,
+        block_attention.OP,
+    )
+}
 
 __all__ = ["DOMAIN", "OPS", "VERSION", "Op"]

@@ -17,15 +17,36 @@ from graphs.ops.op import Op
 
 PIECE = 64
 
-BODY = f"""
+
+def body_of(name: str, *, causal: bool = True, weighted: bool = False) -> str:
+    """The body of this op and of its kin: the same walk over pieces of the last rows.
+
+    causal: the rows are the last ones of ``guide`` (a carrier) and see no later key; else all of q, and see all.
+    weighted: the rows' weights [B,G] stand in for the carrier.
+    """
+    inputs = {(True, False): "q, k, guide", (True, True): "q, k, weight", (False, False): "q, k"}[causal, weighted]
+    guides = {
+        (True, False): "guide_1 = Shape (guide)",
+        (True, True): "guide_1 = Shape <start: int = 1, end: int = 2> (weight)",
+        (False, False): "guide_1 = Shape <start: int = 2, end: int = 3> (q)",
+    }[causal, weighted]
+    mask = """last_key = Add (guide_real, before_guide)
+      last_key_column = Unsqueeze (last_key, one_1)
+      visible = LessOrEqual (key_of, last_key_column)
+      logit_seen = Where (visible, logit, none)"""
+    weight = """weight_piece = Gather <axis: int = 1> (weight, guide_real)
+      weight_once = Mul (weight_piece, real)
+      weight_column = Unsqueeze (weight_once, head_and_width)"""
+    return f"""
 <domain: "saccade", opset_import: ["" : 23]>
-AttentionReceived <scale> (q, k, guide) => (received)
+{name} <scale> ({inputs}) => (received)
 {{
   zero = Constant <value_int: int = 0> ()
   one = Constant <value_int: int = 1> ()
   one_1 = Constant <value_ints: ints = [1]> ()
   axis_2 = Constant <value_ints: ints = [2]> ()
   head_and_row = Constant <value_ints: ints = [1, 2]> ()
+  head_and_width = Constant <value_ints: ints = [1, 3]> ()
   rest_1 = Constant <value_ints: ints = [-1]> ()
   none = Constant <value: tensor = float {{-inf}}> ()
   limit_1 = Constant <value_ints: ints = [{PIECE}]> ()
@@ -36,7 +57,7 @@ AttentionReceived <scale> (q, k, guide) => (received)
   group_1 = Shape <start: int = 1, end: int = 2> (k)
   key_1 = Shape <start: int = 2, end: int = 3> (k)
   width_1 = Shape <start: int = 3, end: int = 4> (k)
-  guide_1 = Shape (guide)
+  {guides}
   piece_1 = Min (guide_1, limit_1)
   piece = Squeeze (piece_1)
   guides = Squeeze (guide_1)
@@ -70,20 +91,20 @@ AttentionReceived <scale> (q, k, guide) => (received)
       q_grouped = Reshape (q_piece, grouped_shape)
       logit_grouped = MatMul (q_grouped, k_turned)
       logit = Reshape (logit_grouped, map_shape)
-      last_key = Add (guide_real, before_guide)
-      last_key_column = Unsqueeze (last_key, one_1)
-      visible = LessOrEqual (key_of, last_key_column)
-      logit_causal = Where (visible, logit, none)
-      share = Softmax <axis: int = -1> (logit_causal)
+      {mask if causal else "logit_seen = Identity (logit)"}
+      share = Softmax <axis: int = -1> (logit_seen)
       is_real = Equal (guide_of, guide_real)
-      weight = Cast <to: int = 1> (is_real)
-      weight_column = Unsqueeze (weight, one_1)
+      real = Cast <to: int = 1> (is_real)
+      {weight if weighted else "weight_column = Unsqueeze (real, one_1)"}
       share_real = Mul (share, weight_column)
       share_sum = ReduceSum <keepdims: int = 0> (share_real, head_and_row)
       summed = Add (so_far, share_sum)
     }}>
 }}
 """
+
+
+BODY = body_of("AttentionReceived")
 
 
 def define() -> Any:

@@ -29,6 +29,7 @@ RULES: tuple[Rule, ...] = (
     plan.prune_points_differ,
     plan.score_differs,
     plan.guidance_differs,
+    plan.vision_prune_point_differs,
     functions.unsupported_version,
     functions.invalid_onnx,
 )

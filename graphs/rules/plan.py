@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from graphs.ops import DOMAIN
+from graphs.plan import BY_ATTENTION, FROM_OUTSIDE
 from graphs.rules.rule import Node, Report, Stage, all_inputs_of, nodes_of, stage_rule
 from graphs.spec import present_names
 
+RECEIVED = ("AttentionReceived", "RatedAttentionReceived")
 AGAIN = "export the checkpoint again under the wanted plan"
 
 
@@ -28,14 +30,14 @@ def prune_points_differ(stage: Stage) -> Report:
 
 @stage_rule("G502", "score differs", AGAIN)
 def score_differs(stage: Stage) -> Report:
-    """A prune point goes by the input ``priority`` or by AttentionReceived, as the plan says."""
+    """A prune point goes by the input ``priority`` or by attention received, as the plan says."""
     cuts = _ours(stage, "KeepTopK")
     if not stage.is_decoder or len(cuts) != len(stage.spec.plan.points):
         return
-    received = {node.output[0]: 2 for node in _ours(stage, "AttentionReceived")}
+    received = {node.output[0]: 2 for node in _ours(stage, *RECEIVED)}
     before = _bits_before(stage, {"priority": 1, **received}, opaque=("CompactRows",))
     for i, (cut, point) in enumerate(zip(cuts, stage.spec.plan.points, strict=True)):
-        wanted = 1 if point.score == "priority" else 2
+        wanted = 1 if point.score in FROM_OUTSIDE else 2
         if not before.get(cut.input[0], 0) & wanted:
             yield f"prune point {i}", f"its score does not come from {point.score}"
 
@@ -45,9 +47,9 @@ def guidance_differs(stage: Stage) -> Report:
     """One AttentionReceived for each guidance layer and each prune point by attention, summed into one output."""
     if not stage.is_decoder:
         return
-    plan, received = stage.spec.plan, _ours(stage, "AttentionReceived")
+    plan, received = stage.spec.plan, _ours(stage, *RECEIVED)
     layers = plan.guidance.layers if plan.guidance else ()
-    wanted = len(layers) + sum(point.score == "attention" for point in plan.points)
+    wanted = len(layers) + sum(point.score in BY_ATTENTION for point in plan.points)
     if len(received) != wanted:
         yield "AttentionReceived", f"{len(received)} in the graph, plan {plan.name} needs {wanted}"
         return
@@ -58,8 +60,24 @@ def guidance_differs(stage: Stage) -> Report:
             yield "attention_received", f"it sums {found} of {wanted} layers"
 
 
-def _ours(stage: Stage, op: str) -> list[Node]:
-    return [node for node in nodes_of(stage.model.graph) if node.domain == DOMAIN and node.op_type == op]
+@stage_rule("G504", "vision prune point differs", AGAIN)
+def vision_prune_point_differs(stage: Stage) -> Report:
+    """The vision stage cuts and merges by the ops of the plan's score, and not at all where it has no score there."""
+    if stage.name != "vision":
+        return
+    point = stage.spec.plan.vision
+    wanted = dict.fromkeys(("KeepTopK", "MergeContext", "MergePairs"), 0)
+    if point and not point.on_host:
+        wanted["KeepTopK"] = int(point.score != "tome")
+        wanted["MergeContext"] = int(point.merge > 0)
+        wanted["MergePairs"] = point.tower_layers if point.score == "tome" else 0
+    for op, count in wanted.items():
+        if (found := len(_ours(stage, op))) != count:
+            yield op, f"{found} in the graph, plan {stage.spec.plan.name} needs {count}"
+
+
+def _ours(stage: Stage, *ops: str) -> list[Node]:
+    return [node for node in nodes_of(stage.model.graph) if node.domain == DOMAIN and node.op_type in ops]
 
 
 def _bits_before(stage: Stage, marks: dict[str, int], opaque: tuple[str, ...] = ()) -> dict[str, int]:

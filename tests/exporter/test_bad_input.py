@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from exporter import export as exporter_page
 from exporter import golden as golden_page
 from graphs.errors import SaccadeError
-from graphs.plan import POLICIES
+from graphs.policies import POLICIES
 
 # What a sentence ends with: the next step.
 NEXT = re.compile(
@@ -244,7 +244,7 @@ def test_where_to_write(refuse, folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--policy", "fastv"], "'fastv'"),
+        (["--policy", "fastw"], "'fastw'"),
         (["--keep", "0"], "(0, 1]"),
         (["--keep", "1.5"], "(0, 1]"),
         (["--keep", "nan"], "(0, 1]"),
@@ -257,7 +257,7 @@ def test_where_to_write(refuse, folder, tmp_path):
 def test_plans_that_cannot_be(refuse, folder, options, says):
     said = refuse(folder, *options, code=2)
     assert says in said
-    if options[1] == "fastv":
+    if options[1] == "fastw":
         assert all(policy in said for policy in POLICIES)
 
 

@@ -9,7 +9,6 @@ from pydantic import ValidationError
 
 from graphs.errors import UsageError
 from graphs.plan import (
-    POLICIES,
     Guidance,
     PrunePoint,
     PruningPlan,
@@ -18,8 +17,8 @@ from graphs.plan import (
     keep_for_retention,
     kept_count,
     layer_of,
-    plan_of_policy,
 )
+from graphs.policies import POLICIES, plan_of_policy
 
 # (layers, share of layers and of tokens) → K and the average retention in per cent: the SGL paper's three
 # settings for InternVL2 26B, 40B and 76B (PAPERS.md).

@@ -9,7 +9,7 @@ import pytest
 from onnx import helper
 
 from graphs.errors import BadArtefact
-from graphs.plan import plan_none
+from graphs.plan import PruningPlan
 from graphs.rules import RULES, export_from_folder, findings_in, refuse_findings
 from graphs.weights import safetensors_file
 from tests.hand_made import WEIGHTS, edit_model, edit_spec, write_export
@@ -338,6 +338,17 @@ def fewer_layers_promised(folder):
     edit_spec(folder, lambda s: s["plan"]["guidance"].update(layers=[0]))
 
 
+@bad("G504", role="large")
+def a_vision_point_promised(folder):
+    edit_spec(folder, lambda s: s["plan"].update(vision={"score": "received", "keep": 0.5}))
+
+
+@bad("G504", role="large")
+def layers_of_merging_promised(folder):
+    vision = {"score": "tome", "keep": 0.5, "per_image": True, "tower_layers": 2}
+    edit_spec(folder, lambda s: s["plan"].update(vision=vision))
+
+
 @bad("G601")
 def old_opset(folder):
     def change(model):
@@ -389,7 +400,7 @@ def test_a_good_export_has_no_finding(good, role):
 
 
 def test_a_plan_of_nothing_has_no_finding(tmp_path):
-    folder = write_export(tmp_path / "x", "alone", plan=plan_none("alone", 2))
+    folder = write_export(tmp_path / "x", "alone", plan=PruningPlan(name="none"))
     assert findings_in(export_from_folder(folder)) == []
 
 

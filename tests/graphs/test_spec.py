@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from graphs.errors import BadArtefact
-from graphs.plan import plan_of_policy
+from graphs.policies import plan_of_policy
 from graphs.spec import (
     SPEC_FILE,
     ExportSpec,

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from graphs.ops import OPS
-from graphs.plan import POLICIES
+from graphs.policies import POLICIES
 from graphs.rules import RULES
 from graphs.weights import safetensors_file
 from tests.engines.bundle.test_open_bundle import flip
