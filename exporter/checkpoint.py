@@ -60,6 +60,12 @@ def checkpoint_from_folder(folder: Path) -> Checkpoint:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:
         raise BadArtefact(f"{path} is no configuration of {family.architecture}: {e}; download it again") from None
+    wanted = family.model_class().config_class
+    if not isinstance(config, wanted):
+        raise BadArtefact(
+            f"{path} contradicts itself: {family.architecture} wants {wanted.__name__}, its model_type gives "
+            f"{type(config).__name__}; download the checkpoint again"
+        )
     return Checkpoint(folder, config, family, tensors)
 
 

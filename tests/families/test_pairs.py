@@ -15,7 +15,7 @@ from engines.cascade import Cascade
 from exporter.export import export_checkpoint
 from graphs.compare import TOLERANCES
 from graphs.errors import UsageError
-from graphs.plan import plan_of_policy
+from graphs.policies import plan_of_policy
 from tests.families.cases import CASES, PROMPTS, pictures
 from tests.families.conftest import Sample
 from tests.families.reference import guidance_of, pruned_forward

@@ -284,8 +284,13 @@ def test_a_model_with_all_bodies_passes_the_checker():
         "AttentionReceived": (((FLOAT, 4), (FLOAT, 4), (INT32, 1)), (FLOAT, 2)),
         "KeepTopK": (((FLOAT, 2), (BOOL, 2), (INT32, 1)), (INT64, 2)),
         "CompactRows": (((FLOAT, 3), (INT64, 2)), (FLOAT, 3)),
+        "RatedAttentionReceived": (((FLOAT, 4), (FLOAT, 4), (FLOAT, 2)), (FLOAT, 2)),
+        "ReceivedFromAll": (((FLOAT, 4), (FLOAT, 4)), (FLOAT, 2)),
+        "TextRaters": (((FLOAT, 3), (BOOL, 2), (INT32, 1)), (FLOAT, 2)),
+        "BlockAttention": (((FLOAT, 4), (FLOAT, 4), (FLOAT, 4), (BOOL, 2)), (FLOAT, 4)),
     }
-    assert set(kinds) == set(OPS)
+    several_outputs = {"MergeContext", "MergePairs"}  # tests/policies/test_ops.py runs them whole
+    assert set(kinds) | several_outputs == set(OPS)
     for name, (inputs, out) in kinds.items():
         onnx.checker.check_model(model_of(name, inputs, out), full_check=True)
 
@@ -304,5 +309,17 @@ def test_the_fake_of_an_op_has_its_shape_and_dtype(op):
         "AttentionReceived": (torch.zeros(1, 4, 5, 8).half(), torch.zeros(1, 2, 9, 8).half(), torch.zeros(3), 0.5),
         "KeepTopK": (torch.zeros(1, 5), torch.ones(1, 5, dtype=torch.bool), torch.zeros(3)),
         "CompactRows": (torch.zeros(1, 5, 2, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)),
+        "RatedAttentionReceived": (torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 9, 8), torch.ones(1, 3), 0.5),
+        "ReceivedFromAll": (torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 9, 8), 0.5),
+        "TextRaters": (torch.zeros(1, 5, 8), torch.ones(1, 5, dtype=torch.bool), torch.zeros(3)),
+        "MergeContext": (torch.ones(1, 6, 8), torch.ones(1, 6, 4), torch.tensor([[1, 4]]), torch.zeros(2)),
+        "MergePairs": (
+            torch.ones(1, 6, 8),
+            torch.ones(1, 6),
+            torch.arange(6)[None],
+            torch.ones(1, 6, 4),
+            torch.zeros(4),
+        ),
+        "BlockAttention": (*torch.zeros(3, 2, 4, 5, 8), torch.ones(2, 5, dtype=torch.bool), 0.5),
     }[op.name]
     torch.library.opcheck(op.torch_op, arguments, test_utils=("test_schema", "test_faketensor"))
