@@ -10,7 +10,6 @@ from PIL import Image
 
 from engines.confidence import Confidence
 from engines.model import Prompt
-from graphs.plan import PruningPlan, average_retention
 
 SCHEMA = "saccade.answer/1"
 
@@ -92,13 +91,3 @@ class Answer:
                 "total": round(sum(self.milliseconds.values()), 3),
             },
         }
-
-
-def retention_of(plan: PruningPlan, layers: int, ratios: tuple[float, ...]) -> float:
-    """Return the average share of visual tokens over the decoder's layers, for any number of prune points."""
-    at_vision = len(plan.budgets) - len(plan.points)
-    share = before = ratios[0] if at_vision else 1.0
-    for point, ratio in zip(plan.points, ratios[at_vision:], strict=True):
-        share += average_retention(layers, point.layer, ratio) - average_retention(layers, point.layer, before)
-        before = ratio
-    return share

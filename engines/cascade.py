@@ -14,7 +14,7 @@ from typing import cast
 
 import numpy as np
 
-from engines.answer import Answer, SmallPass, retention_of
+from engines.answer import Answer, SmallPass
 from engines.clock import Clock
 from engines.confidence import Confidence, confidence_of, consistency_of
 from engines.decoder import Keep, keep_ratios
@@ -24,6 +24,7 @@ from engines.images import Picture, image_from
 from engines.model import Model, Prompt
 from engines.text_stream import pieces_of
 from graphs.errors import BadArtefact, UsageError
+from graphs.plan import retention_of
 from graphs.spec import ExportSpec, spec_from_folder
 
 

@@ -11,7 +11,7 @@ from engines.golden import Replay
 from engines.manifest import MemberEntry
 from graphs.errors import UsageError
 from graphs.ops import DOMAIN, OPS
-from graphs.plan import Budget, PruningPlan, Role, average_retention
+from graphs.plan import Budget, PruningPlan, Role, retention_of
 from graphs.policies import TABLE, plan_of_policy
 from graphs.spec import StageSpec, VisualGrid
 
@@ -44,8 +44,10 @@ def plan_in_words(plan: PruningPlan, layers: int) -> list[str]:
             "preview": f"attention of layer {point.layer} itself from rows '{point.rows}', before it runs",
             "attention": f"attention of layer {point.layer - 1} from rows '{point.rows}'",
         }[point.score]
-        share = "" if point.count else f" (average retention {average_retention(layers, point.layer, point.keep):.2%})"
-        lines.append(f"before layer {point.layer} of {layers} keeps {_budget(point)} by {by}{share}")
+        lines.append(f"before layer {point.layer} of {layers} keeps {_budget(point)} by {by}")
+    if plan.points and not any(budget.count for budget in plan.budgets):
+        share = retention_of(plan, layers, tuple(budget.keep for budget in plan.budgets))
+        lines[-1] += f" (average retention {share:.2%})"
     return lines or ["prunes nothing"]
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from exporter.checkpoint import checkpoint_from_folder
+from graphs.errors import UsageError
 from graphs.versions import require
 
 
@@ -39,7 +40,13 @@ class Reference:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.images = AutoImageProcessor.from_pretrained(folder, backend="pil")
         self.image_token = self.tokenizer.convert_ids_to_tokens(checkpoint.config.image_token_id)
-        self.tokens_per_image = checkpoint.family.grid(checkpoint.config).tokens
+        grid = checkpoint.family.grid(checkpoint.config)
+        if grid.kind != "fixed":
+            raise UsageError(
+                f"{folder} cuts images into a varying number of tokens, and the comparison knows fixed grids only; "
+                "compare with a LLaVA-1.5 checkpoint"
+            )
+        self.tokens_per_image = grid.tokens
 
     def answer(self, image: Image.Image, question: str, max_new_tokens: int = 128) -> ReferenceAnswer:
         """Greedy ``generate`` on one image and question; the time includes preparing both."""

@@ -251,6 +251,16 @@ def average_retention(layers: int, layer: int, keep: float) -> float:
     return (layer + (layers - layer) * keep) / layers
 
 
+def retention_of(plan: PruningPlan, layers: int, ratios: tuple[float, ...]) -> float:
+    """Return the average share of visual tokens over the decoder's layers, for any number of prune points."""
+    at_vision = len(plan.budgets) - len(plan.points)
+    share = before = ratios[0] if at_vision else 1.0
+    for point, ratio in zip(plan.points, ratios[at_vision:], strict=True):
+        share += average_retention(layers, point.layer, ratio) - average_retention(layers, point.layer, before)
+        before = ratio
+    return share
+
+
 def keep_for_retention(layers: int, layer: int, retention: float) -> float:
     """The r that gives an average retention, or UsageError where layers before K already exceed it."""
     keep = (retention * layers - layer) / (layers - layer)

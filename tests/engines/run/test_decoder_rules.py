@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engines.answer import retention_of
 from engines.decoder import checked_priority, composed, guide_rows, keep_ratios, rows_behind
 from engines.guidance import GuidanceSum, priority_of_rows, top_visual
 from graphs.errors import OperationFailed, UsageError
-from graphs.plan import Guidance, PrunePoint, PruningPlan, average_retention
+from graphs.plan import Guidance, PrunePoint, PruningPlan, average_retention, retention_of
 
 ONE = PruningPlan(name="one", points=(PrunePoint(layer=2, score="priority", keep=0.5),))
 TWO = PruningPlan(
