@@ -22,7 +22,7 @@ from engines.generate import Generation
 from engines.guidance import drawn_priority, priority_of_rows
 from engines.images import Picture, image_from
 from engines.model import Model, Prompt
-from engines.text_stream import pieces_of
+from engines.stream import Stream, pieces_of
 from graphs.errors import BadArtefact, UsageError
 from graphs.plan import retention_of
 from graphs.spec import ExportSpec, spec_from_folder
@@ -230,34 +230,6 @@ class Cascade:
         if not self.large:
             raise UsageError("this bundle has no large model; build one of a pair")
         return self.large
-
-
-class Stream:
-    """Iterate over it for pieces of text; ``answer`` is there once it has ended."""
-
-    def __init__(self, parts: Iterator[str | Answer]) -> None:
-        self._parts = parts
-        self._answer: Answer | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        for part in self._parts:
-            if isinstance(part, Answer):
-                self._answer = part
-            else:
-                yield part
-
-    @property
-    def answer(self) -> Answer:
-        """The whole answer; UsageError while there are pieces to come."""
-        if self._answer is None:
-            raise UsageError("the answer is not complete yet; iterate over the stream to its end first")
-        return self._answer
-
-    def finish(self) -> Answer:
-        """Run to the end and return the answer."""
-        for _ in self:
-            pass
-        return self.answer
 
 
 def checked_threshold(threshold: float) -> float:

@@ -107,23 +107,32 @@ def body_of(name: str, *, causal: bool = True, weighted: bool = False) -> str:
 BODY = body_of("AttentionReceived")
 
 
+def received_in_pieces(q: Any, k: Any, weight_BG: Any, scale: float) -> Any:
+    """The formula in torch, each guide row counted by its weight: q [B,H,S,D], k [B,V,T,D], weight fp32 [B,G]."""
+    import torch
+
+    (b, h, s, d), (_, v, t, _), g = q.shape, k.shape, weight_BG.shape[1]
+    received_BT = torch.zeros(b, t, dtype=torch.float32, device=q.device)
+    key_T = torch.arange(t, device=q.device)
+    k_BVDT = k.float().transpose(2, 3)
+    for start in range(0, g, PIECE):
+        row_P = torch.arange(start, min(start + PIECE, g), device=q.device)
+        q_BVRD = (q[:, :, s - g + row_P].float() * scale).reshape(b, v, -1, d)
+        logit_BHPT = (q_BVRD @ k_BVDT).reshape(b, h, len(row_P), t)
+        hidden_PT = key_T > (t - g + row_P)[:, None]
+        share_BHPT = logit_BHPT.masked_fill(hidden_PT, -torch.inf).softmax(-1)
+        received_BT += (share_BHPT * weight_BG[:, None, row_P, None]).sum((1, 2))
+    return received_BT
+
+
 def define() -> Any:
-    """Register ``saccade::attention_received(q, k, guide, scale)``, the formula in torch."""
+    """Register ``saccade::attention_received(q, k, guide, scale)``."""
     import torch
 
     @torch.library.custom_op("saccade::attention_received", mutates_args=())
     def attention_received(q: torch.Tensor, k: torch.Tensor, guide: torch.Tensor, scale: float) -> torch.Tensor:
-        (b, h, s, d), (_, v, t, _), g = q.shape, k.shape, guide.shape[0]
-        received_BT = torch.zeros(b, t, dtype=torch.float32, device=q.device)
-        key_T = torch.arange(t, device=q.device)
-        k_BVDT = k.float().transpose(2, 3)
-        for start in range(0, g, PIECE):
-            row_P = torch.arange(start, min(start + PIECE, g), device=q.device)
-            q_BVRD = (q[:, :, s - g + row_P].float() * scale).reshape(b, v, -1, d)
-            logit_BHPT = (q_BVRD @ k_BVDT).reshape(b, h, len(row_P), t)
-            hidden_PT = key_T > (t - g + row_P)[:, None]
-            received_BT += logit_BHPT.masked_fill(hidden_PT, -torch.inf).softmax(-1).sum((1, 2))
-        return received_BT
+        every_row_BG = torch.ones(q.shape[0], guide.shape[0], dtype=torch.float32, device=q.device)
+        return received_in_pieces(q, k, every_row_BG, scale)
 
     @attention_received.register_fake
     def _(q: torch.Tensor, k: torch.Tensor, guide: torch.Tensor, scale: float) -> torch.Tensor:

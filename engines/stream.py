@@ -1,0 +1,56 @@
+"""An answer on its way: pieces of text, then the whole of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from engines.answer import Answer
+from engines.generate import Generation
+from engines.processing import Processor
+from graphs.errors import UsageError
+
+UNFINISHED = "\ufffd"  # what a tokenizer decodes part of a character to
+
+
+class Stream:
+    """Iterate over it for pieces of text; ``answer`` is there once it has ended."""
+
+    def __init__(self, parts: Iterator[str | Answer]) -> None:
+        self._parts = parts
+        self._answer: Answer | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        for part in self._parts:
+            if isinstance(part, Answer):
+                self._answer = part
+            else:
+                yield part
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer; UsageError while there are pieces to come."""
+        if self._answer is None:
+            raise UsageError("the answer is not complete yet; iterate over the stream to its end first")
+        return self._answer
+
+    def finish(self) -> Answer:
+        """Run to the end and return the answer."""
+        for _ in self:
+            pass
+        return self.answer
+
+
+def pieces_of(run: Generation, processor: Processor) -> Iterator[str]:
+    """Yield the text that each token adds; what a later token could still change is held back.
+
+    The pieces joined are the whole text, wherever decoding more tokens only ever adds to it.
+    """
+    said = ""
+    for _ in run:
+        text = processor.text(run.tokens)
+        if text.startswith(said) and not text.endswith(UNFINISHED) and text != said:
+            yield text[len(said) :]
+            said = text
+    text = processor.text(run.tokens)
+    if text.startswith(said) and text != said:
+        yield text[len(said) :]
