@@ -68,12 +68,28 @@ def show() -> None:
     """Show a bundle, kept tokens, families, policies, ops or this machine."""
 
 
+class KeepRatios(click.ParamType):
+    """One share of visual tokens, or one per prune point, comma-separated; ranges are the plan's business."""
+
+    name = "R"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """Return the shares as numbers."""
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no number and no list of numbers; write for example 0.4 or 0.5,0.25", param, ctx)
+
+
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 image_option = click.option(
     "--image", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The image the question is about."
 )
 keep_option = click.option(
-    "--keep", type=float, metavar="R", help="Share of visual tokens the large model keeps, in (0, 1]. [the export's]"
+    "--keep",
+    type=KeepRatios(),
+    metavar="R[,R…]",
+    help="Share of visual tokens kept at each prune point, in (0, 1]. [the export's]",
 )
 target_option = click.option("--target", metavar="NAME", help="Refuse a bundle that was built for another target.")
 threads_option = click.option("--threads", type=int, metavar="N", help="CPU threads of a run. [the runtime's choice]")
@@ -96,7 +112,7 @@ def run(
     bundle: Path,
     question: str,
     image: Path,
-    keep: float | None,
+    keep: tuple[float, ...] | None,
     threshold: float | None,
     max_new_tokens: int | None,
     as_json: bool,
@@ -136,7 +152,7 @@ def show_kept(
     question: str,
     image: Path,
     output: Path,
-    keep: float | None,
+    keep: tuple[float, ...] | None,
     max_new_tokens: int | None,
     target: str | None,
     threads: int | None,

@@ -42,6 +42,18 @@ def test_run_json_is_one_document_with_everything(saccade_cli: Cli, tiny_bundle:
     assert times["total"] == pytest.approx(sum(v for k, v in times.items() if k != "total"), abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("keep", "said"),
+    [("much", "is no number"), ("0.5,", "is no number"), ("0.5,0.25", "2 keep ratios were given"), ("0", "(0, 1]")],
+)
+def test_keep_is_a_share_per_prune_point(
+    saccade_cli: Cli, tiny_bundle: Path, image_file: Path, keep: str, said: str
+) -> None:
+    told = saccade_cli("run", tiny_bundle, "--image", image_file, QUESTION, "--keep", keep)
+    assert told.code == 2
+    assert said in told.stderr
+
+
 def test_show_kept_draws_both_panels(saccade_cli: Cli, tiny_bundle: Path, image_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "kept.png"
     told = saccade_cli(
