@@ -62,6 +62,14 @@ def test_the_checkpoints_of_readme_have_stand_ins() -> None:
     assert named == set(STAND_INS)
 
 
+def test_the_plans_of_readme_are_plans() -> None:
+    from graphs.plan_file import plan_from_toml
+
+    assert blocks("toml")
+    for text in blocks("toml"):
+        assert plan_from_toml(text).resolved(32).points
+
+
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     wanted = {target for command in starting_with("make") for target in command.split()[1:]}
