@@ -13,6 +13,7 @@ import click
 
 PAIR = Path(__file__).parent / "pair"
 QUESTIONS = 200
+FRACTION = 0.05  # of the depth, before the cut: SGL's own
 SCHEMA = "saccade.demo/1"
 
 
@@ -46,18 +47,22 @@ def run_demo(out: Path, questions: int = QUESTIONS) -> dict[str, Any]:
     import saccade
     from glyphs.data import held_out_questions
     from glyphs.systems import Comparison
-    from graphs.plan import Guidance, PruningPlan
+    from graphs.plan import Guidance, PruningPlan, keep_for_retention, layer_of
     from graphs.talk import say, track
 
+    chosen = json.loads((PAIR / "threshold.json").read_text("utf-8"))
     out.mkdir(parents=True, exist_ok=True)
     exports = {name: out / "exports" / name for name in ("small", "large", "one-layer")}
     say("exporting the pair, and the small model once more listening to one layer only")
     small = saccade.export(PAIR / "small", exports["small"], policy="sgl", role="small", overwrite=True)
-    saccade.export(PAIR / "large", exports["large"], policy="sgl", role="large", overwrite=True)
+    layers = json.loads((PAIR / "large" / "config.json").read_text("utf-8"))["text_config"]["num_hidden_layers"]
+    keep = keep_for_retention(layers, layer_of(FRACTION, layers), chosen["average_retention"])
+    saccade.export(
+        PAIR / "large", exports["large"], policy="sgl", role="large", fraction=FRACTION, keep=keep, overwrite=True
+    )
     middle = PruningPlan(name="one-layer", guidance=Guidance(layers=(small.language.layers // 2,)))
     saccade.export(PAIR / "small", exports["one-layer"], plan=middle, role="small", overwrite=True)
     bundle = out / "pair.bundle"
-    chosen = json.loads((PAIR / "threshold.json").read_text("utf-8"))
     threshold = chosen["threshold"]
     saccade.build([exports["small"], exports["large"]], bundle, threshold=threshold, overwrite=True)
     saccade.build([exports["one-layer"]], out / "one-layer.bundle", overwrite=True)
