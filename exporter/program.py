@@ -75,7 +75,18 @@ class EmbedProgram(nn.Module):
 class DecoderProgram(nn.Module):
     """All decoder layers over one chunk on top of a cache, pruned where the plan says.
 
-    Inputs and outputs are DESIGN.md's table; ``inputs`` names those that this plan reads, in order.
+    Inputs, each only where the plan or the family reads it (``inputs`` names them, in order):
+        inputs_embeds [1,S,D]       text embeddings with the visual ones merged in
+        position_ids  int64 [1,S]   original positions, or [3,1,S]; kept after pruning, never renumbered
+        is_visual     bool [1,S]    which rows of this chunk are visual tokens
+        guide         int32 [G]     carrier: the last G rows of the chunk guide the pruning
+        keep_i        int32 [S_i+1] carrier: rows that go on behind prune point i
+        tail          int32 [R]     carrier: logits are computed for the last R rows
+        priority      fp32 [1,S]    guidance from outside
+        deepstack_i   [1,S,D]       features added behind layer i (Qwen3-VL)
+        past_k_l, past_v_l [1,Hkv,P_j,d]  the cache of layer l, in segment j
+    Outputs (``outputs``): logits fp32 [1,R,vocab]; attention_received fp32 [1,P_0+S] where the plan gives
+    guidance; kept_i int64 [1,S_i+1], indices into the rows of the segment before it; present_k_l, present_v_l.
     """
 
     def __init__(self, model: Any, family: Family, plan: PruningPlan, sizes: LanguageModel) -> None:
