@@ -9,8 +9,9 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -96,9 +97,9 @@ def _chunks(s: TensorSlice) -> Iterator[torch.Tensor]:
             left -= size
 
 
-def _read(f: BinaryIO, size: int, s: TensorSlice) -> torch.Tensor:
-    data = bytearray(f.read(size))
-    if len(data) != size:
+def _read(f: BufferedReader, size: int, s: TensorSlice) -> torch.Tensor:
+    data = bytearray(size)
+    if f.readinto(data) != size:
         raise BadArtefact(f"{s.file} ended early while its weights were read; download the checkpoint again")
     return torch.frombuffer(data, dtype=DTYPES[s.dtype])
 
