@@ -20,6 +20,7 @@ from engines.generate import Generation
 from engines.processing import Processor
 from engines.session import Session, Value, open_session
 from engines.vision import features_of
+from graphs.layouts.budgets import image_of as image_of_tokens
 from graphs.spec import ExportSpec, deepstack_names, visual_names
 
 DEFAULT_NEW_TOKENS = 128
@@ -48,7 +49,16 @@ class Prompt:
     @property
     def chunk(self) -> Chunk:
         """All of it, as the decoder takes it."""
-        return Chunk(self.inputs_embeds, self.is_visual, self.positions, self.deepstack, self.visual_tokens)
+        image_of = self.of_visual(image_of_tokens(self.visual.tokens))
+        return Chunk(
+            self.inputs_embeds,
+            self.is_visual,
+            self.positions,
+            self.deepstack,
+            self.visual_tokens,
+            self.visual.tokens,
+            image_of,
+        )
 
     def __len__(self) -> int:
         return self.input_ids.shape[1]
