@@ -14,7 +14,15 @@ from exporter.family import Family, Tensors
 from exporter.vision_pruning import VisionPruning
 from graphs.ops import OPS
 from graphs.plan import FROM_OUTSIDE, PruningPlan, VisionPoint
-from graphs.spec import LanguageModel, VisualGrid, budget_names, deepstack_names, past_names, present_names, visual_names
+from graphs.spec import (
+    LanguageModel,
+    VisualGrid,
+    budget_names,
+    deepstack_names,
+    past_names,
+    present_names,
+    visual_names,
+)
 
 
 class VisionProgram(nn.Module):
@@ -38,7 +46,7 @@ class VisionProgram(nn.Module):
     def example(self, images: int) -> Tensors:
         """Valid inputs for 1 or 2 images."""
         feed = self.family.example(self.grid, images)
-        return feed | self.pruning.carriers(images) if self.pruning else feed
+        return feed | self.pruning.example(images) if self.pruning else feed
 
     def forward(self, feed: Tensors) -> Tensors:
         pixels = feed["pixel_values"].to(self.model.dtype)
@@ -142,14 +150,8 @@ class DecoderProgram(nn.Module):
                     if point.score == "preview":
                         received = self.preview(scored, hidden, rotary, feed, guide)
                     score = received[:, feed[past_names(scored)[0]].shape[2] :]
-                budget = [feed[name] for name in budget_names(point, j - 1)]
+                hidden, kept = self.cut(j - 1, hidden, score, image if point.per_image else is_visual, feed)
                 compact = OPS["CompactRows"].torch_op
-                if point.merge:
-                    hidden, kept = OPS["MergeDropped"].torch_op(hidden, score, is_visual, *budget)
-                else:
-                    by = ("KeepPerImage", image) if point.per_image else ("KeepTopK", is_visual)
-                    kept = OPS[by[0]].torch_op(score, by[1], *budget)
-                    hidden = compact(hidden, kept)
                 out[f"kept_{j - 1}"] = kept
                 position = compacted_positions(position, kept)
                 # Features of layers behind the point are pruned with the same rows, those of earlier ones are used up.
@@ -183,6 +185,17 @@ class DecoderProgram(nn.Module):
         last = torch.arange(wanted, device=hidden.device) + (rows - wanted)
         out["logits"] = self.lm_head(self.norm(hidden.index_select(1, last))).float()
         return {name: out[name] for name in self.outputs}
+
+    def cut(
+        self, i: int, hidden: torch.Tensor, score: torch.Tensor | None, of_rows: torch.Tensor | None, feed: Tensors
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states behind prune point i, and which rows they are. of_rows: image_index or is_visual, by the op."""
+        point = self.plan.points[i]
+        budget = [feed[name] for name in budget_names(point, i)]
+        if point.merge:
+            return OPS["MergeDropped"].torch_op(hidden, score, of_rows, *budget)
+        kept = OPS["KeepPerImage" if point.per_image else "KeepTopK"].torch_op(score, of_rows, *budget)
+        return OPS["CompactRows"].torch_op(hidden, kept), kept
 
     def preview(
         self, layer: int, hidden: torch.Tensor, rotary: Any, feed: Tensors, guide: torch.Tensor | None

@@ -9,7 +9,7 @@ stands at its target's place.
 Source: VisionZip (arXiv 2412.04467), authors' code dvlab-research/VisionZip ccb20fe, which appends the contextual
 tokens behind the dominant ones; here all are in image order, as causal decoders want them. Shape rule:
 x [B,V,C], key [B,V,E], dominant int64 [B,A], merge [M] → tokens x's dtype [B,A+M,C], kept int64 [B,A+M]; M ≤ V − A.
-No sort meets a tie, so every runtime orders alike.
+A key of zeros (a newline's) is like no other. No sort meets a tie, so every runtime orders alike.
 """
 
 from typing import Any
@@ -38,6 +38,7 @@ def body_of(name: str, *, within: bool = False) -> str:
   one_1 = Constant <value_ints: ints = [1]> ()
   last_axis = Constant <value_ints: ints = [-1]> ()
   unit = Constant <value: tensor = float {{1.0}}> ()
+  tiny = Constant <value: tensor = float {{1e-12}}> ()
   never = Constant <value: tensor = float {{-inf}}> ()
   batch_token_2 = Shape <start: int = 0, end: int = 2> (x)
   token_1 = Shape <start: int = 1, end: int = 2> (x)
@@ -61,7 +62,8 @@ def body_of(name: str, *, within: bool = False) -> str:
   x_rest = GatherND <batch_dims: int = 1> (x_wide, rest_column)
   key_rest = GatherND <batch_dims: int = 1> (key_wide, rest_column)
   norm = ReduceL2 <keepdims: int = 1> (key_rest, last_axis)
-  alike = Div (key_rest, norm)
+  norm_real = Max (norm, tiny)
+  alike = Div (key_rest, norm_real)
   merge_of = Range (zero, merges, one)
   {"" if within else stride}
   alike_target = Gather <axis: int = 1> (alike, target)
@@ -113,7 +115,7 @@ def merged(x: Any, key: Any, dominant: Any, target: Any, image: Any = None) -> A
     late_BV = torch.zeros(b, v, device=x.device).scatter(1, dominant, 1)
     rest_BR = late_BV.sort(dim=1, stable=True).indices[:, : v - a]
     x_BRC, key_BRE = x[image_B1, rest_BR].float(), key[image_B1, rest_BR].float()
-    alike_BRE = key_BRE / key_BRE.norm(dim=-1, keepdim=True)
+    alike_BRE = key_BRE / key_BRE.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     likeness_BRM = alike_BRE @ alike_BRE[:, target].transpose(1, 2)
     if image is not None:
         of_BR = image.gather(1, rest_BR)
