@@ -141,7 +141,7 @@ class Reference:
             rows = shares.sum(1)
             scores.append(rows[:, 0, 1:] if by_class else rows.sum(1))
             keys.append(k.mean(1)[:, 1:] if by_class else k.mean(1))
-        return self._put_together(scores)[:, 0], self._put_together(keys)
+        return self._put_together([x[..., None] for x in scores])[:, 0], self._put_together(keys)
 
     def _put_together(self, values: list[torch.Tensor]) -> torch.Tensor:
         """Values of patches [N,P,C] as means of each token's, [V,C]."""
