@@ -8,8 +8,11 @@ from graphs.errors import UsageError
 
 
 def merge_schedule(tokens: int, keep: int, layers: int) -> list[int]:
-    """Tokens of an image left behind each tower layer, as evenly as whole numbers go; ends at ``keep`` (ToMe)."""
-    return [tokens - (tokens - keep) * (i + 1) // layers for i in range(layers)]
+    """Tokens of an image left behind each tower layer, as evenly as whole numbers go; ends at ``keep`` (ToMe).
+
+    Rounded up, and no number below zero is divided, on which torch and ONNX disagree.
+    """
+    return [(tokens * (layers - i - 1) + keep * (i + 1) + layers - 1) // layers for i in range(layers)]
 
 
 def checked_merging(tokens: int, keep: int, layers: int) -> None:

@@ -8,6 +8,8 @@ Rows rank as in KeepTopK. The first K − M stay as they are; the next R are rec
     δ_i = min d_ij over the denser j (of equals: the earlier), the largest distance of all for the densest
     centres: the M rows of largest ρ·δ;   every other recycled row joins the nearest centre
 
+Equal densities are the rule, not the exception (M = 1: all; mutual nearest neighbours at M = 2), so d is made exactly
+symmetric with a diagonal of zeros, and of equals the row of higher score comes first.
 A centre becomes the mean of its cluster and keeps its place. Source: SparseVLM (arXiv 2410.04417), token recycling;
 authors' code Gumpest/SparseVLMs 26a5f48, which averages (the paper writes a sum), adds noise against equal densities
 and puts the merged rows behind the kept ones. Shape rule: x [B,S,D], score fp32 [B,S], is_visual bool [B,S],
@@ -33,7 +35,6 @@ MergeDropped (x, score, is_visual, keep, merge, recycle) => (merged, kept)
   highest = Constant <value: tensor = float {3.4028234e38}> ()
   nought = Constant <value: tensor = float {0.0}> ()
   unit = Constant <value: tensor = float {1.0}> ()
-  two = Constant <value: tensor = float {2.0}> ()
   batch_row_2 = Shape <start: int = 0, end: int = 2> (x)
   row_1 = Shape <start: int = 1, end: int = 2> (x)
   width_1 = Shape <start: int = 2, end: int = 3> (x)
@@ -61,10 +62,14 @@ MergeDropped (x, score, is_visual, keep, merge, recycle) => (merged, kept)
   square_column = Transpose <perm: ints = [0, 2, 1]> (square_row)
   x_turned = Transpose <perm: ints = [0, 2, 1]> (x_pool)
   product = MatMul (x_pool, x_turned)
-  product_twice = Mul (product, two)
+  product_turned = Transpose <perm: ints = [0, 2, 1]> (product)
+  product_twice = Add (product, product_turned)
   square_both = Add (square_row, square_column)
   apart_raw = Sub (square_both, product_twice)
-  apart = Max (apart_raw, nought)
+  apart_real = Max (apart_raw, nought)
+  recycled_column = Unsqueeze (recycled_of, one_1)
+  is_self = Equal (recycled_of, recycled_column)
+  apart = Where (is_self, nought, apart_real)
   width = Cast <to: int = 1> (width_1)
   apart_scaled = Div (apart, width)
   distance = Sqrt (apart_scaled)
@@ -75,7 +80,6 @@ MergeDropped (x, score, is_visual, keep, merge, recycle) => (merged, kept)
   density_other = Transpose <perm: ints = [0, 2, 1]> (density)
   is_above = Greater (density_other, density)
   is_equal = Equal (density_other, density)
-  recycled_column = Unsqueeze (recycled_of, one_1)
   is_earlier = Less (recycled_of, recycled_column)
   is_equal_earlier = And (is_equal, is_earlier)
   is_denser = Or (is_above, is_equal_earlier)
@@ -148,7 +152,9 @@ def define() -> Any:
         batch_B1 = torch.arange(x.shape[0], device=x.device)[:, None]
         x_BRD = x[batch_B1, pool_BR].float()
         square_BR1 = (x_BRD**2).sum(-1, keepdim=True)
-        apart_BRR = (square_BR1 + square_BR1.mT - 2 * x_BRD @ x_BRD.mT).clamp(min=0) / x.shape[2]
+        product_BRR = x_BRD @ x_BRD.mT
+        apart_BRR = (square_BR1 + square_BR1.mT - (product_BRR + product_BRR.mT)).clamp(min=0) / x.shape[2]
+        apart_BRR = apart_BRR * (1 - torch.eye(r, device=x.device))
         distance_BRR = apart_BRR.sqrt()
         density_BR1 = (-apart_BRR.sort(-1).values[..., :m].mean(-1, keepdim=True)).exp()
         earlier_RR = torch.ones(r, r, dtype=torch.bool, device=x.device).tril(-1)

@@ -75,13 +75,16 @@ def test_merge_context_within_is_merge_context_image_by_image(counts, data, seed
 
 def recycled(x, score, is_visual, keep, merges, recycles):
     """SparseVLM's recycling by its words, one row at a time, in float64; x [S, D]."""
+    x = np.asarray(x, np.float64)
     order = sorted(range(len(x)), key=lambda r: (0, r) if not is_visual[r] else (1, -float(score[r]), r))
     stay, pool = order[: keep - merges], order[keep - merges :][:recycles]
     apart = [[float(np.linalg.norm(x[i] - x[j]) / x.shape[1] ** 0.5) for j in pool] for i in pool]
     density = [np.exp(-np.mean(np.sort(np.square(row))[:merges])) for row in apart]
     gap = []
     for i in range(len(pool)):
-        denser = [apart[i][j] for j in range(len(pool)) if density[j] > density[i]]
+        denser = [
+            apart[i][j] for j in range(len(pool)) if density[j] > density[i] or (density[j] == density[i] and j < i)
+        ]
         gap.append(min(denser) if denser else np.max(apart))
     peak = np.array(gap) * density
     centres = sorted(range(len(pool)), key=lambda i: -peak[i])[:merges]
@@ -90,7 +93,8 @@ def recycled(x, score, is_visual, keep, merges, recycles):
         if i not in clusters:
             clusters[min(centres, key=lambda c: apart[i][c])].append(i)
     rows = {r: x[r] for r in stay} | {pool[c]: np.mean([x[pool[i]] for i in g], 0) for c, g in clusters.items()}
-    clear = np.diff(np.sort(peak)).min() if len(pool) > 1 else 1
+    gaps = [g for values in (peak, density) for g in np.diff(np.sort(values)) if g > 0]
+    clear = min(gaps, default=1.0)
     return np.stack([rows[r] for r in sorted(rows)]), sorted(rows), clear
 
 
@@ -107,7 +111,7 @@ def test_merge_dropped_is_the_recycling(visual, text, data, seed, dtype):
     x, score = drawn(1, rows, 5, seed=seed, dtype=dtype), drawn(1, rows, seed=seed + 1)
     keep = rows - gone + merges
     wanted, places, clear = recycled(x[0].astype(np.float64), score[0], is_visual, keep, merges, recycles)
-    if clear < 1e-4:
+    if clear < 1e-5:
         return
     arrays = (x, score, is_visual[None], carrier(keep), carrier(merges), carrier(recycles))
     for got, kept in both("MergeDropped", ((TYPES[np.dtype(dtype)], 3), (7, 2)), *arrays):

@@ -15,7 +15,6 @@ from graphs.merging import merge_schedule
 from graphs.plan import VisionPoint
 from tests.policies.plain import share
 from tests.policies.tower import Merging, best, contextual, received
-from tests.policies.vision_cases import VisionCase
 
 SCORES = {"received": 0.0, "cls": 0.0, "zip": 0.15625}
 FAMILIES = [f.name for f in KNOWN if f.name != "llava"]
@@ -25,18 +24,6 @@ CLASSED = ("llava", "llava_next", "internvl")
 SHAPES = [[(40, 64)], [(50, 50), (30, 90), (96, 33)]]
 KEEPS = [0.75, 0.5, 0.3]
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def case_of(tmp_path_factory):
-    made = {}
-
-    def case(name):
-        if name not in made:
-            made[name] = VisionCase(name, tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return case
 
 
 def groups_of(case, seen):

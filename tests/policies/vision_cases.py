@@ -52,6 +52,9 @@ class VisionCase:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, CASES[name].checkpoint(folder)
+        shrunk = AutoModelForImageTextToText.from_pretrained(self.folder, dtype=torch.float32)
+        shrink(shrunk)
+        shrunk.save_pretrained(self.folder)
         self.source = checkpoint_from_folder(self.folder)
         self.grid, self.language = self.source.family.grid(self.source.config), language_of(self.source)
         self.watched: list[Any] = []
@@ -60,14 +63,13 @@ class VisionCase:
     def hf(self) -> Any:
         model = AutoModelForImageTextToText.from_pretrained(self.folder, dtype=torch.float64).eval()
         ALL_ATTENTION_FUNCTIONS.register(f"spy_{self.name}", spying(self.watched))
-        shrink(model)
         self.tower_of(model).config._attn_implementation = f"spy_{self.name}"
         return model
 
     @cached_property
     def skeleton(self) -> Any:
         model = skeleton_of(self.source, torch.float32)
-        model.load_state_dict({k: v.float() for k, v in self.hf.state_dict().items()}, strict=False)
+        model.load_state_dict({k: v.float() for k, v in self.hf.state_dict().items()})
         return model
 
     @cached_property
