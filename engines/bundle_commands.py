@@ -142,6 +142,7 @@ def show_families(as_json: bool) -> None:
         return
     _print(columns([(f.name, f.architecture, f.example, f.image) for f in KNOWN]))
     _print([f"{f.name}: {f.note}" for f in KNOWN if f.note])
+    _print([f"{f.name}: no score '{score}' ({why})" for f in KNOWN for score, why in f.refuses.items()])
     _print([f"not taken: {r.name} ({r.architecture}): {r.reason}" for r in REFUSED])
 
 

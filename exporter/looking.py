@@ -63,10 +63,10 @@ class Watch:
     """Inside the block: what the given modules give, or what is given to them, by name."""
 
     def __init__(self, gives: dict[str, Any], takes: dict[str, Any] | None = None) -> None:
-        self.gives, self.takes, self.seen = gives, takes or {}, {}
+        self.gives, self.takes = gives, takes or {}
 
     def __enter__(self) -> Tensors:
-        seen: Tensors = self.seen
+        seen: Tensors = {}
 
         def note(name: str, value: torch.Tensor) -> None:
             seen[name] = value

@@ -35,11 +35,11 @@ class VisionPruning:
     def dims(self) -> Dims:
         """The inputs this point reads beside the family's."""
         if self.tokens:
-            return {"keep_vision": ("K",), **({"merge_vision": ("M",)} if self.point.merge else {})}
+            return {"keep_vision": ("K_v",), **({"merge_vision": ("M",)} if self.point.merge else {})}
         named: Dims = {"visual_image": ("V",)} if reads_image(self.point) else {}
         if not self.point.per_image:
-            return named | {"keep_vision": ("K",)}
-        return named | {"pick_vision": ("K",), **({"target_vision": ("M",)} if self.point.merge else {})}
+            return named | {"keep_vision": ("K_v",)}
+        return named | {"pick_vision": ("K_v",), **({"target_vision": ("M",)} if self.point.merge else {})}
 
     def example(self, images: int) -> Tensors:
         """Those inputs for an example of this many images: about half of the tokens stay."""

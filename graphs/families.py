@@ -120,6 +120,7 @@ def documents() -> list[dict[str, object]]:
             "example": f.example,
             "image": f.image,
             "note": f.note,
+            "refuses": dict(f.refuses),
         }
         for f in KNOWN
     ]

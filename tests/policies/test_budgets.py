@@ -25,7 +25,7 @@ MERGING = HEAD + POINT.format(1, "raters", 0.5, "merge = 0.4") + POINT.format(2,
 MAKERS = {"llava": tiny_llava, "internvl": tiny_internvl}
 TALK = "t aaaaaaaaaaaa tt bbb t cccccccc tttttt".replace(" ", "")
 IMAGE = np.array(["abc".find(row) if row in "abc" else -1 for row in TALK])
-LAYERS = (1, 2)
+LAYERS, PROMPT = (1, 2), len(TALK)
 pytestmark = pytest.mark.slow
 
 
@@ -93,8 +93,8 @@ def test_each_image_keeps_its_own_best(family, ratios):
 class Recycling:
     """A cut by SparseVLM's words; asked again about a longer sequence it puts the same rows there."""
 
-    def __init__(self, kept, merged, pool):
-        self.kept, self.merged, self.pool, self.rows = kept, merged, pool, None
+    def __init__(self, kept, merged, pool, prompt=PROMPT):
+        self.kept, self.merged, self.pool, self.prompt, self.rows = kept, merged, pool, prompt, None
 
     def __call__(self, score, rows):
         if self.rows is None:
@@ -109,7 +109,7 @@ class Recycling:
         hidden[where] = values
         stays = torch.zeros(len(hidden), dtype=torch.bool)
         stays[where] = True
-        stays |= rows.alive >= len(TALK)
+        stays |= rows.alive >= self.prompt
         return stays, hidden
 
 
