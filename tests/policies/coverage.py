@@ -59,7 +59,7 @@ def _in_decoders() -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _on_the_first_two() -> set[tuple[str, str]]:
-    """LLaVA-1.5 and InternVL have tests of their own; every family's export is held to attention, guidance and draws."""
+    """LLaVA-1.5 and InternVL have tests of their own; every family's export is held to attention and guidance."""
     from tests.families import test_host_policies
     from tests.families.cases import CASES
     from tests.families.conftest import PLAN

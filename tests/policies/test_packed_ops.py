@@ -79,22 +79,22 @@ def recycled(x, score, is_visual, keep, merges, recycles):
     order = sorted(range(len(x)), key=lambda r: (0, r) if not is_visual[r] else (1, -float(score[r]), r))
     stay, pool = order[: keep - merges], order[keep - merges :][:recycles]
     apart = [[float(np.linalg.norm(x[i] - x[j]) / x.shape[1] ** 0.5) for j in pool] for i in pool]
-    density = [round(float(np.exp(-np.mean(np.sort(np.square(row))[:merges]))), 12) for row in apart]
+    density = [round(float(np.exp(-np.mean(np.sort(np.square(row))[:merges]))), 10) for row in apart]
     gap = []
     for i in range(len(pool)):
         denser = [
             apart[i][j] for j in range(len(pool)) if density[j] > density[i] or (density[j] == density[i] and j < i)
         ]
         gap.append(min(denser) if denser else np.max(apart))
-    peak = np.round(np.array(gap) * density, 12)
+    peak = np.round(np.array(gap) * density, 10)
     centres = sorted(range(len(pool)), key=lambda i: -peak[i])[:merges]
     clusters = {c: [c] for c in centres}
     for i in range(len(pool)):
         if i not in clusters:
             clusters[min(centres, key=lambda c: apart[i][c])].append(i)
     rows = {r: x[r] for r in stay} | {pool[c]: np.mean([x[pool[i]] for i in g], 0) for c, g in clusters.items()}
-    gaps = [g for values in (peak, density) for g in np.diff(np.sort(values)) if g > 0]
-    clear = min(gaps, default=1.0)
+    gaps = [g for values in (peak, density) for g in np.diff(np.sort(values)) if g > 1e-9]
+    clear = min(gaps, default=1.0) if merges < recycles else 1.0
     return np.stack([rows[r] for r in sorted(rows)]), sorted(rows), clear
 
 
