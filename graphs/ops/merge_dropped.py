@@ -9,7 +9,8 @@ Rows rank as in KeepTopK. The first K − M stay as they are; the next R are rec
     centres: the M rows of largest ρ·δ;   every other recycled row joins the nearest centre
 
 Equal densities are the rule, not the exception (M = 1: all; mutual nearest neighbours at M = 2), so d is made exactly
-symmetric with a diagonal of zeros, and of equals the row of higher score comes first.
+symmetric with a diagonal of zeros, and of equals the row of higher score comes first. ρ·δ ranks by its logarithm, for
+ρ underflows where hidden states are wide.
 A centre becomes the mean of its cluster and keeps its place. Source: SparseVLM (arXiv 2410.04417), token recycling;
 authors' code Gumpest/SparseVLMs 26a5f48, which averages (the paper writes a sum), adds noise against equal densities
 and puts the merged rows behind the kept ones. Shape rule: x [B,S,D], score fp32 [B,S], is_visual bool [B,S],
@@ -75,18 +76,17 @@ MergeDropped (x, score, is_visual, keep, merge, recycle) => (merged, kept)
   distance = Sqrt (apart_scaled)
   nearest, nearest_at = TopK <axis: int = -1, largest: int = 0, sorted: int = 1> (apart_scaled, merge_1)
   spread = ReduceMean <keepdims: int = 1> (nearest, last_axis)
-  less_spread = Neg (spread)
-  density = Exp (less_spread)
-  density_other = Transpose <perm: ints = [0, 2, 1]> (density)
-  is_above = Greater (density_other, density)
-  is_equal = Equal (density_other, density)
+  spread_other = Transpose <perm: ints = [0, 2, 1]> (spread)
+  is_above = Less (spread_other, spread)
+  is_equal = Equal (spread_other, spread)
   is_earlier = Less (recycled_of, recycled_column)
   is_equal_earlier = And (is_equal, is_earlier)
   is_denser = Or (is_above, is_equal_earlier)
   farthest = ReduceMax <keepdims: int = 1> (distance, rows_and_columns)
   to_denser = Where (is_denser, distance, farthest)
   gap = ReduceMin <keepdims: int = 1> (to_denser, last_axis)
-  peak = Mul (gap, density)
+  gap_log = Log (gap)
+  peak = Sub (gap_log, spread)
   peak_flat = Squeeze (peak, last_axis)
   centre_score, centre = TopK <axis: int = -1, largest: int = 1, sorted: int = 1> (peak_flat, merge_1)
   centre_column = Unsqueeze (centre, last_axis)
@@ -156,12 +156,12 @@ def define() -> Any:
         apart_BRR = (square_BR1 + square_BR1.mT - (product_BRR + product_BRR.mT)).clamp(min=0) / x.shape[2]
         apart_BRR = apart_BRR * (1 - torch.eye(r, device=x.device))
         distance_BRR = apart_BRR.sqrt()
-        density_BR1 = (-apart_BRR.sort(-1).values[..., :m].mean(-1, keepdim=True)).exp()
+        spread_BR1 = apart_BRR.sort(-1).values[..., :m].mean(-1, keepdim=True)
         earlier_RR = torch.ones(r, r, dtype=torch.bool, device=x.device).tril(-1)
-        denser_BRR = (density_BR1.mT > density_BR1) | ((density_BR1.mT == density_BR1) & earlier_RR)
+        denser_BRR = (spread_BR1.mT < spread_BR1) | ((spread_BR1.mT == spread_BR1) & earlier_RR)
         farthest = distance_BRR.amax((1, 2), keepdim=True)
         gap_BR1 = torch.where(denser_BRR, distance_BRR, farthest).amin(-1, keepdim=True)
-        centre_BM = (gap_BR1 * density_BR1)[..., 0].sort(dim=-1, descending=True, stable=True).indices[:, :m]
+        centre_BM = (gap_BR1.log() - spread_BR1)[..., 0].sort(dim=-1, descending=True, stable=True).indices[:, :m]
         joined_BR = distance_BRR[batch_B1, centre_BM].argmin(1)
         joined_BR = joined_BR.scatter(1, centre_BM, torch.arange(m, device=x.device).expand_as(centre_BM))
         assigned_BMR = torch.nn.functional.one_hot(joined_BR, m).float().mT

@@ -79,14 +79,15 @@ def recycled(x, score, is_visual, keep, merges, recycles):
     order = sorted(range(len(x)), key=lambda r: (0, r) if not is_visual[r] else (1, -float(score[r]), r))
     stay, pool = order[: keep - merges], order[keep - merges :][:recycles]
     apart = [[float(np.linalg.norm(x[i] - x[j]) / x.shape[1] ** 0.5) for j in pool] for i in pool]
-    density = [round(float(np.exp(-np.mean(np.sort(np.square(row))[:merges]))), 10) for row in apart]
+    # Logarithms of density and of density times gap: they rank alike, and do not underflow.
+    density = [round(-float(np.mean(np.sort(np.square(row))[:merges])), 10) for row in apart]
     gap = []
     for i in range(len(pool)):
         denser = [
             apart[i][j] for j in range(len(pool)) if density[j] > density[i] or (density[j] == density[i] and j < i)
         ]
         gap.append(min(denser) if denser else np.max(apart))
-    peak = np.round(np.array(gap) * density, 10)
+    peak = np.round(np.log(gap) + density, 10)
     centres = sorted(range(len(pool)), key=lambda i: -peak[i])[:merges]
     clusters = {c: [c] for c in centres}
     for i in range(len(pool)):
