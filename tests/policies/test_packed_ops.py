@@ -87,7 +87,7 @@ def recycled(x, score, is_visual, keep, merges, recycles):
             apart[i][j] for j in range(len(pool)) if density[j] > density[i] or (density[j] == density[i] and j < i)
         ]
         gap.append(min(denser) if denser else np.max(apart))
-    peak = np.round(np.log(gap) + density, 10)
+    peak = np.round(np.log(np.maximum(gap, 1e-300)) + density, 10)
     centres = sorted(range(len(pool)), key=lambda i: -peak[i])[:merges]
     clusters = {c: [c] for c in centres}
     for i in range(len(pool)):
