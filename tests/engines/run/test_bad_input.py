@@ -15,6 +15,7 @@ from PIL import Image
 from engines import session
 from engines.cascade import Cascade
 from engines.images import image_from
+from engines.messages import asked
 from engines.processing import Processor
 from graphs.errors import BackendMissing, BadArtefact, OperationFailed, SaccadeError, UsageError
 from graphs.spec import spec_from_folder
@@ -192,7 +193,7 @@ def test_a_broken_processor_folder_is_refused(
         path.write_text(str(text))
     processor = Processor(folder, spec_from_folder(tiny_pair.exports["small"]))
     with pytest.raises(BadArtefact, match=words):
-        _ = processor.prompt(QUESTION, processor.look(picture_of(0)))
+        _ = processor.prompt((asked(QUESTION, picture_of(0)),), [processor.look(picture_of(0))])
 
 
 def test_a_missing_processor_folder_is_refused(tiny_pair: TinyPair, tmp_path: Path) -> None:
