@@ -100,13 +100,11 @@ class Generation:
         """Whether the last token was the last; also notes why."""
         if self.tokens[-1] in self._model.spec.tokens.eos:
             self.stopped = "end"
-        elif (
-            self.options.stop and first_stop(self._model.processor.written(self.tokens), self.options.stop) is not None
-        ):
+            return True
+        if (stop := self.options.stop) and first_stop(self._model.processor.written(self.tokens), stop) is not None:
             self.stopped = "stop"
-        else:
-            return len(self.tokens) == self._limit
-        return True
+            return True
+        return len(self.tokens) == self._limit
 
     def _taken(self, step: Step) -> int:
         if self.first_logits is None:

@@ -49,9 +49,7 @@ tokens_option = click.option("--max-new-tokens", type=int, metavar="N", help="Lo
 
 _WRITING = (
     tokens_option,
-    click.option(
-        "--temperature", type=float, default=0.0, metavar="T", help="Draw tokens at this temperature. [0: greedy]"
-    ),
+    click.option("--temperature", type=float, default=0.0, metavar="T", help="Draw at this temperature. [0: greedy]"),
     click.option("--top-k", type=int, metavar="K", help="Draw from the K likeliest tokens. [all]"),
     click.option("--top-p", type=float, metavar="P", help="Draw from the likeliest that reach probability P. [all]"),
     click.option("--seed", type=int, metavar="N", help="Seed of the draws. [a fresh one, named with --json]"),

@@ -129,7 +129,8 @@ class Processor:
         for message in talk:
             if self.spec.tokens.image_text in message.text:
                 raise UsageError(
-                    f"the question holds {self.spec.tokens.image_text!r}, which stands for the image itself; leave it out"
+                    f"the question holds {self.spec.tokens.image_text!r}, which stands for the image itself; "
+                    "leave it out"
                 )
         return talk
 

@@ -118,7 +118,7 @@ def test_arrays_are_pictures(picture: np.ndarray) -> None:
         ("", "empty"),
         (" \n\t", "empty"),
         ("what is <image> ?", "stands for the image"),
-        ("red " * 300, r"3\d\d tokens long \(64 of the image\).* 256 positions"),
+        ("red " * 300, r"3\d\d tokens long \(64 of images\).* 256 positions"),
     ],
 )
 def test_a_bad_question_is_refused_before_anything_runs(tiny_pair: TinyPair, question: str, words: str) -> None:
