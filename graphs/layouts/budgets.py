@@ -15,7 +15,7 @@ from graphs.spec import VisualGrid
 
 def image_of(tokens: Sequence[int]) -> np.ndarray:
     """The image of every visual token, int64 [V]; tokens: how many each image has."""
-    return np.repeat(np.arange(len(tokens), dtype=np.int64), tokens)
+    return np.repeat(np.arange(len(tokens), dtype=np.int64), np.asarray(tokens, np.int64))
 
 
 def places(before: Sequence[int], kept: Sequence[int], text: int = 0) -> np.ndarray:

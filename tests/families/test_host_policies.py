@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from engines.messages import asked
 from engines.model import Model
+from engines.sampling import Options
 from engines.vision import features_of
 from graphs.compare import TOLERANCES
 from graphs.plan import VisionPoint
@@ -44,7 +46,7 @@ def chosen(score: str, embeds_VD: np.ndarray, text_GD: np.ndarray, image: int = 
 @pytest.mark.parametrize("score", SCORES)
 def test_a_host_policy_is_its_formula_and_the_answer_follows(sample: Sample, score: str) -> None:
     model = planned(sample, score)
-    prompt = model.prompt(pictures(PROMPTS[0])[0], QUESTION)
+    prompt = model.prompt((asked(QUESTION, pictures(PROMPTS[0])[0]),))
     inputs = sample.hf_inputs(PROMPTS[0])
     features, *deep = sample.hf_features(inputs)
     ids, language = inputs["input_ids"], sample.language
@@ -73,7 +75,7 @@ def test_a_host_policy_is_its_formula_and_the_answer_follows(sample: Sample, sco
         rows,
         deepstack=[d[:, stays] for d in stack],
     ).logits.numpy()
-    got = model.generate(prompt, 1).finish().first_logits
+    got = model.generate(prompt, Options(max_new_tokens=1)).finish().first_logits
     np.testing.assert_allclose(got, wanted, atol=TOLERANCES["float32"] * float(np.abs(wanted).max()))
 
 

@@ -8,9 +8,12 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from engines.budgets import cuts_of
+from engines.cascade import Cascade
+from engines.model import Model
 from exporter.export import export_checkpoint
 from graphs.plan_file import plan_from_toml
 from graphs.rules import export_from_folder, findings_in
+from tests.families.cases import pictures
 from tests.policies.onnx_run import Stages
 from tests.policies.plain import PlainDecoder, chosen, share
 from tests.policies.test_decoder_policies import all_text_mean, raters_mean
@@ -88,6 +91,17 @@ def test_each_image_keeps_its_own_best(family, ratios):
         longer, torch.cat([seen, torch.tensor([False])]), dict.fromkeys(LAYERS, (None, 0)), forced=forced
     )
     assert same(step["logits"][0], then)
+
+
+def test_several_images_of_one_question_keep_their_shares(family):
+    stages = family.each
+    cascade = Cascade(None, Model(stages.folder, stages.spec, threads=1))
+    answer = cascade.ask(pictures([(64, 64), (24, 40)]), "which digit is red ?", keep=(0.5, 0.25), max_new_tokens=2)
+    counts = cascade.large.processor.look(*pictures([(64, 64), (24, 40)])).tokens
+    whose = np.repeat(np.arange(2), counts)
+    assert answer.visual_tokens == sum(counts)
+    for kept, ratio in zip(answer.kept, (0.5, 0.25), strict=True):
+        assert [int((whose[kept] == i).sum()) for i in range(2)] == [share(n, ratio) for n in counts]
 
 
 class Recycling:
