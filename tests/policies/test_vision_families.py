@@ -81,6 +81,21 @@ def test_a_score_is_its_formula(case_of, name, score):
             assert np.abs(got - wanted).max() < 1e-4 * np.abs(wanted).max()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_vl"])
+def test_the_best_of_all_images_together(case_of, name):
+    """Not per image: scores stay those of each image, the budget is one."""
+    case = case_of(name)
+    stage = case.stage(VisionPoint(score="received", keep=0.5))
+    seen, reference = case.seen(SHAPES[1]), case.reference(SHAPES[1])
+    scores = torch.cat([received(reference.outputs[0][group]) for group in groups_of(case, seen)])
+    for keep in (0.6, 0.25):
+        count = share(len(scores), keep)
+        down = scores.sort(descending=True).values
+        assert down[count - 1] - down[count] > 1e-6
+        assert stage(seen, keep)["kept_vision"].tolist() == best(scores, count)
+
+
 class InPatches:
     """A tower of tiles by its own modules, visual tokens as rows of whole patches, for ToMe."""
 
