@@ -71,7 +71,10 @@ class VisionPruning:
         return self.family.look(self.model, feed)
 
     def received(self, embeds_VD: torch.Tensor, feed: Tensors) -> torch.Tensor:
-        """STAR, stage 1: attention received in softmax(HHᵀ/√d) over an image's embeddings; [N,T] or [1,V]."""
+        """STAR, stage 1: attention received in softmax(HHᵀ/√d) over an image's embeddings; [N,T] or [1,V].
+
+        Its sum, not its mean, so that tokens of images of different sizes compare: their average is 1 in each.
+        """
         scale = embeds_VD.shape[1] ** -0.5
         if not self.tokens:
             one = embeds_VD[None, None]

@@ -1,7 +1,7 @@
-"""FastV, PyramidDrop and SparseVLM in every family's own decoder, traced alone, at three budgets.
+"""FastV, PyramidDrop and SparseVLM in decoders with three position axes, traced alone, at three budgets.
 
-LLaVA-1.5 and InternVL are in test_decoder_policies, test_second_family and test_budgets, with their caches. A decoder
-with three position axes is fed equal positions on all of them, where its rotary angles are those of one axis.
+Llama's and Qwen2's decoders, which all other families have, are in test_decoder_policies, test_second_family and
+test_budgets, with their caches. These are fed equal positions on all axes, where rotary angles are those of one.
 """
 
 import numpy as np
@@ -15,7 +15,6 @@ from engines.budgets import cuts_of
 from exporter.program import DecoderProgram, VisionProgram
 from exporter.stages import examples_of
 from exporter.trace import finish, onnx_from_program
-from graphs.families import KNOWN
 from graphs.plan import PrunePoint, PruningPlan
 from tests.policies.plain import PlainDecoder
 from tests.policies.test_budgets import Recycling
@@ -26,7 +25,7 @@ from tests.policies.test_decoder_policies import (
     raters_mean,
 )
 
-FAMILIES = [f.name for f in KNOWN if f.name not in ("llava", "internvl")]
+FAMILIES = ["qwen2_5_vl", "qwen3_vl"]
 # policies that the plan is made of → its points, the score of each by formula
 PLANS = {
     ("fastv", "pyramiddrop"): (
@@ -85,7 +84,7 @@ def test_a_policy_is_its_formula(case_of, name, policies):
         behind = rows - 1 - int(np.flatnonzero(is_visual).max())
         known = {
             "inputs_embeds": embeds,
-            "position_ids": position[None] if case.language.position_axes == 1 else np.tile(position, (3, 1, 1)),
+            "position_ids": np.tile(position, (3, 1, 1)),
             "is_visual": is_visual[None],
             "guide": np.zeros(1 if points[0].rows == "last" else behind, np.int32),
             "tail": np.zeros(1, np.int32),
