@@ -2,7 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import onnx
@@ -34,6 +35,23 @@ def emit_rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
     return standard.RMSNormalization(x, weight, axis=-1, epsilon=epsilon)
 
 
+def emit_cast(x: Any, dtype: int) -> Any:
+    """``aten::to.dtype``, which torch.onnx knows in its decomposed form only."""
+    return standard.Cast(x, to=dtype)
+
+
+def emit_cast_on_device(x: Any, device: str, dtype: int) -> Any:
+    """``aten::to.device``: an ONNX graph has no devices."""
+    return standard.Cast(x, to=dtype)
+
+
+def emit_patches(x: Any, weight: Any, bias: Any, stride: Sequence[int], padding: str = "valid") -> Any:
+    """``aten::conv2d.padding`` as towers cut their patches; torch.onnx knows it in its decomposed form only."""
+    if padding != "valid":
+        raise NotImplementedError(f"conv2d with padding {padding!r} is left to the decomposition")
+    return standard.Conv(x, weight, bias, strides=stride)
+
+
 def emitter_of(op: Op) -> Callable[..., Any]:
     """What puts one opaque node of ours into the graph; its body is attached after optimisation.
 
@@ -62,7 +80,9 @@ def emitter_of(op: Op) -> Callable[..., Any]:
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """torch overloads of ours → the functions that emit their nodes."""
     table = {op.torch_op._opoverload: emitter_of(op) for op in OPS.values()}
-    return {**table, attention._opoverload: emit_attention, rms_norm._opoverload: emit_rms_norm}
+    aten = torch.ops.aten
+    known = {aten.to.dtype: emit_cast, aten.to.device: emit_cast_on_device, aten.conv2d.padding: emit_patches}
+    return {**table, **known, attention._opoverload: emit_attention, rms_norm._opoverload: emit_rms_norm}
 
 
 def onnx_from_program(program: Program, feed: Tensors, dims: Mapping[str, tuple[int | str, ...]]) -> ir.Model:
@@ -75,22 +95,54 @@ def onnx_from_program(program: Program, feed: Tensors, dims: Mapping[str, tuple[
         name: {axis: dimension(dim, symbols) for axis, dim in enumerate(dims[name]) if isinstance(dim, str)}
         for name in feed
     }
-    with torch.no_grad(), warnings.catch_warnings():
+    # Both as torch.onnx.export itself does: sizes of 0 and 1 stay dynamic, and no guard on a size fails the trace.
+    dynamic = torch.fx.experimental._config.patch(backed_size_oblivious=True)
+    with torch.no_grad(), warnings.catch_warnings(), dynamic:
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        exported = torch.onnx.export(
+        exported = torch.export.export(
             program.eval(),
-            kwargs={"feed": feed},
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-            input_names=list(feed),
-            output_names=list(program.outputs),
-            opset_version=BODY_OPSET,
+            (),
+            {"feed": feed},
             dynamic_shapes={"feed": shapes},
-            custom_translation_table=translations(),
+            prefer_deferred_runtime_asserts_over_guards=True,
         )
-    return cast("torch.onnx.ONNXProgram", exported).model
+        try:
+            with undecomposed(exported):
+                return translated(exported, list(feed), list(program.outputs))
+        except torch.onnx.OnnxExporterError:
+            return translated(exported, list(feed), list(program.outputs))
+
+
+def translated(exported: torch.export.ExportedProgram, inputs: list[str], outputs: list[str]) -> ir.Model:
+    """The traced graph in ONNX's ops and ours."""
+    made = torch.onnx.export(
+        exported,
+        dynamo=True,
+        optimize=False,
+        verbose=False,
+        input_names=inputs,
+        output_names=outputs,
+        opset_version=BODY_OPSET,
+        custom_translation_table=translations(),
+    )
+    return cast("torch.onnx.ONNXProgram", made).model
+
+
+@contextmanager
+def undecomposed(exported: torch.export.ExportedProgram) -> Iterator[None]:
+    """Inside the block torch.onnx translates the ops as they were traced, or fails where one has no translation.
+
+    Decomposing traces the whole graph a second time, which takes longer than the first. An op that writes into its
+    input (its graph is no graph of values yet) is decomposed all the same.
+    """
+    nodes = [node for module in exported.graph_module.modules() for node in module.graph.nodes]
+    if not any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in nodes):
+        exported.run_decompositions = lambda table: exported  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        vars(exported).pop("run_decompositions", None)
 
 
 def dimension(name: str, symbols: dict[str, Any]) -> Any:
