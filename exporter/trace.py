@@ -9,8 +9,10 @@ from typing import Any, cast
 import onnx
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-from onnxscript.optimizer import optimize_ir
+from onnx_ir.passes import common
+from onnxscript import rewriter
+from onnxscript.optimizer import _constant_folding
+from onnxscript.rewriter.rules.common import slice_split_rule
 from onnxscript.values import Op as OnnxOp
 from onnxscript.values import Opset
 
@@ -22,6 +24,8 @@ from graphs.ops import DOMAIN, OPS, VERSION, Op
 from graphs.ops.op import BODY_OPSET
 
 standard = Opset("", BODY_OPSET)
+# Without SlicesSplit, which tries every pair of slices of the graph: most of the time for a deep decoder.
+RULES = tuple(rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule is not slice_split_rule)
 TENSORS = [f"tensor({name})" for name in ("float", "float16", "bfloat16", "int32", "int64", "bool")]
 
 
@@ -157,15 +161,42 @@ def reads_weight(node: ir.Node) -> bool:
     return any(value is not None and isinstance(value.const_value, ir.ExternalTensor) for value in node.inputs)
 
 
+def optimise(model: ir.Model) -> None:
+    """What ``onnxscript.optimizer.optimize_ir`` does, without touching weights, and with ``RULES`` for its rewriting."""
+    rounds = [
+        _constant_folding.FoldConstantsPass(
+            shape_inference=True,
+            input_size_limit=_constant_folding.DEFAULT_CONSTANT_FOLD_INPUT_SIZE_LIMIT,
+            output_size_limit=_constant_folding.DEFAULT_CONSTANT_FOLD_OUTPUT_SIZE_LIMIT,
+            should_fold=lambda node: False if reads_weight(node) else None,
+        ),
+        rewriter.RewritePass(RULES),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+    ]
+    ir.passes.Sequential(
+        common.InlinePass(),
+        ir.passes.PassManager(rounds, steps=2, early_stop=True),
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(model)
+
+
 def finish(model: ir.Model) -> ir.Model:
-    """Optimise without touching weights, attach the bodies of the ops in use, and declare our opset."""
-    optimize_ir(model, should_fold=lambda node: False if reads_weight(node) else None)
+    """Optimise, attach the bodies of the ops in use, and declare our opset."""
+    optimise(model)
     used = {node.op_type for node in model.graph if node.domain == DOMAIN}
     for name in OPS:
         if name in used:
             function = ir.serde.deserialize_function(OPS[name].function)
             model.functions[function.identifier()] = function
-    ClearMetadataAndDocStringPass()(model)
+    common.ClearMetadataAndDocStringPass()(model)
     if used:
         model.opset_imports[DOMAIN] = VERSION
     return model
