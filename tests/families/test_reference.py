@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from exporter.reference import Reference
 from graphs.errors import UsageError
-from tests.families.cases import PROMPTS, conversation, pictures
+from tests.families.cases import CASES, PROMPTS, conversation, pictures
 from tests.families.conftest import Sample
 
 NEW_TOKENS = 6
@@ -47,8 +49,8 @@ def test_a_question_is_a_conversation_of_one_message(reference: Reference) -> No
         assert (got.prompt, got.tokens) == (wanted.prompt, wanted.tokens)
 
 
-@pytest.mark.parametrize("sample", ["llava"], indirect=True)
-def test_several_turns_and_none(reference: Reference) -> None:
+def test_several_turns_and_none(tmp_path: Path) -> None:
+    reference = Reference(CASES["llava"].checkpoint(tmp_path / "llava"))
     (picture,) = pictures(PROMPTS[0])
     said = [
         {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]},
