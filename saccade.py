@@ -24,6 +24,7 @@ VERBS = {
     "build": ("engines.commands:build", "Turn one or two exports into a bundle for a target."),
     "verify": ("engines.commands:verify", "Replay a bundle's golden tensors through its engines."),
     "run": ("engines.commands:run", "Ask a bundle a question about an image."),
+    "chat": ("engines.commands:chat", "Talk with a bundle, turn after turn."),
     "show": ("engines.commands:show", "Show a bundle, kept tokens, policies, ops or this machine."),
     "demo": ("glyphs.demo:demo_command", "Export, build and run the shipped pair of small models."),
 }
