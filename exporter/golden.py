@@ -61,7 +61,7 @@ def wide_products(model: nn.Module) -> Iterator[None]:
 
     changed = [m for m in model.modules() if type(m) is nn.Linear and m.weight.dtype == torch.float16]
     for module in changed:
-        module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+        module.forward = MethodType(forward, module)
     try:
         yield
     finally:

@@ -79,7 +79,11 @@ class Reference:
         ).to(self.model.dtype)
         with torch.no_grad():
             out = self.model.generate(
-                **inputs, do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True, output_logits=True
+                **inputs,
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                return_dict_in_generate=True,
+                output_logits=True,
             )
         prompt = inputs["input_ids"][0].tolist()
         tokens = out.sequences[0, len(prompt) :].tolist()

@@ -49,11 +49,18 @@ def emit_cast_on_device(x: Any, device: str, dtype: int) -> Any:
     return standard.Cast(x, to=dtype)
 
 
-def emit_patches(x: Any, weight: Any, bias: Any, stride: Sequence[int], padding: str = "valid") -> Any:
-    """``aten::conv2d.padding`` as towers cut their patches; torch.onnx knows it in its decomposed form only."""
-    if padding != "valid":
-        raise NotImplementedError(f"conv2d with padding {padding!r} is left to the decomposition")
-    return standard.Conv(x, weight, bias, strides=stride)
+def emit_conv(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    stride: Sequence[int] = (1, 1),
+    padding: str = "valid",
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Any:
+    """``aten::conv2d.padding``, as towers cut their patches; torch.onnx knows it in its decomposed form only."""
+    pad = {"valid": "NOTSET", "same": "SAME_UPPER"}[padding]
+    return standard.Conv(x, weight, bias, strides=stride, auto_pad=pad, dilations=dilation, group=groups)
 
 
 def emitter_of(op: Op) -> Callable[..., Any]:
@@ -85,7 +92,11 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """torch overloads of ours → the functions that emit their nodes."""
     table = {op.torch_op._opoverload: emitter_of(op) for op in OPS.values()}
     aten = torch.ops.aten
-    known = {aten.to.dtype: emit_cast, aten.to.device: emit_cast_on_device, aten.conv2d.padding: emit_patches}
+    known: dict[Any, Any] = {
+        aten.to.dtype: emit_cast,
+        aten.to.device: emit_cast_on_device,
+        aten.conv2d.padding: emit_conv,
+    }
     return {**table, **known, attention._opoverload: emit_attention, rms_norm._opoverload: emit_rms_norm}
 
 
@@ -142,7 +153,7 @@ def undecomposed(exported: torch.export.ExportedProgram) -> Iterator[None]:
     """
     nodes = [node for module in exported.graph_module.modules() for node in module.graph.nodes]
     if not any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in nodes):
-        exported.run_decompositions = lambda table: exported  # type: ignore[method-assign]
+        exported.run_decompositions = lambda table: exported
     try:
         yield
     finally:
@@ -162,7 +173,7 @@ def reads_weight(node: ir.Node) -> bool:
 
 
 def optimise(model: ir.Model) -> None:
-    """What ``onnxscript.optimizer.optimize_ir`` does, without touching weights, and with ``RULES`` for its rewriting."""
+    """What onnxscript's ``optimize_ir`` does, without touching weights and with ``RULES`` for its rewriting."""
     rounds = [
         _constant_folding.FoldConstantsPass(
             shape_inference=True,
