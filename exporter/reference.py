@@ -105,7 +105,9 @@ def processor_of(checkpoint: Checkpoint) -> Any:
     if getattr(module, "num2words", "") is None:
         module.num2words = str  # type: ignore[attr-defined]
     # A missing video processor is otherwise looked up, and that lookup needs torchvision.
-    videoless = type(known.__name__, (known,), {"check_argument_for_proper_class": lambda self, name, argument: None})
+    videoless: Any = type(
+        known.__name__, (known,), {"check_argument_for_proper_class": lambda self, name, argument: None}
+    )
     parts = {
         "image_processor": AutoImageProcessor.from_pretrained(folder, backend="pil"),
         "tokenizer": AutoTokenizer.from_pretrained(folder),
@@ -127,7 +129,7 @@ def settings_of(config: Any, processor_class: type) -> dict[str, Any]:
         "image_seq_length": getattr(config, "image_seq_length", None),
     }
     if isinstance(size := getattr(vision, "image_size", None), int):
-        named["num_image_tokens"] = (size // vision.patch_size) ** 2
-        named["image_seq_len"] = named["num_image_tokens"] // getattr(config, "scale_factor", 1) ** 2
+        patches = (size // vision.patch_size) ** 2
+        named |= {"num_image_tokens": patches, "image_seq_len": patches // getattr(config, "scale_factor", 1) ** 2}
     taken = inspect.signature(processor_class).parameters
     return {name: value for name, value in named.items() if name in taken and value is not None}

@@ -1,4 +1,4 @@
-"""Ops are translated as they were traced; what torch.onnx knows only in pieces, or not as values, still comes out right."""
+"""Ops are translated as they were traced; one that torch.onnx knows in pieces only still comes out right."""
 
 from __future__ import annotations
 
