@@ -31,8 +31,9 @@ def packed(newline_C: torch.Tensor, x: torch.Tensor, feed: Tensors) -> torch.Ten
     table, rows = torch.cat([newline_C[None], x.flatten(0, 1)]), feed["token_rows"]
     if rows.dim() == 1:
         return table.index_select(0, rows)
-    taps = table.index_select(0, rows.flatten()).unflatten(0, (-1, 4))
-    return (taps * feed["token_weights"][..., None].to(table.dtype)).sum(1)
+    # In float32 and cast back by hand: torch.onnx makes a float16 sum a float32 output.
+    taps = table.index_select(0, rows.flatten()).unflatten(0, (-1, 4)).float() * feed["token_weights"][..., None]
+    return taps.sum(1).to(table.dtype)
 
 
 def look(model: Any, feed: Tensors) -> Look:

@@ -35,6 +35,8 @@ def cases_held() -> set[tuple[str, str]]:
     found |= {("tome", p["name"]) for p in merging}
     for p in parameters("policies.test_family_decoders", "test_a_policy_is_its_formula"):
         found |= {(policy, p["name"]) for policy in p["policies"]}
+    for p in parameters("policies.test_combinations", "test_a_combination_is_its_parts_in_turn"):
+        found |= {(part, p["name"]) for part in p["policy"].split("+")}
     return found | on_the_first_two() | on_every_export()
 
 

@@ -19,7 +19,8 @@ from tests.policies.tower import Merging, best, contextual, received
 SCORES = {"received": 0.0, "cls": 0.0, "zip": 0.15625}
 FAMILIES = [f.name for f in KNOWN if f.name != "llava"]
 # SmolVLM's tower and Idefics3's are one code, as are those of Qwen2-VL and Qwen2.5-VL but for its windows.
-SIBLINGS = [("smolvlm", "received"), ("smolvlm", "tome"), ("qwen2_vl", "received")]
+# Qwen2.5-VL's "received" is in test_combinations.
+SIBLINGS = [("smolvlm", "received"), ("smolvlm", "tome"), ("qwen2_vl", "received"), ("qwen2_5_vl", "received")]
 CASES = [(f, s) for f in FAMILIES for s in SCORES if not refusal(f, s) and (f, s) not in SIBLINGS]
 MERGING = [f for f in FAMILIES if not refusal(f, "tome") and (f, "tome") not in SIBLINGS]
 CLASSED = ("llava", "llava_next", "internvl")
