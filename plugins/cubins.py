@@ -26,7 +26,7 @@ def check_sms(sms: Sequence[int]) -> None:
 
 
 def cubins_from_variants(variants: Sequence[Variant], sms: Sequence[int]) -> tuple[Cubin, ...]:
-    """Compile every variant for every SM (as 89 for 8.9); a variant compiled before in this process is not compiled again.
+    """Compile every variant for every SM (as 89 for 8.9), each pair once in this process.
 
     Errors: UsageError for an unknown SM, BackendMissing without Triton, OperationFailed where a kernel needs scratch
     memory, which no launcher of ours gives it.
@@ -62,9 +62,7 @@ def _compiled(variant: Variant, sm: int) -> Any:
     signature = {**variant.arguments, **dict.fromkeys(constants, "constexpr")}
     # In the order of the function's own arguments; a mismatch with the table would shift every one behind it.
     if list(signature) != function.arg_names:
-        raise OperationFailed(
-            f"{entry.name} takes {function.arg_names}, the table says {list(signature)}: mend the table"
-        )
+        raise OperationFailed(f"{entry.name} takes {function.arg_names}, its table says {list(signature)}: mend one")
     pointers = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(function, signature, constants, pointers)
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": variant.warps})

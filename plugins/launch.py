@@ -37,18 +37,8 @@ class Launcher:
             (*(values[name] for name in variant.arguments), *[0] * SCRATCH_POINTERS),
             (*kinds, *[ctypes.c_void_p] * SCRATCH_POINTERS),
         )
-        self._ask(
-            "cuLaunchKernel",
-            function,
-            *variant.grid(values),
-            variant.warps * 32,
-            1,
-            1,
-            cubin.shared,
-            stream,
-            arguments,
-            0,
-        )
+        grid, block = variant.grid(values), (variant.warps * 32, 1, 1)
+        self._ask("cuLaunchKernel", function, *grid, *block, cubin.shared, stream, arguments, 0)
 
     def _function(self, variant: Variant) -> tuple[Any, Cubin]:
         key = int(self._ask("cuCtxGetCurrent")), variant
@@ -81,9 +71,7 @@ class Launcher:
         """Call the driver; its first result is the status, the second the answer."""
         status, *answer = getattr(self.driver, call)(*arguments)
         if int(status) != 0:
-            raise OperationFailed(
-                f"CUDA's {call} failed with {status!r}: run again with CUDA_LAUNCH_BLOCKING=1 to see where"
-            )
+            raise OperationFailed(f"CUDA's {call} failed with {status!r}: CUDA_LAUNCH_BLOCKING=1 shows where")
         return answer[0] if answer else None
 
 

@@ -3,8 +3,8 @@
 Legend: B batch, H query heads, V key-value heads, S rows, T keys, D head width, G guide rows, K kept rows,
 C words of a row.
 
-Neither Triton nor torch is imported here: a machine that runs an engine has neither. An argument's type is Triton's
-(``*fp32`` a pointer, ``i32`` a number); ``*E`` is a pointer to the variant's element type, ``*W`` to that of its weight.
+Neither Triton nor torch is imported here: a machine that runs an engine has neither. An argument's type is Triton's:
+``*fp32`` a pointer, ``i32`` a number; ``*E`` points to the variant's element type, ``*W`` to that of its weight.
 Every kernel takes inputs, then numbers, then outputs, for TensorRT passes them so to an ahead-of-time plugin.
 Numbers are int32: an ahead-of-time plugin can pass no other; a float travels as its bits.
 """
@@ -21,6 +21,7 @@ Sizes = Mapping[str, Any]  # name → int, or TensorRT's expression of one
 Grid = tuple[Any, Any, Any]
 
 ATTENTION_NUMBERS = dict.fromkeys(("scale_bits", "S", "T", "G", "H", "V", "D"), "i32")
+SUMS = {"peak": "*fp32", "total": "*fp32"}
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,14 @@ KERNELS = {
         Kernel(
             "attention_row_sums",
             "attention_received",
-            {"q": "*E", "k": "*E", "weight": "*W", **ATTENTION_NUMBERS, "peak": "*fp32", "total": "*fp32"},
+            {"q": "*E", "k": "*E", "weight": "*W", **ATTENTION_NUMBERS, **SUMS},
             ("BLOCK_R", "BLOCK_T", "BLOCK_D"),
             lambda n, c: (up(n["H"] // n["V"] * n["G"], c["BLOCK_R"]), n["V"], n["B"]),
         ),
         Kernel(
             "attention_shares",
             "attention_received",
-            {
-                **{"q": "*E", "k": "*E", "weight": "*W", "peak": "*fp32", "total": "*fp32"},
-                **ATTENTION_NUMBERS,
-                "received": "*fp32",
-            },
+            {"q": "*E", "k": "*E", "weight": "*W", **SUMS, **ATTENTION_NUMBERS, "received": "*fp32"},
             ("WEIGHTED", "BLOCK_R", "BLOCK_T", "BLOCK_D"),
             lambda n, c: (up(n["T"], c["BLOCK_T"]), n["B"], 1),
         ),

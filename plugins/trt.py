@@ -28,9 +28,7 @@ def load(module: str) -> Any:
     except (ImportError, OSError) as e:
         raise BackendMissing(f"{module} is installed, but does not load ({e}): install its libraries") from e
     if not hasattr(trt, "IPluginCreatorV3One"):
-        raise BackendMissing(
-            f"{module} {trt.__version__} knows no IPluginV3, which came with 10.0: install 10.16 or newer"
-        )
+        raise BackendMissing(f"{module} {trt.__version__} knows no IPluginV3: install 10.16 or newer")
     return trt
 
 

@@ -35,7 +35,7 @@ def _variants_of(weighted: bool, types: Types, shapes: Shapes) -> tuple[Variant,
     width = shapes[0][3]
     if not 0 < width <= WIDEST_HEAD:
         raise UsageError(
-            f"the heads are {width} wide, the kernels of AttentionReceived take 1 to {WIDEST_HEAD}: build with --ops body"
+            f"the heads are {width} wide, AttentionReceived's kernels take 1 to {WIDEST_HEAD}: build with --ops body"
         )
     block_d, narrow, weight = power_above(width, 16), types[0] == "fp32", types[2]
     sums = (("BLOCK_R", 16), ("BLOCK_T", 32 if narrow else 64), ("BLOCK_D", block_d))

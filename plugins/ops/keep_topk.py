@@ -24,7 +24,7 @@ def _variants(types: Types, shapes: Shapes) -> tuple[Variant, ...]:
     rows = shapes[0][1]
     if not 0 < rows <= MOST_ROWS:
         raise UsageError(
-            f"a sequence may have {rows} rows, the kernel of KeepTopK takes 1 to {MOST_ROWS}: lower the largest sequence"
+            f"a sequence may have {rows} rows, KeepTopK's kernel takes 1 to {MOST_ROWS}: lower the largest sequence"
         )
     widths = list(WARPS_OF_WIDTH)
     enough = next(i for i, width in enumerate(widths) if width >= rows)
