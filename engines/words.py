@@ -136,6 +136,15 @@ def op_documents() -> list[dict[str, Any]]:
     ]
 
 
+def op_rows(documents: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """The same as rows: an op with its meaning, then a row per target with what serves it and why not the kernel."""
+    rows = []
+    for document in documents:
+        rows.append((document["op"], "", document["meaning"]))
+        rows += [(f"  {target}", document[target], document["why_body"].get(target, "")) for target in OP_TARGETS]
+    return rows
+
+
 def policy_documents(layers: int) -> list[dict[str, Any]]:
     """Each policy: its meaning, and what it does in a model of ``layers`` layers in each role."""
     return [
