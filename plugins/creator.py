@@ -57,7 +57,7 @@ def creator_class_of(trt: Any) -> Any:
     """The creator class for one TensorRT module."""
     plugin_class = plugin_class_of(trt)
 
-    class SaccadeCreator(trt.IPluginCreatorV3One):  # type: ignore[misc]
+    class SaccadeCreator(trt.IPluginCreatorV3One):
         """Makes the plugins of one op, from a node's attributes at build and from an engine's fields at run."""
 
         def __init__(self, served: ServedOp) -> None:
@@ -83,9 +83,7 @@ def creator_class_of(trt: Any) -> Any:
 def plugin_class_of(trt: Any) -> Any:
     """The plugin class for one TensorRT module."""
 
-    class SaccadePlugin(  # type: ignore[misc]
-        trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime
-    ):
+    class SaccadePlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
         """One node of ours, served by kernels."""
 
         def __init__(

@@ -1,7 +1,7 @@
 """Run as a program with 'plugin' or 'body': parse and build one node of every op with kernels, in TensorRT-RTX.
 
-Prints one JSON document: the type of the layer behind each node's output ('' where a body renamed it), and the built engine's bytes. A process of
-its own, for a failure inside a plugin aborts.
+Prints one JSON document: the type of the layer behind each node's output ('' where a body renamed it), the built
+engine's bytes and the cubins in it. A process of its own, for a failure inside a plugin aborts.
 """
 
 from __future__ import annotations
