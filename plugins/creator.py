@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from graphs.errors import BackendMissing, UsageError
+from graphs.errors import BackendMissing
 from graphs.ops import DOMAIN
 from plugins.cubin_file import Cubin, pack, unpack
 from plugins.launch import Launcher
@@ -64,8 +64,10 @@ def creator_class_of(trt: Any) -> Any:
             super().__init__()
             self.served = served
             self.name, self.plugin_version, self.plugin_namespace = served.op, VERSION, DOMAIN
-            fields = [trt.PluginField(name, np.array([]), trt.PluginFieldType.FLOAT32) for name in served.attributes]
-            self.field_names = trt.PluginFieldCollection(fields)
+            self.fields = [
+                trt.PluginField(name, np.array([]), trt.PluginFieldType.FLOAT32) for name in served.attributes
+            ]
+            self.field_names = trt.PluginFieldCollection(self.fields)
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
             """Return a plugin; at run its cubins come from the fields."""
@@ -198,10 +200,3 @@ def _largest(dims: tuple[int, ...], largest: tuple[int, ...]) -> tuple[int, ...]
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def wanted(trt: Any) -> tuple[int, ...]:
-    """The SMs that builds of this process compile for; UsageError before ``register``."""
-    if trt.__name__ not in _wanted_sms:
-        raise UsageError(f"no plugin is registered with {trt.__name__}: call plugins.registry.register first")
-    return _wanted_sms[trt.__name__]
