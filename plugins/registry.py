@@ -1,0 +1,63 @@
+"""The door of this room: which ops have kernels, and their registration with a TensorRT.
+
+``register(trt, sms)`` once per process, before the network is parsed (``sms`` not empty) or before an engine is
+deserialised (``sms`` empty); every node that is to be served carries ``NODE_ATTRIBUTES``, for without them the body
+serves. A failure inside a plugin aborts the process, so a build runs in a process of its own, and for TensorRT-RTX with
+the environment of ``plugins.trt.process_environment``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from graphs.ops import DOMAIN
+from plugins.ops import SERVED
+from plugins.ops.keep_topk import MOST_ROWS
+
+NAMESPACE = DOMAIN
+VERSION = "1"
+NODE_ATTRIBUTES = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
+
+# target → the module that a registration needs
+RUNTIMES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+
+__all__ = ["MOST_ROWS", "NAMESPACE", "NODE_ATTRIBUTES", "VERSION", "ops_with_kernels", "register", "service"]
+
+
+def ops_with_kernels() -> tuple[str, ...]:
+    """Names of the ops of domain ``saccade`` that a kernel can serve."""
+    return tuple(SERVED)
+
+
+def register(trt: Any, sms: Sequence[int] = ()) -> tuple[str, ...]:
+    """Register a creator per op with the plugin registry of ``trt`` and return the ops' names.
+
+    trt: the module ``tensorrt`` (10.16, 11.x) or ``tensorrt_rtx``. sms: the compute capabilities whose cubins a build
+    serialises into the engine, as 89 for 8.9; () where engines are only deserialised, which needs no Triton. A second
+    call replaces the first's list. Errors: BackendMissing where ``sms`` asks for kernels and Triton is not installed;
+    UsageError for a capability that no kernel is compiled for.
+    """
+    from plugins.creator import register_creators
+
+    return register_creators(trt, tuple(sms), tuple(SERVED.values()))
+
+
+def service(op: str, target: str) -> tuple[Literal["kernel", "body"], str]:
+    """What serves an op on a target if it is built here, and why not the kernel ('' where the kernel serves).
+
+    The answer is for this machine and this Python; nothing is imported and no device is touched.
+    """
+    if target not in RUNTIMES:
+        return "body", f"the target {target} takes no plugins"
+    if op not in SERVED:
+        return "body", "no kernel is written for it"
+    lacking = [
+        name
+        for module, name in ((RUNTIMES[target], RUNTIMES[target]), ("triton", "triton"), ("cuda", "cuda-python"))
+        if not find_spec(module)
+    ]
+    if lacking:
+        return "body", f"{' and '.join(lacking)} not installed here"
+    return "kernel", ""
