@@ -69,6 +69,7 @@ def build(request: Request, tell: Callable[..., None]) -> dict[str, Any]:
         "reading": reading_of(trt, network, request.ops).document(),
         "bytes": 0,
     }
+    let_decompose(trt, network)
     if request.parse_only:
         return answer
     profiles = []
@@ -92,6 +93,15 @@ def build(request: Request, tell: Callable[..., None]) -> dict[str, Any]:
     answer["bytes"] = engine.nbytes
     del parser
     return answer
+
+
+def let_decompose(trt: Any, network: Any) -> None:
+    """Allow every attention to be built from plain layers where no fused kernel takes its types (fp32) or its width."""
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
 
 
 def monitor_of(trt: Any, tell: Callable[..., None]) -> Any:

@@ -2,8 +2,9 @@
 
 1. ``Precision``      weights, activations and caches in one float type, islands of fp32 written out
 2. ``ExplicitMask``   one-output attention behind a Concat, causality as a boolean mask
-3. ``AskForPlugins``  which nodes of ours a plugin is asked to serve; the others are served by their bodies
-4. ``older_parser``   for TensorRT 10.3: what its parser does not know, written out in what it does
+3. ``FlatBodies``     bodies without a Loop, on which TensorRT-RTX 1.7's compiler dies (signal 11) behind an attention
+4. ``AskForPlugins``  which nodes of ours a plugin is asked to serve; the others are served by their bodies
+5. ``older_parser``   for TensorRT 10.3: what its parser does not know, written out in what it does
 
 A lowered file equals the canonical one in ONNX Runtime, up to the precision. No pass reads or copies a weight.
 """
@@ -18,6 +19,7 @@ import onnx_ir as ir
 
 from graphs.errors import OperationFailed
 from graphs.lowering.attention import ExplicitMask
+from graphs.lowering.flat import FlatBodies
 from graphs.lowering.precision import Precision, Rebind
 from graphs.lowering.served import AskForPlugins
 from graphs.spec import FloatType
@@ -52,6 +54,7 @@ class Lowering:
         passes = ir.passes.Sequential(
             Precision(ONNX_TYPES[self.precision], rebind),
             ExplicitMask(),
+            FlatBodies(),
             AskForPlugins(self.plugin_ops, self.plugin_attributes),
         )
         try:
