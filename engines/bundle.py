@@ -132,6 +132,8 @@ def _check_external_data(bundle: Bundle) -> None:
     listed = {entry.path for entry in bundle.manifest.files}
     for member in bundle.members.values():
         for name in member.spec.stages:
+            if not member.spec.stages[name].file.endswith(".onnx"):
+                continue  # an engine holds its weights
             stage = stage_from_folder(member.folder, member.spec, name)
             for location in {c.location for c in constants_of(stage) if c.location is not None}:
                 at = path_inside(member.folder, location)

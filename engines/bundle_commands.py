@@ -55,15 +55,32 @@ def check(folder: Path, as_json: bool) -> None:
 @click.option("--target", default="cpu", show_default=True, help="What the bundle is to run on.")
 @click.option("--threshold", type=float, help="Score above which the small model's answer stands. [default: 0.9]")
 @click.option("--overwrite", is_flag=True, help="Replace an older bundle.")
+@click.option("--sm", "sms", type=int, multiple=True, metavar="SM", help="rtx: compute capability, as 89; repeatable.")
+@click.option("--precision", metavar="P", help="rtx: fp16, bf16 or fp32. [the export's]")
+@click.option("--ops", metavar="HOW", help="rtx: plugin or body, what serves the ops that have a kernel. [body]")
+@click.option("--max-prompt", type=int, metavar="N", help="rtx: rows of one chunk. [2048, or what the model has]")
+@click.option("--max-length", type=int, metavar="N", help="rtx: rows of a cache. [4096, or what the model has]")
+@click.option("--max-guide", type=int, metavar="N", help="rtx: rows that guide the pruning. [512]")
+@click.option("--max-tail", type=int, metavar="N", help="rtx: rows with logits, as of a scored answer. [128]")
+@click.option("--max-images", type=int, metavar="N", help="rtx: images or tiles seen at once. [8]")
 @json_option
 def build(
-    folders: tuple[Path, ...], out: Path, target: str, threshold: float | None, overwrite: bool, as_json: bool
+    folders: tuple[Path, ...],
+    out: Path,
+    target: str,
+    threshold: float | None,
+    overwrite: bool,
+    as_json: bool,
+    **of_engines: Any,
 ) -> None:
     """Turn a SMALL and a LARGE export (in any order), or one export alone, into a bundle for a target."""
     from engines.build import build_bundle
     from graphs.talk import say
 
-    manifest = build_bundle(folders, out, target=target, threshold=threshold, overwrite=overwrite)
+    options = _engine_options(**of_engines)
+    manifest = build_bundle(
+        folders, out, target=target, threshold=threshold, overwrite=overwrite, engines=options
+    )
     for name, member in manifest.members.items():
         for op, by in member.ops.items():
             say(f"{name}: {op} is served by its {by}")
@@ -71,6 +88,16 @@ def build(
         emit_json({**manifest.model_dump(mode="json", by_alias=True), "path": out})
     else:
         click.echo(out)
+
+
+def _engine_options(sms: tuple[int, ...], precision: str | None, ops: str | None, **bounds: int | None) -> Any:
+    """The options of engines; None where none was given, so that a target without engines can refuse the others."""
+    if not sms and precision is None and ops is None and not any(v is not None for v in bounds.values()):
+        return None
+    from engines.trt.bounds import Bounds
+    from engines.trt.member import EngineOptions
+
+    return EngineOptions(sms, precision, ops or "body", Bounds(**bounds))
 
 
 @click.command()

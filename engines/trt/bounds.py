@@ -13,7 +13,7 @@ from graphs.errors import OperationFailed, UsageError
 from graphs.spec import ExportSpec, StageSpec
 
 BODY_ROWS = 3840  # TensorRT's own TopK ends here, so a KeepTopK that is served by its body does
-DEFAULT_PROMPT, DEFAULT_LENGTH, DEFAULT_TAIL, DEFAULT_IMAGES = 2048, 4096, 128, 8
+DEFAULT_PROMPT, DEFAULT_LENGTH, DEFAULT_GUIDE, DEFAULT_TAIL, DEFAULT_IMAGES = 2048, 4096, 512, 128, 8
 
 Range = tuple[int, int, int]  # least, best served, largest
 Profile = dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]]  # input → three shapes
@@ -23,11 +23,13 @@ Profile = dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int,
 class Bounds:
     """max_prompt: rows of one chunk. max_length: rows of a cache. max_tail: rows with logits (a scored answer).
 
+    max_guide: rows that guide the pruning, which bounds the map of a flat body (heads · guide · length · 4 bytes).
     max_images: images, or tiles of images, that the vision stage sees at once. None: a default that the model allows.
     """
 
     max_prompt: int | None = None
     max_length: int | None = None
+    max_guide: int | None = None
     max_tail: int | None = None
     max_images: int | None = None
 
@@ -42,11 +44,12 @@ class Bounds:
         given = {
             "max-prompt": prompt,
             "max-length": length,
+            "max-guide": self.max_guide or min(DEFAULT_GUIDE, prompt),
             "max-tail": self.max_tail or min(DEFAULT_TAIL, prompt),
             "max-images": self.max_images or DEFAULT_IMAGES,
         }
         for name, value in given.items():
-            if value < (1 if name in ("max-tail", "max-images") else 2):
+            if value < (2 if name in ("max-prompt", "max-length") else 1):
                 raise UsageError(f"--{name} is {value}, but nothing fits into that; give a larger one")
         if most_rows and prompt > most_rows:
             raise UsageError(
@@ -55,25 +58,29 @@ class Bounds:
             )
         if max(prompt, length) > positions:
             raise UsageError(f"a bound of {max(prompt, length)} rows is beyond the model's {positions} positions")
-        return Bounds(prompt, length, given["max-tail"], given["max-images"])
+        for name in ("max-guide", "max-tail"):
+            if given[name] > prompt:
+                raise UsageError(f"--{name} is {given[name]}, more than the {prompt} rows of a chunk; give at most those")
+        return Bounds(prompt, length, given["max-guide"], given["max-tail"], given["max-images"])
 
     def in_words(self) -> str:
         """One line for the talk."""
         return (
-            f"chunks of up to {self.max_prompt} rows, caches of {self.max_length}, logits of {self.max_tail} rows, "
-            f"{self.max_images} images or tiles"
+            f"chunks of up to {self.max_prompt} rows, caches of {self.max_length}, {self.max_guide} guide rows, "
+            f"logits of {self.max_tail} rows, {self.max_images} images or tiles"
         )
 
 
 def profiles_of(stage: str, spec: ExportSpec, bounds: Bounds) -> dict[str, Profile]:
     """Profile name → input → its least, best served and largest shape, in the order of the engine's profiles."""
     interface = spec.stages[stage]
-    prompt, length, tail, images = (bounds.max_prompt, bounds.max_length, bounds.max_tail, bounds.max_images)
-    assert prompt and length and tail and images
+    prompt, length, guide = bounds.max_prompt, bounds.max_length, bounds.max_guide
+    tail, images = bounds.max_tail, bounds.max_images
+    assert prompt and length and guide and tail and images
     typical = min(prompt, max(2, prompt // 2))
     if stage == "decoder":
         rows, past = (2, typical, prompt), (0, 0, length - 1)
-        prefill = {"S": rows, "G": (1, min(32, prompt), prompt), "R": (1, 1, tail), "P": past}
+        prefill = {"S": rows, "G": (1, min(32, guide), guide), "R": (1, 1, tail), "P": past}
         decode = {"S": (1, 1, 2), "G": (1, 1, 2), "R": (1, 1, 2), "P": (1, max(1, length // 2), length - 1)}
         behind = {"prefill": (1, max(1, typical // 2), prompt), "decode": (1, 1, 2)}
         return {

@@ -45,6 +45,12 @@ class Reading:
         return {**vars(self), "attentions": [a.document() for a in self.attentions], "unused": list(self.unused)}
 
 
+def reading_from(document: dict[str, Any]) -> Reading:
+    """A reading as another process wrote it."""
+    attentions = tuple(Attention(**found) for found in document["attentions"])
+    return Reading(document["served"], attentions, tuple(document["unused"]), document["layers"])
+
+
 def reading_of(trt: Any, network: Any, ops: Mapping[str, str]) -> Reading:
     """Read a parsed network; ``ops`` are the file's nodes of our domain, name → op.
 
