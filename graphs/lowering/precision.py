@@ -83,6 +83,9 @@ class _Retyping:
                 wanted = WIDE if value.name in WIDE_OUTPUTS else self.narrow
                 if self.settled[value] != wanted:
                     self._cast_output(i, value, wanted)
+        for value in self.free:
+            if value.is_initializer() and not value.uses():
+                self.graph.initializers.pop(str(value.name))
 
     def _node(self, node: ir.Node) -> None:
         if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()):
