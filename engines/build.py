@@ -123,7 +123,9 @@ def _engine_options(target: str, engines: EngineOptions | None) -> EngineOptions
 
         return (engines or EngineOptions()).checked()
     if engines is not None:
-        raise UsageError(f"the target {target} has no engines to build, so options of engines do nothing; leave them out")
+        raise UsageError(
+            f"the target {target} has no engines to build, so options of engines do nothing; leave them out"
+        )
     return None
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engines.manifest import MANIFEST_FILE, REBUILD, FileEntry, Manifest, manifest_of
+from engines.manifest import MANIFEST_FILE, REBUILD, EngineEntry, FileEntry, Manifest, manifest_of
 from graphs.errors import BadArtefact, UsageError
 from graphs.files import path_inside, sha256_of, unreadable
 from graphs.rules.rule import stage_from_folder
@@ -43,6 +43,11 @@ class Bundle:
     def threshold(self) -> float:
         """The default exit threshold."""
         return self.manifest.threshold
+
+    @property
+    def engines(self) -> list[EngineEntry]:
+        """The engines of all members; none for a target that runs the graphs themselves."""
+        return [engine for member in self.manifest.members.values() for engine in member.engines.values()]
 
     @property
     def target(self) -> str:

@@ -78,9 +78,7 @@ def build(
     from graphs.talk import say
 
     options = _engine_options(**of_engines)
-    manifest = build_bundle(
-        folders, out, target=target, threshold=threshold, overwrite=overwrite, engines=options
-    )
+    manifest = build_bundle(folders, out, target=target, threshold=threshold, overwrite=overwrite, engines=options)
     for name, member in manifest.members.items():
         for op, by in member.ops.items():
             say(f"{name}: {op} is served by its {by}")
@@ -109,11 +107,12 @@ def verify(bundle: Path, as_json: bool) -> None:
 
     from engines.bundle import open_bundle
     from engines.golden import refuse_disagreement, replay
-    from engines.session import open_session
+    from engines.session import open_session, refuse_unrunnable
     from engines.words import replays_in_words
 
     with step("checking digests"):
         opened = open_bundle(bundle)
+    refuse_unrunnable(opened.target, opened.engines)
     open_stage = partial(open_session, target=opened.target)
     replays = {}
     for name, member in opened.members.items():

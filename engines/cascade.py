@@ -55,7 +55,7 @@ class Cascade:
         from engines.session import refuse_unrunnable
 
         bundle = open_bundle(Path(path), target=target)
-        refuse_unrunnable(bundle.target)
+        refuse_unrunnable(bundle.target, bundle.engines)
         members = {name: (member.folder, member.spec) for name, member in bundle.members.items()}
         return cls._of(members, bundle.threshold, bundle.target, threads)
 

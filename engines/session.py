@@ -7,7 +7,7 @@ so that a KV cache is handed from step to step without a copy.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -65,9 +65,14 @@ def open_session(file: Path, target: str = "cpu", threads: int | None = None) ->
     return session
 
 
-def refuse_unrunnable(target: str) -> None:
-    """BackendMissing, with every reason at once, for a target that this machine or this release cannot run."""
+def refuse_unrunnable(target: str, engines: Sequence[Any] = ()) -> None:
+    """BackendMissing, with every reason at once, for a target that this machine or this release cannot run.
+
+    engines: the ``EngineEntry`` of a bundle, so that its SM and version can be told.
+    """
     if target in BUILT_ONLY:
         module, _, name = BUILT_ONLY[target].partition(":")
-        reasons: list[str] = getattr(import_module(module), name)()
-        raise BackendMissing(f"target {target} cannot be run here: {'; '.join(reasons)}; build the pair for --target cpu too")
+        reasons: list[str] = getattr(import_module(module), name)(engines)
+        raise BackendMissing(
+            f"target {target} cannot be run here: {'; '.join(reasons)}; build the pair for --target cpu too"
+        )

@@ -1,6 +1,6 @@
 """How large each dynamic dimension may become, and the optimisation profiles that follow.
 
-The decoder has two profiles over one set of weights: ``prefill`` (a chunk of 2 rows or more on any past) and ``decode``.
+The decoder has two profiles over one set of weights: ``prefill`` (2 rows or more on any past) and ``decode``.
 The decode profile keeps its rows dynamic, 1 to 2, for with a fixed 1 TensorRT-RTX 1.7 stores the weights twice.
 The other stages have one profile. Symbols are those of ``graphs.spec``; "4*V" is a multiple.
 """
@@ -16,7 +16,8 @@ BODY_ROWS = 3840  # TensorRT's own TopK ends here, so a KeepTopK that is served 
 DEFAULT_PROMPT, DEFAULT_LENGTH, DEFAULT_GUIDE, DEFAULT_TAIL, DEFAULT_IMAGES = 2048, 4096, 512, 128, 8
 
 Range = tuple[int, int, int]  # least, best served, largest
-Profile = dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]]  # input → three shapes
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+Profile = dict[str, Shapes]  # input → its least, best served and largest shape
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ class Bounds:
             raise UsageError(f"a bound of {max(prompt, length)} rows is beyond the model's {positions} positions")
         for name in ("max-guide", "max-tail"):
             if given[name] > prompt:
-                raise UsageError(f"--{name} is {given[name]}, more than the {prompt} rows of a chunk; give at most those")
+                raise UsageError(
+                    f"--{name} is {given[name]}, more than the {prompt} rows of a chunk; give at most those"
+                )
         return Bounds(prompt, length, given["max-guide"], given["max-tail"], given["max-images"])
 
     def in_words(self) -> str:
@@ -76,7 +79,8 @@ def profiles_of(stage: str, spec: ExportSpec, bounds: Bounds) -> dict[str, Profi
     interface = spec.stages[stage]
     prompt, length, guide = bounds.max_prompt, bounds.max_length, bounds.max_guide
     tail, images = bounds.max_tail, bounds.max_images
-    assert prompt and length and guide and tail and images
+    if not (prompt and length and guide and tail and images):
+        raise OperationFailed("bounds were not fitted to the model; report this")
     typical = min(prompt, max(2, prompt // 2))
     if stage == "decoder":
         rows, past = (2, typical, prompt), (0, 0, length - 1)

@@ -23,6 +23,7 @@ from graphs.versions import require
 SMS = (80, 86, 89, 120, 121)
 WEIGHTS_IN_MEMORY = 3.0  # peak host memory of a build, in weights (measured 2.9 with one profile)
 OVERHEAD_BYTES = 600 << 20  # the builder itself, without a weight
+WORKER = ["-m", "engines.trt.worker"]
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -46,8 +47,8 @@ def refuse_too_large(weight_bytes: int, what: str) -> None:
     needed, free = memory_needed(weight_bytes), free_memory()
     if free is not None and needed > free:
         raise OperationFailed(
-            f"building {what} takes about {needed / 1e9:.1f} GB of memory ({WEIGHTS_IN_MEMORY:g} times its weights), and "
-            f"{free / 1e9:.1f} GB are free; build on a larger machine, for an engine runs elsewhere than it is built"
+            f"building {what} takes about {needed / 1e9:.1f} GB of memory ({WEIGHTS_IN_MEMORY:g} times its weights), "
+            f"and {free / 1e9:.1f} GB are free; build on a larger machine, for an engine runs elsewhere than it is built"
         )
 
 
@@ -78,13 +79,11 @@ def engine_from_onnx(
     require("tensorrt-rtx", "polygraphy")
     with tempfile.TemporaryDirectory(prefix="saccade-build-") as held, step(f"building {engine.name}") as shown:
         place = Path(held)
-        request = Request(
-            str(onnx), str(engine), str(place / "answer.json"), sms, profiles, ops, plugins, parse_only
-        )
+        request = Request(str(onnx), str(engine), str(place / "answer.json"), sms, profiles, ops, plugins, parse_only)
         (place / "request.json").write_text(json.dumps(asdict(request)), "utf-8")
         said = place / "stderr"
         with said.open("wb") as stderr:
-            code = _run([sys.executable, "-m", "engines.trt.worker", str(place / "request.json")], place, stderr, shown)
+            code = _run([sys.executable, *WORKER, str(place / "request.json")], place, stderr, shown)
         answer = place / "answer.json"
         if code or not answer.is_file():
             raise OperationFailed(f"TensorRT-RTX {_how(code)} on {onnx.name}: {_last_words(said)}")

@@ -1,4 +1,4 @@
-"""What a parser made of a lowered file, read back from the network: assumed nothing, for without a GPU this is the test.
+"""What a parser made of a lowered file, read back from the network: without a GPU this reading is the test.
 
 Legend: T keys of an attention, of which P are cached.
 """

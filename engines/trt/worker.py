@@ -1,6 +1,6 @@
 """The process that builds one engine: ``python -m engines.trt.worker REQUEST``.
 
-TensorRT aborts its process where it fails, so this one holds nothing but the build. REQUEST is a JSON file (``Request``);
+TensorRT aborts its process where it fails, so this one holds nothing but the build. REQUEST is JSON (``Request``);
 progress goes to stdout as JSON lines, everything libraries print to stderr, and the answer, what was built and what was
 read back from the network, into a JSON file. Built through Polygraphy's loaders, which know TensorRT-RTX.
 """
@@ -107,7 +107,7 @@ def let_decompose(trt: Any, network: Any) -> None:
 def monitor_of(trt: Any, tell: Callable[..., None]) -> Any:
     """TensorRT's progress as events ``phase`` with ``step`` of ``steps``."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc,name-defined]
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.steps: dict[str, int] = {}

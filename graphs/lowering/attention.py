@@ -35,7 +35,7 @@ class ExplicitMask(ir.passes.InPlacePass):
     def ensures(self, model: ir.Model) -> None:
         """No attention is left whose causality a parser could misread."""
         for node in model.graph.all_nodes():
-            if node.op_type == "Attention" and (len(node.outputs) > 1 or node.attributes.get_int("is_causal", 0)):
+            if node.op_type == "Attention" and (len(node.outputs) > 1 or _is_causal(node)):
                 raise ir.passes.PostconditionError(f"{node.name} is causal or has {len(node.outputs)} outputs")
 
 
@@ -44,10 +44,14 @@ def is_canonical(node: ir.Node) -> bool:
     return node.domain == "" and node.op_type == "Attention" and len(node.outputs) > 1
 
 
+def _is_causal(node: ir.Node) -> bool:
+    return bool(node.attributes.get_int("is_causal", 0))
+
+
 def _rewrite(node: ir.Node, masks: dict[tuple[str, str], ir.Value]) -> None:
     q, k, v = node.inputs[:3]
     past_k, past_v = (node.inputs[i] if i < len(node.inputs) else None for i in (PAST_K, PAST_V))
-    if not (q and k and v and past_k and past_v) or node.inputs[MASK] or not node.attributes.get_int("is_causal", 0):
+    if not (q and k and v and past_k and past_v) or node.inputs[MASK] or not _is_causal(node):
         raise ir.passes.PassError(f"{node.name} is no causal attention on top of a cache, so it cannot be lowered")
     graph, (out, *presents) = node.graph, node.outputs
     assert graph is not None

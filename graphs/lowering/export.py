@@ -41,7 +41,9 @@ class LoweredExport:
         return self.folder / self.spec.stages[stage].file
 
 
-def lowered_export(folder: Path, spec: ExportSpec, out: Path, lowering: Lowering, *, link: bool = False) -> LoweredExport:
+def lowered_export(
+    folder: Path, spec: ExportSpec, out: Path, lowering: Lowering, *, link: bool = False
+) -> LoweredExport:
     """Lower the export in ``folder`` into the existing folder ``out``; its weights lie there once.
 
     Weights that have the wanted type are cloned or copied; with ``link`` hard-linked where the file system can, which
@@ -54,7 +56,9 @@ def lowered_export(folder: Path, spec: ExportSpec, out: Path, lowering: Lowering
     kept: set[str] = set()
     for name, stage in spec.stages.items():
         model = lowering.apply(ir.load(folder / stage.file), weights.rebind)
-        external = [v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
+        external = [
+            v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)
+        ]
         kept |= {str(t.location) for t in external if Path(t.base_dir) != out}
         weight_bytes[name] = sum(int(t.nbytes) for t in external)
         ops[name] = {str(n.name): n.op_type for n in model.graph.all_nodes() if n.domain}

@@ -88,7 +88,10 @@ class _Retyping:
                 self.graph.initializers.pop(str(value.name))
 
     def _node(self, node: ir.Node) -> None:
-        if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()):
+        if any(
+            attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+            for attribute in node.attributes.values()
+        ):
             raise ir.passes.PassError(f"{node.name} holds a nested graph, so its types cannot be settled")
         if node.op_type == "Constant" and node.outputs[0].dtype in FLOATS:
             tensor = ir.convenience.get_const_tensor(node.outputs[0])
@@ -163,7 +166,9 @@ class _Retyping:
             wide = self.free[value]
             limits = ml_dtypes.finfo(dtype.numpy())
             held = np.where(np.isfinite(wide), np.clip(wide, float(limits.min), float(limits.max)), wide)
-            new = ir.Value(name=f"{value.name}_{dtype.name.lower()}", type=ir.TensorType(dtype), shape=ir.Shape(wide.shape))
+            new = ir.Value(
+                name=f"{value.name}_{dtype.name.lower()}", type=ir.TensorType(dtype), shape=ir.Shape(wide.shape)
+            )
             new.const_value = ir.Tensor(held.astype(dtype.numpy()), dtype=dtype, name=new.name)
             self.graph.register_initializer(new)
             self.casts[value, dtype] = new

@@ -76,7 +76,7 @@ class ConvertedWeights:
                         converted = wide.astype(dtype.numpy())
                     if not np.isfinite(converted.astype(np.float32)).all():
                         raise OperationFailed(
-                            f"weight {tensor.name} leaves the range of {dtype.name.lower()}; build with another --precision"
+                            f"weight {tensor.name} leaves the range of {dtype.name.lower()}; choose another --precision"
                         )
                     out.write(converted.tobytes())
 

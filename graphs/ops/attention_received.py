@@ -7,8 +7,9 @@ Legend: B batch, H query heads, V key-value heads, S rows, T keys, D head width,
 Source: SGL's guidance summed over heads and rows (arXiv 2412.03324 §3.2); STAR's second stage and FastV
 are the same map with other rows. Shape rule: q [B,H,S,D], k [B,V,T,D], guide [G] → fp32 [B,T].
 The S×T map never exists, and the body walks G in pieces of at most 64 rows, so the largest
-intermediate is H·64·T (H·G·T in the flat body, for compilers that fail on a Loop). A piece's length is loop-invariant (a short last piece repeats its last row
-with weight 0), as TensorRT's loops want it. NaN in, NaN out: KeepTopK gives it a rank.
+intermediate is H·64·T (H·G·T in the flat body, for compilers that fail on a Loop). A piece's length is
+loop-invariant (a short last piece repeats its last row with weight 0), as TensorRT's loops want it. NaN in,
+NaN out: KeepTopK gives it a rank.
 """
 
 from typing import Any

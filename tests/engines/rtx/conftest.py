@@ -74,7 +74,9 @@ def golden(folder: Path) -> list[Case]:
     return cases_of(folder, spec_from_folder(folder))
 
 
-def interpreted(lowered: LoweredExport, cases: list[Case], work: Path, plugins: bool) -> dict[str, dict[str, np.ndarray]]:
+def interpreted(
+    lowered: LoweredExport, cases: list[Case], work: Path, plugins: bool
+) -> dict[str, dict[str, np.ndarray]]:
     """Golden cases of the decoder through the parsed network, in a process of its own."""
     graph = ir.load(lowered.file("decoder")).graph
     scale = {n.name: n.attributes.get_float("scale") if "scale" in n.attributes else None for n in graph if n.domain}
@@ -86,8 +88,6 @@ def interpreted(lowered: LoweredExport, cases: list[Case], work: Path, plugins: 
     (work / "job.json").write_text(json.dumps(job))
     command = [sys.executable, "-m", "tests.engines.rtx.interpreter", str(work / "job.json")]
     root = Path(__file__).parent.parent.parent.parent
-    done = subprocess.run(
-        command, env=process_environment(work), cwd=root, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, env=process_environment(work), cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return {case.name: dict(np.load(files[case.name][1])) for case in cases}

@@ -147,7 +147,7 @@ def squeeze(layer: Any, inputs: Values) -> Values:
 
 @kind("SHUFFLE", "IShuffleLayer")
 def shuffle(layer: Any, inputs: Values) -> Values:
-    """A transpose, a reshape, a transpose; a length 0 copies the input's where the layer says so, −1 is what is left."""
+    """Transpose, reshape, transpose; a length 0 copies the input's where the layer says so, −1 is what is left."""
     x = inputs[0]
     x = x.transpose(list(layer.first_transpose)[: x.ndim])
     wanted = [int(n) for n in inputs[1]] if len(inputs) > 1 else reshape_of(layer)

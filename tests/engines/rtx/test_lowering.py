@@ -28,7 +28,9 @@ FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 def test_every_stage_equals_the_canonical_one(exports: Exports, lower: Lower, role: str) -> None:
     lowered = lower(role)
     for case in golden(exports[role]):
-        canonical = open_session(exports[role] / f"{case.stage}.onnx", threads=1).run(case.inputs, host=list(case.outputs))
+        canonical = open_session(exports[role] / f"{case.stage}.onnx", threads=1).run(
+            case.inputs, host=list(case.outputs)
+        )
         for name, got in run_onnx(lowered, case).items():
             assert compare(name, got, canonical[name], 1e-6).agrees, (case.stage, case.name, name)
 
@@ -135,7 +137,9 @@ def test_an_attention_that_is_causal_without_a_past_is_refused() -> None:
 def test_a_weight_that_fp16_cannot_hold_is_named(tmp_path: Path) -> None:
     save_file({"large.weight": np.array([1.0, 7e4], np.float32)}, tmp_path / "w.safetensors")
     offset = (tmp_path / "w.safetensors").stat().st_size - 8
-    tensor = ir.ExternalTensor("w.safetensors", offset, 8, FLOAT, shape=ir.Shape([2]), name="large.weight", base_dir=tmp_path)
+    tensor = ir.ExternalTensor(
+        "w.safetensors", offset, 8, FLOAT, shape=ir.Shape([2]), name="large.weight", base_dir=tmp_path
+    )
     weights = ConvertedWeights(tmp_path, "narrow.safetensors")
     weights.rebind(tensor, HALF)
     with pytest.raises(OperationFailed, match=r"large\.weight leaves the range of float16"):
