@@ -99,6 +99,27 @@ def _engine_options(sms: tuple[int, ...], precision: str | None, ops: str | None
 
 
 @click.command()
+@click.argument("folder", metavar="EXPORT", type=folder_type)
+@click.option("-o", "--out", "out", type=folder_type, required=True, metavar="DIR", help="The folder to write.")
+@click.option("--precision", metavar="P", help="fp16, bf16 or fp32. [the export's]")
+@click.option("--ops", metavar="HOW", default="body", show_default=True, help="plugin or body.")
+@click.option("--parser", metavar="V", default="current", show_default=True, help="current, or 10.3 for JetPack 6.")
+@click.option("--overwrite", is_flag=True, help="Replace an older folder.")
+@json_option
+def lower(
+    folder: Path, out: Path, precision: str | None, ops: str, parser: str, overwrite: bool, as_json: bool
+) -> None:
+    """Write the ONNX files that TensorRT parses for an EXPORT, for trtexec, polygraphy or a build elsewhere."""
+    from engines.trt.member import lower_for_others
+
+    lowered = lower_for_others(folder, out, precision, ops, parser, overwrite)
+    if as_json:
+        emit_json({"schema": "saccade.lowered/1", "path": out, "spec": lowered.model_dump(mode="json", by_alias=True)})
+    else:
+        click.echo(out)
+
+
+@click.command()
 @click.argument("bundle", type=folder_type)
 @json_option
 def verify(bundle: Path, as_json: bool) -> None:

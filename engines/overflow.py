@@ -25,11 +25,12 @@ LARGEST = 65504.0  # of fp16
 FACTOR = 4.0
 WATCH = "watch_"
 ERRORS_ONLY = 3
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 @dataclass(frozen=True)
 class Near:
-    """A tensor's largest magnitude over the golden cases of its stage; ONNX Runtime computes wider, so it can be known."""
+    """A tensor's largest magnitude over the golden cases of its stage; ONNX Runtime computes wider, so it is known."""
 
     stage: str
     tensor: str
@@ -93,17 +94,15 @@ def _watching(lowered: LoweredExport, stage: str) -> tuple[Any, list[str]]:
             out.name, out.type, out.shape = WATCH + value.name, ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
             model.graph.outputs.append(out)
             names.append(value.name)
-    watched = lowered.folder / f"{WATCH}{stage}.onnx"
-    ir.save(model, watched)
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry(WEIGHTS_FOLDER, str(lowered.weights_at.resolve()))
     try:
-        return ort.InferenceSession(str(watched), options, providers=["CPUExecutionProvider"]), names
+        watched = ir.to_proto(model).SerializeToString()
+        return ort.InferenceSession(watched, options, providers=["CPUExecutionProvider"]), names
     except Exception as e:  # the binding's exceptions share no base class
         raise OperationFailed(f"ONNX Runtime cannot replay the lowered {stage} ({str(e)[:300]}); report this") from None
-    finally:
-        watched.unlink()
 
 
 def _reads_weights_only(node: ir.Node) -> bool:

@@ -47,8 +47,8 @@ def refuse_too_large(weight_bytes: int, what: str) -> None:
     needed, free = memory_needed(weight_bytes), free_memory()
     if free is not None and needed > free:
         raise OperationFailed(
-            f"building {what} takes about {needed / 1e9:.1f} GB of memory ({WEIGHTS_IN_MEMORY:g} times its weights), "
-            f"and {free / 1e9:.1f} GB are free; build on a larger machine, for an engine runs elsewhere than it is built"
+            f"building {what} takes about {needed / 1e9:.1f} GB of memory ({WEIGHTS_IN_MEMORY:g} × weights), "
+            f"and {free / 1e9:.1f} GB are free; build on a larger machine, for an engine may run elsewhere"
         )
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from engines.manifest import EngineEntry, Served
 from engines.overflow import guard_against_overflow
 from engines.trt.bounds import BODY_ROWS, Bounds, profiles_of
-from engines.trt.engine import checked_sms, engine_from_onnx, refuse_too_large
+from engines.trt.engine import SMS, checked_sms, engine_from_onnx, refuse_too_large
 from engines.trt.reading import Reading, reading_from
 from graphs.errors import OperationFailed, UsageError
-from graphs.files import path_inside
-from graphs.lowering import Lowering
+from graphs.files import atomic_folder, path_inside
+from graphs.lowering import PARSERS, Lowering
 from graphs.lowering.export import LoweredExport, lowered_export
+from graphs.rules import refuse_findings
 from graphs.spec import GOLDEN_FILE, PROCESSOR_FOLDER, SPEC_FILE, ExportSpec, FloatType
 from graphs.talk import say, step, warn
 
@@ -54,6 +55,32 @@ class EngineOptions:
         from plugins.registry import NODE_ATTRIBUTES, ops_with_kernels
 
         return Lowering(precision, frozenset(ops_with_kernels()), NODE_ATTRIBUTES)
+
+
+def lower_for_others(
+    folder: Path, out: Path, precision: str | None, ops: str, parser: str, overwrite: bool = False
+) -> ExportSpec:
+    """Write the lowered files of an export into the folder ``out``, with their weights and spec.json; return that.
+
+    Errors: UsageError for a value that is not known, or a graph that the parser cannot take; BadArtefact for an export
+    that breaks a rule.
+    """
+    if parser not in PARSERS:
+        raise UsageError(f"parser {parser!r} is not known; choose {' or '.join(PARSERS)}")
+    if parser == "10.3" and (ops == "plugin" or precision == "bf16"):
+        raise UsageError("TensorRT 10.3 takes no plugins of ours and no bf16 graph; choose --ops body and fp16 or fp32")
+    export = refuse_findings(folder)
+    lowering = replace(EngineOptions(SMS[:1], precision, ops).checked().lowering(export.spec), parser=parser)
+    with atomic_folder(out, overwrite, holds=SPEC_FILE) as work:
+        lowered = lowered_export(folder, export.spec, work, lowering)
+        if lowered.spec.dtype == "float16":
+            # What is written out for an older parser holds infinities of its own, so another form is replayed.
+            (work / "guarded").mkdir()
+            newest = replace(lowering, parser="current")
+            guard_against_overflow(lowered_export(folder, export.spec, work / "guarded", newest, link=True), folder)
+            shutil.rmtree(work / "guarded")
+        (work / SPEC_FILE).write_text(lowered.spec.dumps(), "utf-8")
+    return lowered.spec
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,13 +25,15 @@ DTYPES: dict[ir.DataType, DType] = {
 
 @dataclass(frozen=True)
 class LoweredExport:
-    """``folder`` holds the stages' files and their weights; ``spec`` has the lowered types.
+    """``folder`` holds the stages' files and their weights, or links to them; ``spec`` has the lowered types.
 
+    weights_at: the folder that the weights themselves lie in, for readers that follow no link.
     weight_bytes: per stage, what its graph reads of the weight files. ops: per stage, node name → op of ours.
     """
 
     folder: Path
     spec: ExportSpec
+    weights_at: Path
     weight_bytes: dict[str, int]
     ops: dict[str, dict[str, str]]
 
@@ -46,8 +47,9 @@ def lowered_export(
 ) -> LoweredExport:
     """Lower the export in ``folder`` into the existing folder ``out``; its weights lie there once.
 
-    Weights that have the wanted type are cloned or copied; with ``link`` hard-linked where the file system can, which
-    ONNX Runtime and TensorRT take and onnx's own loaders refuse. The others are converted into one new file.
+    Weights that have the wanted type are cloned or copied, the others converted into one new file. link: a symbolic
+    link instead of a copy, which TensorRT follows and the export does not notice; ONNX Runtime and onnx's own loaders
+    refuse it, so it is for folders that do not stay.
     """
     weights = ConvertedWeights(out)
     stages: dict[str, StageSpec] = {}
@@ -64,6 +66,7 @@ def lowered_export(
         ops[name] = {str(n.name): n.op_type for n in model.graph.all_nodes() if n.domain}
         ir.save(model, out / stage.file)
         stages[name] = _retyped(stage, model)
+    link = link and not weights.is_needed  # one folder has all of them
     for location in sorted(kept):
         _place(folder, location, out, link)
     if weights.is_needed:
@@ -71,7 +74,7 @@ def lowered_export(
     files = sorted({*kept, *([weights.file] if weights.is_needed else [])})
     listed = tuple(WeightFile(name=f, bytes=(out / f).stat().st_size) for f in files)
     lowered = spec.model_copy(update={"stages": stages, "dtype": lowering.precision, "weights": listed})
-    return LoweredExport(out, lowered, weight_bytes, ops)
+    return LoweredExport(out, lowered, folder if link else out, weight_bytes, ops)
 
 
 def _retyped(stage: StageSpec, model: ir.Model) -> StageSpec:
@@ -91,9 +94,6 @@ def _place(folder: Path, location: str, out: Path, link: bool) -> None:
     target = out / location
     target.parent.mkdir(parents=True, exist_ok=True)
     if link:
-        try:
-            os.link(source, target)
-            return
-        except OSError:
-            pass  # another file system: the copy below
-    clone_or_copy(source, target)
+        target.symlink_to(source.resolve())
+    else:
+        clone_or_copy(source, target)
