@@ -25,6 +25,7 @@ VERBS = {
     "lower": ("engines.commands:lower", "Write the ONNX files that TensorRT parses for an export."),
     "verify": ("engines.commands:verify", "Replay a bundle's golden tensors through its engines."),
     "run": ("engines.commands:run", "Ask a bundle a question about an image."),
+    "chat": ("engines.commands:chat", "Talk with a bundle, turn after turn."),
     "show": ("engines.commands:show", "Show a bundle, kept tokens, policies, ops or this machine."),
     "demo": ("glyphs.demo:demo_command", "Export, build and run the shipped pair of small models."),
 }

@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from PIL import Image
 
 from engines.confidence import Confidence
-from engines.model import Prompt
+from engines.memory import Memory
+from engines.messages import Talk
+from engines.prompt import Prompt
+from engines.sampling import Options
 
 SCHEMA = "saccade.answer/1"
+Stopped: TypeAlias = Literal["end", "stop", "length"]
+
+
+Memories: TypeAlias = dict[str, Memory]
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """A conversation that waits for an answer, how it is to be written, and what each model holds of it."""
+
+    talk: Talk
+    options: Options
+    memories: Memories
 
 
 @dataclass(frozen=True, eq=False)
 class SmallPass:
-    """What the small model gave for one image and question; many large passes can share it.
+    """What the small model gave for one turn; many large passes can share it.
 
-    guidance: float32 [V], one value per visual token. milliseconds: stage → what it took.
+    guidance: float32 [V], one value per visual token of the conversation. milliseconds: stage → what it took.
     """
 
-    image: Image.Image
-    question: str
+    turn: Turn
     prompt: Prompt
     text: str
     tokens: tuple[int, ...]
-    stopped: Literal["end", "length"]
+    stopped: Stopped
+    seed: int | None
     guidance: np.ndarray
     confidence: Confidence
     milliseconds: dict[str, float]
@@ -40,15 +55,18 @@ class Answer:
 
     model: who gave it. exited: whether the small model's answer was good enough, None where there
     is no choice. confidence: None without a small model. kept: per prune point (vision stage first) the visual tokens
-    that stayed, as indices into the image's own, None where no large model ran. average_retention: of the
-    visual tokens over the layers of the model that was pruned. milliseconds: stage → what it took;
-    a stage whose result was shared is counted with the time it took once.
+    that stayed, as indices into those of all images so far, None where no large model ran. keep: the shares that
+    were asked for, or those of earlier turns where no image is new. average_retention: of the visual tokens over
+    the layers of the model that was pruned, None without an image. prompt_tokens: of the whole conversation, of
+    which cached_tokens were there already. seed: of the draws, None where greedy. milliseconds: stage → what it
+    took; a stage whose result was shared is counted with the time it took once.
     """
 
     text: str
     tokens: tuple[int, ...]
     model: Literal["small", "large", "alone"]
-    stopped: Literal["end", "length"]
+    stopped: Stopped
+    seed: int | None
     exited: bool | None
     threshold: float | None
     confidence: Confidence | None
@@ -57,6 +75,7 @@ class Answer:
     average_retention: float | None
     guidance: np.ndarray | None
     prompt_tokens: int
+    cached_tokens: int
     visual_tokens: int
     milliseconds: dict[str, float]
 
@@ -83,7 +102,9 @@ class Answer:
             "tokens": list(self.tokens),
             "new_tokens": len(self.tokens),
             "stopped": self.stopped,
+            "seed": self.seed,
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
             "visual_tokens": self.visual_tokens,
             "guidance": None if self.guidance is None else [round(float(a), 6) for a in self.guidance],
             "milliseconds": {

@@ -5,7 +5,7 @@ Legend: Hkv key-value heads, P_j cached rows of segment j, d head width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,3 +65,19 @@ def grown(cache: Cache, outputs: Mapping[str, Value], position_S: np.ndarray, ke
     segments = zip(cache.positions, rows, strict=True)
     positions = tuple(np.concatenate([old, position_S[..., r]], axis=-1) for old, r in segments)
     return Cache(values, positions, int(position_S.max()) + 1)
+
+
+def cut(cache: Cache, spec: ExportSpec, position: int, to_host: Callable[[Value], np.ndarray]) -> Cache:
+    """Return the cache without the rows from a position on; the row that stands there must be text.
+
+    On the first axis every row before a text row has a smaller position, in every family.
+    """
+    if position >= cache.next_position:
+        return cache
+    counts = [int((p[0] < position).sum()) if p.ndim > 1 else int((p < position).sum()) for p in cache.positions]
+    values = dict(cache.values)
+    for count, segment in zip(counts, spec.plan.segments(spec.language.layers), strict=True):
+        for name in (name for layer in segment for name in past_names(layer)):
+            values[name] = np.ascontiguousarray(to_host(values[name])[:, :, :count])
+    positions = tuple(p[..., :count] for p, count in zip(cache.positions, counts, strict=True))
+    return Cache(values, positions, position)

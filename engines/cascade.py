@@ -7,25 +7,32 @@ Legend: V visual tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import numpy as np
 
-from engines.answer import Answer, SmallPass
+from engines.answer import Answer, Memories, SmallPass, Turn
 from engines.clock import Clock
 from engines.confidence import Confidence, confidence_of, consistency_of
 from engines.decoder import Keep, keep_ratios
 from engines.generate import Generation
 from engines.guidance import drawn_priority, priority_of_rows
-from engines.images import Picture, image_from
-from engines.model import Model, Prompt
+from engines.images import Picture
+from engines.memory import Memory
+from engines.messages import Content, Talk, asked
+from engines.model import Model
+from engines.prompt import Prompt
+from engines.sampling import OptionKeywords, Options
 from engines.stream import Stream, pieces_of
 from graphs.errors import BadArtefact, UsageError
 from graphs.plan import retention_of
 from graphs.spec import ExportSpec, spec_from_folder
+
+if TYPE_CHECKING:
+    from engines.conversation import Conversation
 
 
 class Cascade:
@@ -85,61 +92,101 @@ class Cascade:
 
     def ask(
         self,
-        image: Picture,
-        question: str,
+        image: Picture | Sequence[Picture] | None,
+        question: Content,
         keep: Keep = None,
         threshold: float | None = None,
-        max_new_tokens: int | None = None,
         guidance: np.ndarray | None = None,
+        **options: Unpack[OptionKeywords],
     ) -> Answer:
-        """Return the answer to a question about an image.
+        """Return the answer to a question about an image, about several, or about none.
 
-        keep: share of visual tokens the large model keeps at its prune point, in (0, 1], None for
-        its plan's. threshold: exit when the small model's S is above it, None for the bundle's;
-        1 never exits. guidance: [V] scores to prune the large model by instead of the small
-        model's, for comparisons. Raises UsageError and BadArtefact, each naming what to change.
+        question: text, or parts as in a chat message, where text may stand between images. keep: share of
+        visual tokens the large model keeps at its prune point, in (0, 1], None for its plan's. threshold: exit
+        when the small model's S is above it, None for the bundle's; 1 never exits. guidance: [V] scores to
+        prune the large model by instead of the small model's, for comparisons. options: the fields of
+        ``engines.sampling.Options``. Raises UsageError and BadArtefact, each naming what to change.
         """
-        return self.stream(image, question, keep, threshold, max_new_tokens, guidance).finish()
+        return self.stream(image, question, keep, threshold, guidance, **options).finish()
 
     def stream(
         self,
-        image: Picture,
-        question: str,
+        image: Picture | Sequence[Picture] | None,
+        question: Content,
         keep: Keep = None,
         threshold: float | None = None,
-        max_new_tokens: int | None = None,
         guidance: np.ndarray | None = None,
+        **options: Unpack[OptionKeywords],
     ) -> Stream:
         """Return an iterator over the answer's text, piece by piece; ``.answer`` holds the rest at its end.
 
         The arguments are those of ``ask``. With a pair nothing is said before the small model has
         been judged, and an answer of its own comes as one piece.
         """
-        bar = self.threshold if threshold is None else checked_threshold(threshold)
+        bar = self.checked(keep, threshold)
+        turn = self.turn((asked(question, image),), **options)
+        return Stream(self.parts(turn, keep, bar, guidance))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] = (),
+        keep: Keep = None,
+        threshold: float | None = None,
+        **options: Unpack[OptionKeywords],
+    ) -> Conversation:
+        """Return a conversation that goes on behind ``messages`` ({"role": …, "content": …}), each side's cache kept.
+
+        keep, threshold and options hold for every answer; see ``ask``.
+        """
+        from engines.conversation import Conversation
+
+        return Conversation(self, messages, keep, threshold, **options)
+
+    def look(
+        self, image: Picture | Sequence[Picture] | None, question: Content, **options: Unpack[OptionKeywords]
+    ) -> SmallPass:
+        """Run the small model alone: its answer, its guidance, and how sure it is."""
+        return self.look_at(self.turn((asked(question, image),), **options))
+
+    def turn(self, talk: Talk, memories: Memories | None = None, **options: Unpack[OptionKeywords]) -> Turn:
+        """Return a conversation that waits for an answer; with empty memories where none are given."""
+        return Turn(talk, Options(**options), memories or self.memories())
+
+    def memories(self) -> Memories:
+        """Return what each model holds of a conversation that has not begun."""
+        models = {"small": self.small, "large": self.large}
+        return {name: Memory(model) for name, model in models.items() if model}
+
+    def checked(self, keep: Keep, threshold: float | None) -> float:
+        """Return the threshold that holds; UsageError for one, or a keep ratio, that this bundle cannot serve."""
         if self.large:
             keep_ratios(self.large.spec.plan, keep)
         elif keep is not None:
             raise UsageError("this bundle's only model sees everything and keep prunes nothing; leave it out")
-        return Stream(self._parts(image, question, keep, bar, max_new_tokens, guidance))
+        return self.threshold if threshold is None else checked_threshold(threshold)
 
-    def look(self, image: Picture, question: str, max_new_tokens: int | None = None) -> SmallPass:
-        """Run the small model alone: its answer, its guidance, and how sure it is."""
+    def look_at(self, turn: Turn) -> SmallPass:
+        """Run the small model on a turn; its memory is brought up to the question and its own answer."""
         if not self.small:
             raise UsageError("this bundle has no small model to look first; build one of a pair")
-        picture = image_from(image)
-        prompt = self.small.prompt(picture, question)
-        run = self.small.generate(prompt, max_new_tokens).finish()
+        memory = turn.memories["small"]
+        prompt = memory.prompt(turn.talk)
+        run = self.small.generate(prompt, turn.options).finish()
+        memory.remember(prompt, run, ())
         guidance_V = cast(np.ndarray, run.guidance)
         clock = Clock()
-        consistency = consistency_of(self.small, prompt, run.tokens, guidance_V)
+        if len(guidance_V):
+            consistency = consistency_of(self.small, prompt, run.tokens, guidance_V)
+        else:  # without an image nothing can be cut, and the pass would repeat the run
+            consistency = float(np.exp(np.sum(run.log_prob)))
         times = {**_times("small", prompt, run), "small_consistency": clock.lap()}
         return SmallPass(
-            image=picture,
-            question=question,
+            turn=turn,
             prompt=prompt,
-            text=self.small.processor.text(run.tokens),
+            text=run.text,
             tokens=tuple(run.tokens),
             stopped=run.stopped,
+            seed=run.seed,
             guidance=guidance_V,
             confidence=Confidence(confidence_of(np.asarray(run.log_prob)), consistency),
             milliseconds=times,
@@ -152,6 +199,7 @@ class Cascade:
             tokens=looked.tokens,
             model="small",
             stopped=looked.stopped,
+            seed=looked.seed,
             exited=True if self.large else None,
             threshold=threshold if self.large else None,
             confidence=looked.confidence,
@@ -160,6 +208,7 @@ class Cascade:
             average_retention=None,
             guidance=looked.guidance,
             prompt_tokens=len(looked.prompt),
+            cached_tokens=looked.prompt.cached,
             visual_tokens=len(looked.guidance),
             milliseconds=dict(looked.milliseconds),
         )
@@ -169,64 +218,64 @@ class Cascade:
         looked: SmallPass,
         keep: Keep = None,
         guidance: np.ndarray | None = None,
-        max_new_tokens: int | None = None,
         threshold: float | None = None,
+        **options: Unpack[OptionKeywords],
     ) -> Answer:
-        """Return the large model's answer, pruned by the small pass (or by ``guidance`` [V] instead)."""
-        parts = self._large_parts(looked, keep, guidance, max_new_tokens, threshold)
-        return Stream(parts).finish()
+        """Return the large model's answer, pruned by the small pass (or by ``guidance`` [V] instead).
 
-    def _parts(
-        self,
-        image: Picture,
-        question: str,
-        keep: Keep,
-        threshold: float,
-        max_new_tokens: int | None,
-        guidance: np.ndarray | None,
+        options: other ones than the small pass had, where any are given.
+        """
+        own = Options(**options) if options else looked.turn.options
+        return Stream(self._large_parts(looked, keep, guidance, threshold, own)).finish()
+
+    def parts(
+        self, turn: Turn, keep: Keep, threshold: float, guidance: np.ndarray | None = None
     ) -> Iterator[str | Answer]:
+        """Yield the pieces of a turn's answer, then the answer."""
         if not self.small:
-            yield from self._alone_parts(image, question, keep, max_new_tokens, guidance)
+            yield from self._alone_parts(turn, keep, guidance)
             return
-        looked = self.look(image, question, max_new_tokens)
+        looked = self.look_at(turn)
         if not self.large or looked.confidence.score > threshold:
             yield looked.text
             yield self.answer_small(looked, threshold)
             return
-        yield from self._large_parts(looked, keep, guidance, max_new_tokens, threshold)
+        yield from self._large_parts(looked, keep, guidance, threshold, turn.options)
 
     def _large_parts(
         self,
         looked: SmallPass,
         keep: Keep,
         guidance: np.ndarray | None,
-        max_new_tokens: int | None,
         threshold: float | None,
+        options: Options,
     ) -> Iterator[str | Answer]:
-        large = self._large()
+        large, memory = self._large(), looked.turn.memories["large"]
         shared = f"large, vision stage {keep}" if large.spec.plan.vision else "large"
         if shared not in looked.shared:
-            looked.shared[shared] = large.prompt(looked.image, looked.question, keep)
+            looked.shared[shared] = memory.prompt(looked.turn.talk, keep)
         prompt = looked.shared[shared]
         scores_V = looked.guidance if guidance is None else guidance
-        if guidance is None and (drawn := drawn_priority(large.spec.plan, prompt.visual_tokens)) is not None:
+        if guidance is None and (drawn := drawn_priority(large.spec.plan, prompt.all_visual_tokens)) is not None:
             scores_V = drawn
-        run = large.generate(prompt, max_new_tokens, keep, _priority(large, prompt, scores_V))
-        yield from pieces_of(run, large.processor)
+        run = large.generate(prompt, options, keep, _priority(large, prompt, scores_V))
+        yield from pieces_of(run)
         times = {**looked.milliseconds, **_times("large", prompt, run)}
-        yield _answer("large", large, prompt, run, keep, looked.confidence, scores_V, threshold, times)
+        answer = _answer("large", large, prompt, run, keep, looked.confidence, scores_V, threshold, times)
+        memory.remember(prompt, run, answer.kept or ())
+        yield answer
 
-    def _alone_parts(
-        self, image: Picture, question: str, keep: Keep, max_new_tokens: int | None, guidance: np.ndarray | None
-    ) -> Iterator[str | Answer]:
-        alone = self._large()
-        prompt = alone.prompt(image_from(image), question, keep)
+    def _alone_parts(self, turn: Turn, keep: Keep, guidance: np.ndarray | None) -> Iterator[str | Answer]:
+        alone, memory = self._large(), turn.memories["large"]
+        prompt = memory.prompt(turn.talk, keep)
         if guidance is None:
-            guidance = drawn_priority(alone.spec.plan, prompt.visual_tokens)
+            guidance = drawn_priority(alone.spec.plan, prompt.all_visual_tokens)
         priority_S = _priority(alone, prompt, guidance) if guidance is not None else None
-        run = alone.generate(prompt, max_new_tokens, keep, priority_S)
-        yield from pieces_of(run, alone.processor)
-        yield _answer("alone", alone, prompt, run, keep, None, guidance, None, _times("alone", prompt, run))
+        run = alone.generate(prompt, turn.options, keep, priority_S)
+        yield from pieces_of(run)
+        answer = _answer("alone", alone, prompt, run, keep, None, guidance, None, _times("alone", prompt, run))
+        memory.remember(prompt, run, answer.kept or ())
+        yield answer
 
     def _large(self) -> Model:
         if not self.large:
@@ -247,9 +296,10 @@ def checked_threshold(threshold: float) -> float:
 def _priority(model: Model, prompt: Prompt, guidance_V: np.ndarray) -> np.ndarray | None:
     if not model.spec.plan.uses_priority:
         return None
-    if np.shape(guidance_V) != (prompt.visual_tokens,):
+    if np.shape(guidance_V) != (prompt.all_visual_tokens,):
         raise UsageError(
-            f"guidance has shape {np.shape(guidance_V)}, but the image has {prompt.visual_tokens} visual tokens"
+            f"guidance has shape {np.shape(guidance_V)}, but there are {prompt.all_visual_tokens} visual tokens; "
+            "give one score for each"
         )
     if not np.isfinite(guidance_V).all():
         raise UsageError("guidance holds values that are not finite numbers; give one score per visual token")
@@ -267,27 +317,42 @@ def _answer(
     threshold: float | None,
     times: dict[str, float],
 ) -> Answer:
-    plan = model.spec.plan
-    ratios = keep_ratios(plan, keep, prompt.visual_tokens)
-    original_S = np.zeros(len(prompt), np.int64)
-    original_S[prompt.is_visual] = prompt.of_visual(np.arange(prompt.visual_tokens))
-    at_vision = () if prompt.kept_visual is None else (prompt.kept_visual,)
+    plan, kept = model.spec.plan, _kept(prompt, run)
+    ratios: tuple[float, ...] = ()
+    if prompt.visual_tokens:
+        ratios = keep_ratios(plan, keep, prompt.visual_tokens)
+    elif prompt.visual_before:  # no image is new: what earlier turns kept
+        ratios = tuple(len(visual) / prompt.visual_before for visual in kept)
     return Answer(
-        text=model.processor.text(run.tokens),
+        text=run.text,
         tokens=tuple(run.tokens),
         model="large" if name == "large" else "alone",
         stopped=run.stopped,
+        seed=run.seed,
         exited=False if name == "large" else None,
         threshold=threshold,
         confidence=confidence,
         keep=ratios,
-        kept=(*at_vision, *(original_S[rows[prompt.is_visual[rows]]] for rows in run.kept)),
-        average_retention=retention_of(plan, model.spec.language.layers, ratios),
+        kept=kept,
+        average_retention=retention_of(plan, model.spec.language.layers, ratios) if prompt.all_visual_tokens else None,
         guidance=guidance,
         prompt_tokens=len(prompt),
-        visual_tokens=prompt.visual_tokens,
+        cached_tokens=prompt.cached,
+        visual_tokens=prompt.all_visual_tokens,
         milliseconds=times,
     )
+
+
+def _kept(prompt: Prompt, run: Generation) -> tuple[np.ndarray, ...]:
+    """Per prune point, vision stage first, the conversation's visual tokens that stayed, ascending."""
+    original_S = np.zeros(len(prompt.is_visual), np.int64)
+    original_S[prompt.is_visual] = prompt.of_visual(np.arange(prompt.all_visual_tokens))
+    at_vision = () if prompt.kept_visual is None else (prompt.kept_visual + prompt.visual_before,)
+    new = (*at_vision, *(original_S[rows[prompt.is_visual[rows]]] for rows in run.kept))
+    before = prompt.kept_before
+    if not prompt.visual_tokens:  # the vision stage did not run, so only the decoder's points are in ``new``
+        return before or new
+    return tuple(np.concatenate([old, fresh]) for old, fresh in zip(before, new, strict=True)) if before else new
 
 
 def _times(name: str, prompt: Prompt, run: Generation) -> dict[str, float]:

@@ -12,6 +12,16 @@ from typing import Any
 
 import click
 
+from engines.options import (
+    bundle_argument,
+    images_option,
+    keep_option,
+    target_option,
+    threads_option,
+    threshold_option,
+    tokens_option,
+    writing_options,
+)
 from graphs.talk import emit_json
 
 # subcommand of show → where its click command lives, its line in `saccade show --help`
@@ -68,73 +78,84 @@ def show() -> None:
     """Show a bundle, kept tokens, families, policies, ops or this machine."""
 
 
-class KeepRatios(click.ParamType):
-    """One share of visual tokens, or one per prune point, comma-separated; ranges are the plan's business."""
-
-    name = "R"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """Return the shares as numbers."""
-        try:
-            return tuple(float(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is no number and no list of numbers; write for example 0.4 or 0.5,0.25", param, ctx)
-
-
-bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
-image_option = click.option(
-    "--image", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The image the question is about."
-)
-keep_option = click.option(
-    "--keep",
-    type=KeepRatios(),
-    metavar="R[,R…]",
-    help="Share of visual tokens kept at each prune point, in (0, 1]. [the export's]",
-)
-target_option = click.option("--target", metavar="NAME", help="Refuse a bundle that was built for another target.")
-threads_option = click.option("--threads", type=int, metavar="N", help="CPU threads of a run. [the runtime's choice]")
-tokens_option = click.option("--max-new-tokens", type=int, metavar="N", help="Longest answer. [the checkpoint's]")
-
-
 @click.command()
 @bundle_argument
 @click.argument("question")
-@image_option
+@images_option
 @keep_option
-@click.option(
-    "--threshold", type=float, metavar="S", help="Exit early above this score; 0 always, 1 never. [the bundle's]"
-)
-@tokens_option
+@threshold_option
+@writing_options
 @click.option("--json", "as_json", is_flag=True, help="Print one document, saccade.answer/1.")
 @target_option
 @threads_option
 def run(
     bundle: Path,
     question: str,
-    image: Path,
+    images: tuple[Path, ...],
     keep: tuple[float, ...] | None,
     threshold: float | None,
-    max_new_tokens: int | None,
     as_json: bool,
     target: str | None,
     threads: int | None,
+    **options: Any,
 ) -> None:
-    """Ask BUNDLE a QUESTION about an image; the answer alone goes to stdout, as it is made."""
+    """Ask BUNDLE a QUESTION about an image, several, or none; the answer alone goes to stdout, as it is made."""
     from engines.cascade import Cascade
+    from engines.chat import say
 
-    stream = Cascade.open(bundle, target, threads).stream(image, question, keep, threshold, max_new_tokens)
+    stream = Cascade.open(bundle, target, threads).stream(images, question, keep, threshold, **options)
     if as_json:
         emit_json(stream.finish().document())
         return
-    for piece in stream:
-        click.echo(piece, nl=False)
-    click.echo()
+    say(stream)
+
+
+@click.command()
+@bundle_argument
+@images_option
+@click.option("--system", metavar="TEXT", help="A system message to begin with.")
+@click.option(
+    "--messages",
+    type=click.Path(path_type=Path),
+    metavar="JSON",
+    help='What was said before: a list of {"role", "content"}; a last message of the user is answered first.',
+)
+@keep_option
+@threshold_option
+@writing_options
+@click.option("--json", "as_json", is_flag=True, help="Print each answer as one line, saccade.answer/1.")
+@target_option
+@threads_option
+def chat(
+    bundle: Path,
+    images: tuple[Path, ...],
+    system: str | None,
+    messages: Path | None,
+    keep: tuple[float, ...] | None,
+    threshold: float | None,
+    as_json: bool,
+    target: str | None,
+    threads: int | None,
+    **options: Any,
+) -> None:
+    """Talk with BUNDLE, a line of standard input a turn; images given here come with the first.
+
+    A line /image FILE shows an image with the next question, /reset begins anew, /quit ends.
+    """
+    from engines.cascade import Cascade
+    from engines.chat import talk_in_lines
+    from engines.messages import documents_from_file
+
+    said = [{"role": "system", "content": system}] if system else []
+    said += documents_from_file(messages) if messages else []
+    conversation = Cascade.open(bundle, target, threads).chat(said, keep, threshold, **options)
+    talk_in_lines(conversation, images, as_json)
 
 
 @click.command("kept")
 @bundle_argument
 @click.argument("question")
-@image_option
+@images_option
 @click.option(
     "-o",
     "--output",
@@ -150,7 +171,7 @@ def run(
 def show_kept(
     bundle: Path,
     question: str,
-    image: Path,
+    images: tuple[Path, ...],
     output: Path,
     keep: tuple[float, ...] | None,
     max_new_tokens: int | None,
@@ -162,5 +183,5 @@ def show_kept(
     from engines.picture import show_kept_tokens
 
     cascade = Cascade.open(bundle, target, threads)
-    show_kept_tokens(cascade, image, question, output, keep=keep, max_new_tokens=max_new_tokens)
+    show_kept_tokens(cascade, images, question, output, keep=keep, max_new_tokens=max_new_tokens)
     click.echo(output)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -22,7 +22,8 @@ from engines.decoder import Chunk, following
 from engines.guidance import top_visual
 
 if TYPE_CHECKING:
-    from engines.model import Model, Prompt
+    from engines.model import Model
+    from engines.prompt import Prompt
 
 CONSISTENCY_KEEP = 0.05
 
@@ -62,18 +63,19 @@ def consistency_of(
     The rows are dropped before layer 0, on the host, and keep their original positions; the answer
     but for its last token follows the prompt, and the last N rows score it.
     """
-    is_visual_S = prompt.is_visual
+    whole = prompt.whole or prompt.chunk
+    positions, is_visual_S = cast(np.ndarray, whole.positions), whole.is_visual
     stays_S = ~is_visual_S
     stays_S[np.flatnonzero(is_visual_S)[top_visual(guidance_V, keep)]] = True
     rows = np.flatnonzero(stays_S)
-    prompt_embeds = model.to_host(prompt.inputs_embeds)[:, rows]
+    prompt_embeds = model.to_host(whole.inputs_embeds)[:, rows]
     fed = list(tokens[:-1])
     parts = [prompt_embeds, model.to_host(model.embed_text(fed))] if fed else [prompt_embeds]
     chunk = Chunk(
         inputs_embeds=np.concatenate(parts, axis=1),
         is_visual=np.concatenate([is_visual_S[rows], np.zeros(len(fed), bool)]),
-        positions=np.concatenate([prompt.positions[..., rows], following(prompt.positions, len(fed))], axis=-1),
-        deepstack={name: _rows_of(model.to_host(x), rows, len(fed)) for name, x in prompt.deepstack.items()},
+        positions=np.concatenate([positions[..., rows], following(positions, len(fed))], axis=-1),
+        deepstack={name: _rows_of(model.to_host(x), rows, len(fed)) for name, x in whole.deepstack.items()},
     )
     step = model.decoder.run(chunk, tail=len(tokens))
     return float(np.exp(log_probs(step.logits, tokens).sum()))

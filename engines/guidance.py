@@ -15,14 +15,17 @@ from graphs.plan import PruningPlan, kept_count
 
 
 class GuidanceSum:
-    """A^P plus one A^D per fed-back token, over the visual rows of the prompt."""
+    """A^P plus one A^D per fed-back token, over the visual rows of a conversation, int64 [V].
 
-    def __init__(self, is_visual_S: np.ndarray) -> None:
-        self._visual = np.flatnonzero(is_visual_S)
+    On top of a cache A^P is that of the chunk's guide rows alone: the newest question's.
+    """
+
+    def __init__(self, visual_rows: np.ndarray) -> None:
+        self._visual = visual_rows
         self.total = np.zeros(len(self._visual), np.float32)
 
     def add(self, received_T: np.ndarray) -> None:
-        """Add what one run's guide rows gave; the prompt's rows come first among the keys."""
+        """Add what one run's guide rows gave; the conversation's rows come first among the keys."""
         self.total += received_T[self._visual]
 
 

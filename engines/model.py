@@ -1,66 +1,25 @@
 """One model of a bundle: its processor and its three sessions, opened on first use and kept open.
 
-Legend: S prompt rows, V visual tokens, D width.
+Legend: S rows, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from engines.clock import Clock
-from engines.decoder import Chunk, Decoder, Keep, keep_ratios
-from engines.families import Seen
+from engines.decoder import Decoder, Keep
 from engines.generate import Generation
+from engines.memory import Memory
+from engines.messages import Talk
 from engines.processing import Processor
+from engines.prompt import Prompt
+from engines.sampling import Options
 from engines.session import Session, Value, open_session
-from engines.vision import features_of
 from graphs.spec import ExportSpec, deepstack_names, visual_names
-
-DEFAULT_NEW_TOKENS = 128
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """An image and a question, ready for the decoder.
-
-    input_ids: int64 [1, S]. visual: the image as the vision stage took it. inputs_embeds: [1, S, D] on
-    the device. is_visual: bool [S]. positions: int64 [S] or [3, S], the original ones, with gaps where the
-    vision stage dropped tokens. deepstack: features by input name, [1, S, D] on the device. ms: what each step
-    took. kept_visual: int64, which of the original visual tokens are there; None: all.
-    """
-
-    input_ids: np.ndarray
-    visual: Seen
-    inputs_embeds: Value
-    is_visual: np.ndarray
-    positions: np.ndarray
-    deepstack: Mapping[str, Value]
-    ms: dict[str, float]
-    visual_tokens: int
-    kept_visual: np.ndarray | None = None
-
-    @property
-    def chunk(self) -> Chunk:
-        """All of it, as the decoder takes it."""
-        return Chunk(self.inputs_embeds, self.is_visual, self.positions, self.deepstack, self.visual_tokens)
-
-    def __len__(self) -> int:
-        return self.input_ids.shape[1]
-
-    @property
-    def next_position(self) -> int:
-        """The position of the first token of the answer."""
-        return int(self.positions.max()) + 1
-
-    def of_visual(self, values_V: np.ndarray) -> np.ndarray:
-        """Of one value per original visual token, those of the tokens that are there."""
-        return values_V if self.kept_visual is None else values_V[self.kept_visual]
 
 
 class Model:
@@ -95,70 +54,43 @@ class Model:
         """The decoder with the host's rules around it."""
         return Decoder(self.session("decoder"), self.spec)
 
-    def prompt(self, image: Image.Image, question: str, keep: Keep = None) -> Prompt:
-        """See the image and merge it with the question; the first stages of every answer.
+    def prompt(self, talk: Talk, keep: Keep = None) -> Prompt:
+        """See a conversation's images and merge them with its text; nothing is remembered.
 
         keep: as for ``generate``; the vision stage's share is its first, where the plan prunes there.
         """
-        vision_keep = keep_ratios(self.spec.plan, keep)[0] if self.spec.plan.vision and keep is not None else None
-        self.processor.checked(question)
-        clock, ms = Clock(), {}
-        self.open()
-        ms["open"] = clock.lap()
-        visual = self.processor.look(image)
-        input_ids = self.processor.prompt(question, visual)
-        is_visual_S = input_ids[0] == self.spec.tokens.image
-        positions = squeezed(self.processor.family.positions(is_visual_S, visual, 0))
-        ms["prepare"] = clock.lap()
-        features = features_of(self, visual, input_ids[0], vision_keep)
-        ms["vision"] = clock.lap()
-        rows = features.rows(is_visual_S)
-        embeds, deepstack = self._embeds(input_ids[:, rows], features.values)
-        ms["embed"] = clock.lap()
-        return Prompt(
-            input_ids[:, rows],
-            visual,
-            embeds,
-            is_visual_S[rows],
-            positions[..., rows],
-            deepstack,
-            ms,
-            int(is_visual_S.sum()),
-            features.kept,
-        )
+        return Memory(self).prompt(talk, keep)
 
     def embed_text(self, tokens: Sequence[int]) -> Value:
         """Return inputs_embeds [1, S, D] of text alone.
 
         A placeholder that a model writes stands for an image that is not there: a row of zeros.
         """
+        ids = np.asarray([tokens], np.int64)
+        return self.embed(ids, self.no_image(int((ids == self.spec.tokens.image).sum())))[0]
+
+    def no_image(self, rows: int = 1) -> dict[str, np.ndarray]:
+        """Features that stand for no image at all, zeros [rows, D]; the graph wants one row at least."""
         dtype = next(t.dtype for t in self.spec.stages["embed"].inputs if t.name == "visual_embeds")
-        rows = max(1, list(tokens).count(self.spec.tokens.image))
-        no_image = np.zeros((rows, self.spec.language.width), dtype=dtype)
-        nothing = dict.fromkeys(visual_names(self.spec.language), no_image)
-        return self._embeds(np.asarray([tokens], np.int64), nothing)[0]
+        zeros = np.zeros((max(1, rows), self.spec.language.width), dtype=dtype)
+        return dict.fromkeys(visual_names(self.spec.language), zeros)
 
     def generate(
         self,
         prompt: Prompt,
-        max_new_tokens: int | None = None,
+        options: Options | None = None,
         keep: Keep = None,
         priority_S: np.ndarray | None = None,
     ) -> Generation:
-        """Return a greedy generation that has not begun; ``max_new_tokens`` defaults to the checkpoint's."""
-        limit = self.processor.max_new_tokens or DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
-        return Generation(self, prompt, limit, keep, priority_S)
+        """Return a generation that has not begun; greedy, and as long as the checkpoint asks, where nothing is said."""
+        return Generation(self, prompt, options or Options(), keep, priority_S)
 
     def to_host(self, value: Value) -> np.ndarray:
         """Copy a device value to the host."""
         return self.session("decoder").to_host(value)
 
-    def _embeds(self, input_ids: np.ndarray, features: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
+    def embed(self, input_ids: np.ndarray, features: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
+        """Return inputs_embeds [1, S, D] of int64 [1, S] ids, and deepstack features by input name."""
         device = ("inputs_embeds", *deepstack_names(self.spec.language))
         out = self.session("embed").run({"input_ids": input_ids, **features}, device=device)
         return out.pop("inputs_embeds"), out
-
-
-def squeezed(positions: np.ndarray) -> np.ndarray:
-    """Positions without the batch axis: [1, S] → [S], [3, 1, S] → [3, S]."""
-    return positions[0] if positions.ndim == 2 else positions[:, 0]

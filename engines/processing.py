@@ -1,4 +1,4 @@
-"""From an image and a question to pixels and token ids, as the checkpoint's own processor does it, without torch.
+"""From images and a conversation to pixels and token ids, as the checkpoint's own processor does it, without torch.
 
 Image processor, tokenizer and chat template are loaded each by itself (an AutoProcessor may want
 torchvision), and the image processor always with Pillow, so that every machine sees the same pixels.
@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from engines.families import FAMILIES, HostFamily, Seen, expanded
+from engines.messages import Talk
 from graphs.errors import BadArtefact, UsageError
 from graphs.spec import PROCESSOR_FOLDER, ExportSpec
 
@@ -78,85 +79,103 @@ class Processor:
                 )
         return seen
 
-    def view(self, seen: Seen) -> Image.Image:
-        """Return what the model sees of the first image, RGB [H, W]: cropped and resized, normalisation undone."""
+    def view(self, seen: Seen, i: int = 0) -> Image.Image:
+        """Return what the model sees of the i-th image, RGB [H, W]: cropped and resized, normalisation undone."""
         mean, std = (
             np.asarray(getattr(self.image_processor, name, None) or default, np.float32)
             for name, default in (("image_mean", [0.0] * 3), ("image_std", [1.0] * 3))
         )
-        colour = seen.view(0).transpose(1, 2, 0) * std + mean
+        colour = seen.view(i).transpose(1, 2, 0) * std + mean
         return Image.fromarray((colour * 255).round().clip(0, 255).astype(np.uint8))
 
-    def prompt(self, question: str, visual: Seen) -> np.ndarray:
-        """Return token ids, int64 [1, S], of images and a question, one placeholder per visual token.
+    def prompt(self, talk: Talk, visual: Sequence[Seen]) -> np.ndarray:
+        """Return token ids, int64 [1, S], of a conversation up to where the answer begins.
 
-        Raises UsageError for an empty question, one that holds the placeholder's text, or a prompt
-        that leaves no position for an answer.
+        visual: the images of every message that has some, in order; each visual token is one placeholder.
+        Raises UsageError for a prompt that leaves no position for an answer.
         """
-        tokens, images, total = self.spec.tokens, len(visual.tokens), sum(visual.tokens)
-        text = self._rendered(self.checked(question), images)
-        if text.count(tokens.image_text) != images:
+        tokens = self.spec.tokens
+        counts = [count for seen in visual for count in seen.tokens]
+        text = self._rendered(talk)
+        if text.count(tokens.image_text) != len(counts):
             raise BadArtefact(
                 f"the chat template of {self.folder} writes {text.count(tokens.image_text)} placeholders "
-                f"{tokens.image_text!r} for {images} image(s); use the template the model was trained with"
+                f"{tokens.image_text!r} for {len(counts)} image(s); use the template the model was trained with"
             )
-        texts = [self.family.text(visual, i, tokens.image_text, self.tokenizer) for i in range(images)]
+        texts = [
+            self.family.text(seen, i, tokens.image_text, self.tokenizer)
+            for seen in visual
+            for i in range(len(seen.tokens))
+        ]
         text = expanded(text, tokens.image_text, texts)
         bos = self.tokenizer.bos_token
         ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
         input_ids = np.asarray([ids], dtype=np.int64)
-        if (found := int((input_ids == tokens.image).sum())) != total:
+        if (found := int((input_ids == tokens.image).sum())) != sum(counts):
             raise BadArtefact(
-                f"the tokenizer of {self.folder} makes {found} placeholder tokens of {total} visual ones; "
+                f"the tokenizer of {self.folder} makes {found} placeholder tokens of {sum(counts)} visual ones; "
                 "tokenizer and spec.json disagree, export the checkpoint again"
             )
         limit = self.spec.language.max_positions
         if input_ids.shape[1] >= limit:
             raise UsageError(
-                f"the prompt is {input_ids.shape[1]} tokens long ({total} of the image), but the model has "
-                f"{limit} positions and the answer needs one; shorten the question"
+                f"the prompt is {input_ids.shape[1]} tokens long ({sum(counts)} of images), but the model has "
+                f"{limit} positions and the answer needs one; shorten the question or begin anew"
             )
         return input_ids
 
-    def checked(self, question: str) -> str:
-        """Return the question without outer blanks, or UsageError where it is empty or no plain text."""
-        question = question.strip()
-        if not question:
-            raise UsageError("the question is empty; write what you want to know about the image")
-        if self.spec.tokens.image_text in question:
-            raise UsageError(
-                f"the question holds {self.spec.tokens.image_text!r}, which stands for the image itself; leave it out"
-            )
-        return question
+    def checked(self, talk: Talk) -> Talk:
+        """Return the conversation, or UsageError where its text holds what stands for an image."""
+        for message in talk:
+            if self.spec.tokens.image_text in message.text:
+                raise UsageError(
+                    f"the question holds {self.spec.tokens.image_text!r}, which stands for the image itself; "
+                    "leave it out"
+                )
+        return talk
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of an answer, special tokens left out."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+        return self.written(ids).strip()
 
-    @cached_property
+    def written(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer as it stands; a placeholder that a model wrote stands for no image and goes."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).replace(self.spec.tokens.image_text, "")
+
+    @property
     def max_new_tokens(self) -> int | None:
         """The answer's length that the checkpoint's generation config asks for, if it does."""
-        path = self.folder / "generation_config.json"
-        value = _json_of(path).get("max_new_tokens") if path.is_file() else None
+        value = self._generation.get("max_new_tokens")
         return value if isinstance(value, int) and value > 0 else None
 
-    def _rendered(self, question: str, images: int) -> str:
+    @property
+    def repetition_penalty(self) -> float | None:
+        """The penalty that the checkpoint's generation config asks for, in greedy decoding too, if it does."""
+        value = self._generation.get("repetition_penalty")
+        return float(value) if isinstance(value, int | float) and value > 0 else None
+
+    @cached_property
+    def _generation(self) -> dict[str, Any]:
+        path = self.folder / "generation_config.json"
+        return _json_of(path) if path.is_file() else {}
+
+    def _rendered(self, talk: Talk) -> str:
         from jinja2 import TemplateError
 
-        content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": content}],
+                    [message.document() for message in talk],
                     chat_template=self.chat_template,
                     tokenize=False,
                     add_generation_prompt=True,
                 )
             )
         except (TemplateError, TypeError, ValueError, KeyError) as e:
+            roles = ", ".join(message.role for message in talk)
             raise BadArtefact(
-                f"the chat template of {self.folder} fails on one image and a question ({e}); "
-                "use the template the model was trained with"
+                f"the chat template of {self.folder} fails on messages of {roles} ({e}); "
+                "leave out what it does not know, or use the template the model was trained with"
             ) from None
 
     def _loaded(self, auto_class: str, **options: Any) -> Any:

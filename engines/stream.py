@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from engines.answer import Answer
 from engines.generate import Generation
-from engines.processing import Processor
 from graphs.errors import UsageError
 
 UNFINISHED = "\ufffd"  # what a tokenizer decodes part of a character to
@@ -40,17 +39,24 @@ class Stream:
         return self.answer
 
 
-def pieces_of(run: Generation, processor: Processor) -> Iterator[str]:
+def pieces_of(run: Generation) -> Iterator[str]:
     """Yield the text that each token adds; what a later token could still change is held back.
 
     The pieces joined are the whole text, wherever decoding more tokens only ever adds to it.
     """
     said = ""
     for _ in run:
-        text = processor.text(run.tokens)
+        text = without_begun_stop(run.text, run.options.stop)
         if text.startswith(said) and not text.endswith(UNFINISHED) and text != said:
             yield text[len(said) :]
             said = text
-    text = processor.text(run.tokens)
+    text = run.text
     if text.startswith(said) and text != said:
         yield text[len(said) :]
+
+
+def without_begun_stop(text: str, stop: Sequence[str]) -> str:
+    """The text without an end that may become a stop string."""
+    begins = {string[:n].rstrip() for string in stop for n in range(1, len(string))} - {""}
+    held = max((len(begin) for begin in begins if text.endswith(begin)), default=0)
+    return text[: len(text) - held].rstrip()

@@ -25,10 +25,9 @@ def visual(model: Any, feed: Tensors) -> Tensors:
     rows = feed["token_rows"]
     if rows.dim() == 1:
         return {"visual_embeds": table.index_select(0, rows)}
-    taps = table.index_select(0, rows.flatten()).unflatten(0, (-1, 4)) * feed["token_weights"][..., None].to(
-        table.dtype
-    )
-    return {"visual_embeds": taps.sum(1)}
+    # In float32 and cast back by hand: torch.onnx makes a float16 sum a float32 output.
+    taps = table.index_select(0, rows.flatten()).unflatten(0, (-1, 4)).float() * feed["token_weights"][..., None]
+    return {"visual_embeds": taps.sum(1).to(table.dtype)}
 
 
 def grid(config: Any) -> VisualGrid:

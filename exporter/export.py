@@ -106,7 +106,7 @@ def _export(
         with step(f"writing {name}"):
             bind(traced[name], used[name], placed, base)
             stages[name] = write_stage(finish(traced[name]), work, name)
-    with step("computing golden tensors"), streamed(model, placed.slices):
+    with step("computing golden tensors"), streamed(model, placed.slices), golden.wide_products(model):
         seen = golden.vision_cases(vision)
         merged = golden.embed_cases(embed, seen["one"][1], tokens, language.vocab)
         written = golden.decoder_cases(decoder, merged["one"][1], language)

@@ -2,14 +2,17 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import onnx
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-from onnxscript.optimizer import optimize_ir
+from onnx_ir.passes import common
+from onnxscript import rewriter
+from onnxscript.optimizer import _constant_folding
+from onnxscript.rewriter.rules.common import slice_split_rule
 from onnxscript.values import Op as OnnxOp
 from onnxscript.values import Opset
 
@@ -21,6 +24,8 @@ from graphs.ops import DOMAIN, OPS, VERSION, Op
 from graphs.ops.op import BODY_OPSET
 
 standard = Opset("", BODY_OPSET)
+# Without SlicesSplit, which tries every pair of slices of the graph: most of the time for a deep decoder.
+RULES = tuple(rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule is not slice_split_rule)
 TENSORS = [f"tensor({name})" for name in ("float", "float16", "bfloat16", "int32", "int64", "bool")]
 
 
@@ -32,6 +37,30 @@ def emit_attention(q: Any, k: Any, v: Any, past_k: Any, past_v: Any, scale: floa
 def emit_rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
     """``saccade::rms_norm`` in torch is the standard's own RMSNormalization in ONNX."""
     return standard.RMSNormalization(x, weight, axis=-1, epsilon=epsilon)
+
+
+def emit_cast(x: Any, dtype: int) -> Any:
+    """``aten::to.dtype``, which torch.onnx knows in its decomposed form only."""
+    return standard.Cast(x, to=dtype)
+
+
+def emit_cast_on_device(x: Any, device: str, dtype: int) -> Any:
+    """``aten::to.device``: an ONNX graph has no devices."""
+    return standard.Cast(x, to=dtype)
+
+
+def emit_conv(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    stride: Sequence[int] = (1, 1),
+    padding: str = "valid",
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Any:
+    """``aten::conv2d.padding``, as towers cut their patches; torch.onnx knows it in its decomposed form only."""
+    pad = {"valid": "NOTSET", "same": "SAME_UPPER"}[padding]
+    return standard.Conv(x, weight, bias, strides=stride, auto_pad=pad, dilations=dilation, group=groups)
 
 
 def emitter_of(op: Op) -> Callable[..., Any]:
@@ -62,7 +91,13 @@ def emitter_of(op: Op) -> Callable[..., Any]:
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """torch overloads of ours → the functions that emit their nodes."""
     table = {op.torch_op._opoverload: emitter_of(op) for op in OPS.values()}
-    return {**table, attention._opoverload: emit_attention, rms_norm._opoverload: emit_rms_norm}
+    aten = torch.ops.aten
+    known: dict[Any, Any] = {
+        aten.to.dtype: emit_cast,
+        aten.to.device: emit_cast_on_device,
+        aten.conv2d.padding: emit_conv,
+    }
+    return {**table, **known, attention._opoverload: emit_attention, rms_norm._opoverload: emit_rms_norm}
 
 
 def onnx_from_program(program: Program, feed: Tensors, dims: Mapping[str, tuple[int | str, ...]]) -> ir.Model:
@@ -75,22 +110,54 @@ def onnx_from_program(program: Program, feed: Tensors, dims: Mapping[str, tuple[
         name: {axis: dimension(dim, symbols) for axis, dim in enumerate(dims[name]) if isinstance(dim, str)}
         for name in feed
     }
-    with torch.no_grad(), warnings.catch_warnings():
+    # Both as torch.onnx.export itself does: sizes of 0 and 1 stay dynamic, and no guard on a size fails the trace.
+    dynamic = torch.fx.experimental._config.patch(backed_size_oblivious=True)
+    with torch.no_grad(), warnings.catch_warnings(), dynamic:
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        exported = torch.onnx.export(
+        exported = torch.export.export(
             program.eval(),
-            kwargs={"feed": feed},
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-            input_names=list(feed),
-            output_names=list(program.outputs),
-            opset_version=BODY_OPSET,
+            (),
+            {"feed": feed},
             dynamic_shapes={"feed": shapes},
-            custom_translation_table=translations(),
+            prefer_deferred_runtime_asserts_over_guards=True,
         )
-    return cast("torch.onnx.ONNXProgram", exported).model
+        try:
+            with undecomposed(exported):
+                return translated(exported, list(feed), list(program.outputs))
+        except torch.onnx.OnnxExporterError:
+            return translated(exported, list(feed), list(program.outputs))
+
+
+def translated(exported: torch.export.ExportedProgram, inputs: list[str], outputs: list[str]) -> ir.Model:
+    """The traced graph in ONNX's ops and ours."""
+    made = torch.onnx.export(
+        exported,
+        dynamo=True,
+        optimize=False,
+        verbose=False,
+        input_names=inputs,
+        output_names=outputs,
+        opset_version=BODY_OPSET,
+        custom_translation_table=translations(),
+    )
+    return cast("torch.onnx.ONNXProgram", made).model
+
+
+@contextmanager
+def undecomposed(exported: torch.export.ExportedProgram) -> Iterator[None]:
+    """Inside the block torch.onnx translates the ops as they were traced, or fails where one has no translation.
+
+    Decomposing traces the whole graph a second time, which takes longer than the first. An op that writes into its
+    input (its graph is no graph of values yet) is decomposed all the same.
+    """
+    nodes = [node for module in exported.graph_module.modules() for node in module.graph.nodes]
+    if not any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in nodes):
+        exported.run_decompositions = lambda table: exported
+    try:
+        yield
+    finally:
+        vars(exported).pop("run_decompositions", None)
 
 
 def dimension(name: str, symbols: dict[str, Any]) -> Any:
@@ -105,15 +172,42 @@ def reads_weight(node: ir.Node) -> bool:
     return any(value is not None and isinstance(value.const_value, ir.ExternalTensor) for value in node.inputs)
 
 
+def optimise(model: ir.Model) -> None:
+    """What onnxscript's ``optimize_ir`` does, without touching weights and with ``RULES`` for its rewriting."""
+    rounds = [
+        _constant_folding.FoldConstantsPass(
+            shape_inference=True,
+            input_size_limit=_constant_folding.DEFAULT_CONSTANT_FOLD_INPUT_SIZE_LIMIT,
+            output_size_limit=_constant_folding.DEFAULT_CONSTANT_FOLD_OUTPUT_SIZE_LIMIT,
+            should_fold=lambda node: False if reads_weight(node) else None,
+        ),
+        rewriter.RewritePass(RULES),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+    ]
+    ir.passes.Sequential(
+        common.InlinePass(),
+        ir.passes.PassManager(rounds, steps=2, early_stop=True),
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(model)
+
+
 def finish(model: ir.Model) -> ir.Model:
-    """Optimise without touching weights, attach the bodies of the ops in use, and declare our opset."""
-    optimize_ir(model, should_fold=lambda node: False if reads_weight(node) else None)
+    """Optimise, attach the bodies of the ops in use, and declare our opset."""
+    optimise(model)
     used = {node.op_type for node in model.graph if node.domain == DOMAIN}
     for name in OPS:
         if name in used:
             function = ir.serde.deserialize_function(OPS[name].function)
             model.functions[function.identifier()] = function
-    ClearMetadataAndDocStringPass()(model)
+    common.ClearMetadataAndDocStringPass()(model)
     if used:
         model.opset_imports[DOMAIN] = VERSION
     return model

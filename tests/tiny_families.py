@@ -283,9 +283,10 @@ SMOL_TOKENS = [
 ]
 
 
-def _tiny_idefics(folder: Path, config_class: Any, model_class: Any, seed: int, dtype: str, sizes: Any) -> Path:
+def _tiny_idefics(
+    folder: Path, config_class: Any, model_class: Any, image_processor: Any, seed: int, dtype: str, sizes: Any
+) -> Path:
     from transformers import LlamaConfig
-    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
     config = config_class(
         vision_config=TOWER | {"image_size": 32, "patch_size": 8},
@@ -296,7 +297,7 @@ def _tiny_idefics(folder: Path, config_class: Any, model_class: Any, seed: int, 
     )
     save_random(model_class, config, folder, seed, dtype)
     write_tokenizer(folder, SMOL_TOKENS, SMOL, {})
-    Idefics3ImageProcessorPil(
+    image_processor(
         size={"longest_edge": 96}, max_image_size={"longest_edge": 32}, do_image_splitting=True
     ).save_pretrained(folder)
     return folder
@@ -305,15 +306,21 @@ def _tiny_idefics(folder: Path, config_class: Any, model_class: Any, seed: int, 
 def tiny_idefics3(folder: Path, *, seed: int = 0, dtype: str = "float32", **sizes: Any) -> Path:
     """Idefics3: tiles of 32×32, 2×2 tokens each."""
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-    return _tiny_idefics(folder, Idefics3Config, Idefics3ForConditionalGeneration, seed, dtype, sizes)
+    classes = (Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessorPil)
+    return _tiny_idefics(folder, *classes, seed, dtype, sizes)
 
 
 def tiny_smolvlm(folder: Path, *, seed: int = 0, dtype: str = "float32", **sizes: Any) -> Path:
     """SmolVLM: the same under its own names."""
     from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-    return _tiny_idefics(folder, SmolVLMConfig, SmolVLMForConditionalGeneration, seed, dtype, sizes)
+    classes = (SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMImageProcessorPil)
+    _tiny_idefics(folder, *classes, seed, dtype, sizes)
+    (folder / "processor_config.json").write_text('{"processor_class": "SmolVLMProcessor", "image_seq_len": 4}\n')
+    return folder
 
 
 TINY: dict[str, Callable[..., Path]] = {

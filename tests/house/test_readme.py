@@ -19,6 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAIR = ROOT / "glyphs" / "pair"
 
 # The checkpoints README names, played by the shipped pair, and the photograph by one of its pictures.
+PHOTOS = ("photo.jpg", "one.jpg", "two.jpg")
 STAND_INS = {"llava-1.5-7b-hf": PAIR / "small", "llava-1.5-13b-hf": PAIR / "large"}
 
 
@@ -42,12 +43,19 @@ def test_the_commands_and_the_python_of_readme_run(tmp_path: Path) -> None:
 
     for name, checkpoint in STAND_INS.items():
         shutil.copytree(checkpoint, tmp_path / name)
-    Image.radial_gradient("L").convert("RGB").save(tmp_path / "photo.jpg")
+    for photo in PHOTOS:
+        Image.radial_gradient("L").convert("RGB").save(tmp_path / photo)
     scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     script = "set -e\n" + "\n".join(c for c in starting_with("saccade") if c != "saccade demo")
-    for arguments in (["bash", "-c", script], *([sys.executable, "-c", block] for block in blocks("python"))):
+    for arguments in (["bash", "-c", script], [sys.executable, "-c", "\n".join(blocks("python"))]):
         got = subprocess.run(
-            arguments, cwd=tmp_path, env={**os.environ, "PATH": scripts}, capture_output=True, text=True, check=False
+            arguments,
+            cwd=tmp_path,
+            env={**os.environ, "PATH": scripts},
+            input="how many digits ?\n",
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert got.returncode == 0, got.stderr
 

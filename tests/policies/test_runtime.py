@@ -10,6 +10,7 @@ from PIL import Image
 
 from engines.cascade import Cascade
 from engines.guidance import random_guidance
+from engines.messages import asked
 from engines.model import Model
 from engines.policies import cdpruner, divprune
 from graphs.errors import UsageError
@@ -91,7 +92,7 @@ class Told:
 
     def __init__(self, model: Model, llava_model, image, tower) -> None:
         visual = model.processor.look(image)
-        self.ids = model.processor.prompt(QUESTION, visual)[0]
+        self.ids = model.processor.prompt((asked(QUESTION, image),), [visual])[0]
         pixels = torch.from_numpy(visual.feeds["pixel_values"][0])
         self.embeds = tower.embeds(pixels)
         self.visual_at = np.flatnonzero(self.ids == model.spec.tokens.image)

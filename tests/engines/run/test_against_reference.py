@@ -10,6 +10,8 @@ import pytest
 from engines.cascade import Cascade
 from engines.confidence import consistency_of
 from engines.guidance import priority_of_rows, random_guidance
+from engines.messages import asked
+from engines.sampling import Options
 from graphs.errors import UsageError
 from graphs.plan import kept_count
 from tests.engines.run.conftest import NEW_TOKENS, TinyPair, picture_of, question_of
@@ -66,7 +68,7 @@ def test_pruned_by_the_small_model_equals_the_formulas(
     assert cascade.large
     prompt = looked.shared["large"]
     priority_S = priority_of_rows(looked.guidance, prompt.is_visual)
-    run = cascade.large.generate(prompt, NEW_TOKENS, keep, priority_S).finish()
+    run = cascade.large.generate(prompt, Options(NEW_TOKENS), keep, priority_S).finish()
     wanted = large.scored(large.batch([case]), [answer.tokens], [kept], before_layer=1)
     np.testing.assert_allclose(run.log_prob, wanted.log_prob[0], atol=1e-3)
 
@@ -139,10 +141,10 @@ def test_the_large_cache_is_short_behind_the_prune_point(cascade: Cascade) -> No
     assert cascade.large
     looked = cascade.look(picture_of(1), question_of(1), max_new_tokens=NEW_TOKENS)
     large = cascade.large
-    prompt = large.prompt(looked.image, looked.question)
+    prompt = large.prompt(looked.turn.talk)
     priority_S = np.zeros(len(prompt), np.float32)
     priority_S[prompt.is_visual] = looked.guidance
-    run = large.generate(prompt, NEW_TOKENS, keep=0.25, priority_S=priority_S).finish()
+    run = large.generate(prompt, Options(NEW_TOKENS), keep=0.25, priority_S=priority_S).finish()
     assert run.cache
     fed = len(run.tokens) - 1
     assert run.cache.lengths == (len(prompt) + fed, len(prompt) - 64 + 16 + fed)
@@ -156,7 +158,7 @@ def test_a_chunk_on_top_of_a_past_continues_as_one_sequence(cascade: Cascade, ti
 
     assert cascade.small
     small = cascade.small
-    prompt = small.prompt(picture_of(2), "what colour is the 3 ?")
+    prompt = small.prompt((asked("what colour is the 3 ?", picture_of(2)),))
     first = small.decoder.run(Chunk(prompt.inputs_embeds, prompt.is_visual))
     text = [5, 7, 9]
     chunk = Chunk(small.embed_text(text), np.zeros(3, bool))

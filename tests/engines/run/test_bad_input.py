@@ -15,6 +15,7 @@ from PIL import Image
 from engines import session
 from engines.cascade import Cascade
 from engines.images import image_from
+from engines.messages import asked
 from engines.processing import Processor
 from graphs.errors import BackendMissing, BadArtefact, OperationFailed, SaccadeError, UsageError
 from graphs.spec import spec_from_folder
@@ -117,7 +118,7 @@ def test_arrays_are_pictures(picture: np.ndarray) -> None:
         ("", "empty"),
         (" \n\t", "empty"),
         ("what is <image> ?", "stands for the image"),
-        ("red " * 300, r"3\d\d tokens long \(64 of the image\).* 256 positions"),
+        ("red " * 300, r"3\d\d tokens long \(64 of images\).* 256 positions"),
     ],
 )
 def test_a_bad_question_is_refused_before_anything_runs(tiny_pair: TinyPair, question: str, words: str) -> None:
@@ -192,7 +193,7 @@ def test_a_broken_processor_folder_is_refused(
         path.write_text(str(text))
     processor = Processor(folder, spec_from_folder(tiny_pair.exports["small"]))
     with pytest.raises(BadArtefact, match=words):
-        _ = processor.prompt(QUESTION, processor.look(picture_of(0)))
+        _ = processor.prompt((asked(QUESTION, picture_of(0)),), [processor.look(picture_of(0))])
 
 
 def test_a_missing_processor_folder_is_refused(tiny_pair: TinyPair, tmp_path: Path) -> None:

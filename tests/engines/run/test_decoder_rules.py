@@ -79,7 +79,7 @@ def test_priority_is_needed_only_where_something_is_pruned() -> None:
 
 
 def test_guidance_is_summed_in_fp32_over_the_visual_rows() -> None:
-    total = GuidanceSum(np.array([0, 1, 0, 1], bool))
+    total = GuidanceSum(np.array([1, 3]))
     total.add(np.array([9, 1, 9, 2], np.float32))
     total.add(np.array([9, 0.5, 9, 0.25, 9], np.float32))
     assert total.total.tolist() == [1.5, 2.25]

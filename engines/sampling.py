@@ -1,0 +1,122 @@
+"""How an answer is written: where it ends, and how each token is chosen from its logits.
+
+Legend: V vocabulary. The order is that of transformers' generate: repetition penalty, temperature, top-k, top-p.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+
+from graphs.errors import UsageError
+
+
+class OptionKeywords(TypedDict, total=False):
+    """The fields of ``Options`` as keyword arguments."""
+
+    max_new_tokens: int | None
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+    repetition_penalty: float | None
+    stop: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Checked when made: UsageError for a value out of range, and for one that would do nothing.
+
+    max_new_tokens: None for the checkpoint's. temperature: 0 is greedy. top_k: only the k likeliest; top_p: only
+    the likeliest whose probabilities reach p (Holtzman et al., arXiv 1904.09751). seed: of the draws, None for a
+    fresh one, which the answer names. repetition_penalty: above 1 makes what was said unlikelier (Keskar et al.,
+    arXiv 1909.05858), None for the checkpoint's. stop: strings before which an answer ends.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    stop: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {self.max_new_tokens}, but an answer has at least 1 token")
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError(f"temperature is {self.temperature:g}, but it must be 0 (greedy) or a positive number")
+        if self.top_k is not None and self.top_k < 1:
+            raise UsageError(f"top_k is {self.top_k}, but at least 1 token must be left; leave it out for all")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p is {self.top_p:g}, but a share lies in (0, 1]; leave it out for all")
+        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < float("inf"):
+            raise UsageError(
+                f"repetition_penalty is {self.repetition_penalty:g}, but it must be a positive number; 1 is none"
+            )
+        idle = [name for name in ("top_k", "top_p", "seed") if getattr(self, name) is not None]
+        if not self.temperature and idle:
+            raise UsageError(
+                f"{', '.join(idle)} would do nothing, because greedy decoding draws nothing; give a temperature too"
+            )
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise UsageError("stop must be a list of strings that are not empty; give each string by itself")
+
+
+class Sampler:
+    """Chooses the tokens of one answer. ``seed``: what it draws with, None where it is greedy."""
+
+    def __init__(self, options: Options, prompt_ids: Sequence[int], penalty: float | None = None) -> None:
+        """Start behind a prompt; ``penalty`` is the checkpoint's own, used where the options name none."""
+        self._options = options
+        self._penalty = options.repetition_penalty or penalty or 1.0
+        self._said = set(prompt_ids)
+        self.seed: int | None = None
+        if options.temperature:
+            self.seed = secrets.randbits(32) if options.seed is None else options.seed
+            self._draw = np.random.Generator(np.random.PCG64(self.seed))
+
+    def choose(self, logits_V: np.ndarray) -> int:
+        """Return the next token and take note of it; ties go to the lower id."""
+        scores_V = penalised(logits_V, self._said, self._penalty)
+        if self._options.temperature:
+            share_V = probabilities(scores_V, self._options)
+            token = int(np.searchsorted(share_V.cumsum(), self._draw.random() * share_V.sum(), side="right"))
+        else:
+            token = int(scores_V.argmax())
+        self._said.add(token)
+        return token
+
+
+def penalised(logits_V: np.ndarray, said: set[int], penalty: float) -> np.ndarray:
+    """Return the logits with what was said made unlikelier: positive ones divided, negative ones multiplied."""
+    if penalty == 1:
+        return logits_V
+    scores_V, ids = logits_V.copy(), np.fromiter((i for i in said if i < len(logits_V)), np.int64)
+    scores_V[ids] = np.where(scores_V[ids] < 0, scores_V[ids] * penalty, scores_V[ids] / penalty)
+    return scores_V
+
+
+def probabilities(scores_V: np.ndarray, options: Options) -> np.ndarray:
+    """Return what is drawn from, float64 [V]: softmax at the temperature over the tokens that top-k and top-p leave.
+
+    top_k keeps every token that ties with the k-th, top_p the shortest run of likeliest ones whose sum reaches p.
+    """
+    wide_V = scores_V.astype(np.float64) / options.temperature
+    if options.top_k is not None and options.top_k < len(wide_V):
+        wide_V = np.where(wide_V < np.sort(wide_V)[-options.top_k], -np.inf, wide_V)
+    share_V = _softmax(wide_V)
+    if options.top_p is not None and options.top_p < 1:
+        order = np.argsort(-share_V, kind="stable")
+        before_V = share_V[order].cumsum() - share_V[order]
+        share_V[order[before_V >= options.top_p]] = 0
+    return share_V / share_V.sum()
+
+
+def _softmax(scores_V: np.ndarray) -> np.ndarray:
+    share_V: np.ndarray = np.exp(scores_V - scores_V.max())
+    return share_V / share_V.sum()

@@ -1,0 +1,291 @@
+"""Conversations: an answer on caches that are there is that of a fresh run with the same kept tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engines.answer import Answer
+from engines.cascade import Cascade
+from engines.conversation import Conversation
+from graphs.errors import BadArtefact, UsageError
+from tests.engines.run.conftest import NEW_TOKENS, TinyPair, picture_of, question_of
+from tests.reference_sgl import Reference, best_visual
+
+ABOUT = pytest.approx
+
+
+class Plain:
+    """A conversation as one sequence through the reference: no cache, pruned images masked, one pass a token."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference, self.tokenizer = reference, reference.tokenizer
+
+    def ids(self, messages: list[dict[str, Any]], tokens_per_image: int = 64) -> np.ndarray:
+        text = self.tokenizer.apply_chat_template(
+            messages, chat_template=self.reference.template, tokenize=False, add_generation_prompt=True
+        )
+        text = text.replace("<image>", "<image>" * tokens_per_image)
+        return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @torch.no_grad()
+    def forward(
+        self, ids: np.ndarray, images: list[Image.Image], kept: np.ndarray | None, guides: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Logits [T, vocab] and what the guide rows gave to each row, over all layers."""
+        wide = self.reference.wide
+        x_TD = wide.get_input_embeddings()(torch.from_numpy(ids)).clone()
+        at = np.flatnonzero(ids == wide.config.image_token_id)
+        if images:
+            pixels = self.reference.images(images=images, return_tensors="pt")["pixel_values"].double()
+            features = wide.model.get_image_features(pixels).pooler_output
+            x_TD[torch.from_numpy(at)] = torch.cat(list(features)).reshape(-1, x_TD.shape[1])
+        dropped = np.zeros(len(ids), bool)
+        if kept is not None:
+            dropped[np.delete(at, kept)] = True
+        guide_T = torch.zeros(1, len(ids), dtype=torch.float64)
+        guide_T[0, guides] = 1
+        before = 1 if kept is not None else 0
+        logits, received = self.reference._forward(x_TD[None], guide_T, torch.from_numpy(dropped)[None], before)
+        return logits[0].numpy(), received[0].numpy()
+
+    def greedy(self, ids: np.ndarray, images: list[Image.Image], kept: np.ndarray | None = None) -> list[int]:
+        answer: list[int] = []
+        while len(answer) < NEW_TOKENS and not (answer and answer[-1] in self.reference.eos):
+            logits, _ = self.forward(np.concatenate([ids, answer]).astype(int), images, kept, np.zeros(0, int))
+            answer.append(int(logits[-1].argmax()))
+        return answer
+
+
+@pytest.fixture(scope="module")
+def plain(references: dict[str, Reference]) -> dict[str, Plain]:
+    return {name: Plain(reference) for name, reference in references.items()}
+
+
+def messages_of(talk: Conversation) -> list[dict[str, Any]]:
+    return [message.document() for message in talk.talk]
+
+
+def asked_before(talk: Conversation) -> list[dict[str, Any]]:
+    """The messages up to the last question."""
+    return messages_of(talk)[:-1]
+
+
+def test_several_images_with_text_between_are_one_prompt(cascade: Cascade, plain: dict[str, Plain]) -> None:
+    images = [picture_of(1), picture_of(2)]
+    content = [
+        {"type": "image", "image": images[0]},
+        {"type": "text", "text": "red"},
+        {"type": "image", "image": images[1]},
+        {"type": "text", "text": "which digit ?"},
+    ]
+    looked = cascade.look(None, content, max_new_tokens=NEW_TOKENS)
+    ids = plain["small"].ids([m.document() for m in looked.turn.talk])
+    assert looked.prompt.line.tolist() == ids.tolist()
+    assert list(looked.tokens) == plain["small"].greedy(ids, images)
+    last = int(np.flatnonzero(ids == 4)[-1])
+    _, received = plain["small"].forward(
+        np.concatenate([ids, looked.tokens[:-1]]).astype(int),
+        images,
+        None,
+        np.arange(last + 1, len(ids) + len(looked.tokens) - 1),
+    )
+    np.testing.assert_allclose(looked.guidance, received[np.flatnonzero(ids == 4)], atol=1e-4)
+    answer = cascade.answer_large(looked, keep=0.25)
+    assert answer.kept is not None
+    assert answer.kept[0].tolist() == best_visual(looked.guidance, 32).tolist()
+    assert answer.visual_tokens == 128
+    assert list(answer.tokens) == plain["large"].greedy(ids, images, answer.kept[0])
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_text_alone_is_answered(cascade: Cascade, plain: dict[str, Plain], threshold: float) -> None:
+    answer = cascade.ask(None, "what colour is 3 ?", threshold=threshold, max_new_tokens=NEW_TOKENS)
+    ids = plain["small"].ids([{"role": "user", "content": [{"type": "text", "text": "what colour is 3 ?"}]}])
+    assert list(answer.tokens) == plain[answer.model].greedy(ids, [])
+    assert (answer.visual_tokens, answer.average_retention) == (0, None)
+    assert answer.confidence
+    looked = cascade.look(None, "what colour is 3 ?", max_new_tokens=NEW_TOKENS)
+    assert looked.confidence.consistency == ABOUT(looked.confidence.confidence ** len(looked.tokens))
+
+
+# Who answers each of the turns; a turn's image, if it has one.
+STORIES = [
+    (["small", "small", "large"], [True, False, False]),
+    (["large", "large", "small"], [True, False, False]),
+    (["large", "small", "large"], [True, False, True]),
+    (["small", "large", "large"], [False, True, True]),
+]
+
+
+@pytest.mark.parametrize(("who", "shows"), STORIES, ids=str)
+def test_a_turn_on_the_caches_equals_a_fresh_run(
+    tiny_pair: TinyPair, plain: dict[str, Plain], who: list[str], shows: list[bool]
+) -> None:
+    cascade = tiny_pair.cascade()
+    talk = cascade.chat(keep=0.25, max_new_tokens=NEW_TOKENS)
+    images: list[Image.Image] = []
+    held: dict[str, int] = {}
+    for turn, (name, shown) in enumerate(zip(who, shows, strict=True)):
+        talk._threshold = 0.0 if name == "small" else 1.0
+        new = [picture_of(turn)] if shown else []
+        images += new
+        answer = talk.ask(question_of(turn), new)
+        assert answer.model == name
+        ids = plain[name].ids(asked_before(talk))
+        assert answer.prompt_tokens == len(ids)
+        assert answer.visual_tokens == 64 * len(images)
+        kept = answer.kept[0] if answer.kept is not None else None
+        if name == "large" and kept is not None:
+            assert len(kept) == 16 * len(images)
+        assert list(answer.tokens) == plain[name].greedy(ids, images, kept if name == "large" else None)
+        if "small" in held:
+            assert talk._memories["small"]._held is not None
+        if name in held:
+            assert answer.cached_tokens >= held[name] > 0
+        held[name] = answer.prompt_tokens
+
+
+def test_a_follow_up_is_guided_by_its_own_question(tiny_pair: TinyPair, plain: dict[str, Plain]) -> None:
+    cascade = tiny_pair.cascade(threshold=0.0)
+    talk = cascade.chat(max_new_tokens=NEW_TOKENS)
+    talk.ask("what colour is 3 ?", picture_of(3))
+    first = talk.talk
+    answer = talk.ask("which digit ?")
+    ids = plain["small"].ids(asked_before(talk))
+    assert answer.guidance is not None
+    fed = np.concatenate([ids, answer.tokens[:-1]]).astype(int)
+    _, received = plain["small"].forward(fed, [picture_of(3)], None, np.arange(answer.cached_tokens, len(fed)))
+    np.testing.assert_allclose(answer.guidance, received[np.flatnonzero(ids == 4)], atol=1e-4)
+    # Its consistency is that of a fresh look at the same conversation, as long as the guidance is the same.
+    assert answer.confidence
+    fresh = cascade.look_at(cascade.turn((*first, talk.talk[2]), max_new_tokens=NEW_TOKENS))
+    assert answer.confidence.confidence == ABOUT(fresh.confidence.confidence, abs=1e-4)
+    assert answer.tokens == fresh.tokens
+
+
+def test_roles_and_history_go_into_the_template(cascade: Cascade, plain: dict[str, Plain]) -> None:
+    said = [
+        {"role": "system", "content": "red"},
+        {"role": "user", "content": [{"type": "image", "image": picture_of(1)}, {"type": "text", "text": "what ?"}]},
+        {"role": "assistant", "content": "blue"},
+    ]
+    talk = cascade.chat(said, threshold=0, max_new_tokens=NEW_TOKENS)
+    answer = talk.ask("which digit ?")
+    ids = plain["small"].ids(asked_before(talk))
+    assert [m.role for m in talk.talk] == ["system", "user", "assistant", "user", "assistant"]
+    assert list(answer.tokens) == plain["small"].greedy(ids, [picture_of(1)])
+    assert talk.talk[-1].text == answer.text
+
+
+def test_a_turn_that_is_not_heard_to_its_end_does_not_count(tiny_pair: TinyPair) -> None:
+    talk = tiny_pair.cascade().chat(max_new_tokens=NEW_TOKENS)
+    first = talk.ask("what colour is 3 ?", picture_of(3))
+    stream = talk.stream("which digit ?")
+    next(iter(stream), None)
+    with pytest.raises(UsageError):
+        talk.ask("what is <image> ?")
+    assert len(talk.talk) == 2
+    again = talk.ask("which digit ?")
+    fresh = tiny_pair.cascade().chat(max_new_tokens=NEW_TOKENS)
+    fresh.ask("what colour is 3 ?", picture_of(3))
+    assert fresh.ask("which digit ?").tokens == again.tokens
+    talk.reset()
+    assert talk.ask("what colour is 3 ?", picture_of(3)).tokens == first.tokens
+
+
+def test_a_stop_string_ends_the_answer_before_it(cascade: Cascade) -> None:
+    whole = cascade.ask(picture_of(4), question_of(4), threshold=0, max_new_tokens=NEW_TOKENS)
+    words = whole.text.split()
+    if len(words) < 2:
+        pytest.skip("this random model says one word")
+    stop = words[1]
+    short = cascade.ask(picture_of(4), question_of(4), threshold=0, max_new_tokens=NEW_TOKENS, stop=[stop])
+    assert (short.text, short.stopped) == (whole.text[: whole.text.index(stop)].strip(), "stop")
+    stream = cascade.stream(picture_of(4), question_of(4), threshold=1, max_new_tokens=NEW_TOKENS, stop=["3 3", "?"])
+    assert "".join(stream) == stream.answer.text
+
+
+def test_a_seed_writes_the_same_answer_again(cascade: Cascade) -> None:
+    def ask(**options: Any) -> Answer:
+        return cascade.ask(picture_of(0), question_of(0), threshold=0, max_new_tokens=NEW_TOKENS, **options)
+
+    first = ask(temperature=2.0)
+    assert ask(temperature=2.0, seed=first.seed).tokens == first.tokens
+    assert len({ask(temperature=2.0, seed=seed).tokens for seed in range(5)}) > 1
+    assert ask(temperature=1.0, top_k=1, seed=0).tokens == ask().tokens
+
+
+def test_repetition_penalty_is_that_of_generate(tiny_pair: TinyPair, cascade: Cascade) -> None:
+    reference = Reference(tiny_pair.checkpoints["small"])
+    feed = reference.inputs([(picture_of(0), question_of(0))])
+    out = reference.hf.generate(
+        **feed, do_sample=False, max_new_tokens=8, repetition_penalty=1.8, pad_token_id=0, eos_token_id=[63]
+    )
+    looked = cascade.look(picture_of(0), question_of(0), max_new_tokens=8, repetition_penalty=1.8)
+    wanted = out[0, feed["input_ids"].shape[1] :].tolist()
+    assert list(looked.tokens) == wanted[: len(looked.tokens)]
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([{"role": "robot", "content": "x"}], "robot"),
+        ([{"role": "user", "content": 5}], "int"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "video"),
+        ([{"role": "user", "content": [{"type": "image", "url": "http://x"}]}], "downloaded"),
+        ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "first"),
+        ([{"role": "assistant", "content": [{"type": "image", "image": picture_of(0)}]}], "only the user"),
+        ("hello", "list"),
+    ],
+    ids=str,
+)
+def test_messages_that_cannot_be_are_refused(cascade: Cascade, messages: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        cascade.chat(messages)
+
+
+Cli = Callable[..., Any]
+
+
+def test_chat_answers_line_after_line(
+    saccade_cli: Cli, tiny_bundle: Path, image_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    other = tmp_path / "other.png"
+    picture_of(1).save(other)
+    said = tmp_path / "said.json"
+    content = [{"type": "image", "path": "image.png"}, {"type": "text", "text": "what ?"}]
+    said.write_text(json.dumps([{"role": "user", "content": content}]))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"which digit ?\n\n/image {other}\nred ?\n/reset\nred ?\n/quit\nno\n"))
+    told = saccade_cli("chat", tiny_bundle, "--messages", said, "--threshold", 0, "--max-new-tokens", 3)
+    talk = Cascade.open(tiny_bundle).chat(
+        [{"role": "user", "content": [{"type": "image", "path": image_file}, *content[1:]]}],
+        threshold=0,
+        max_new_tokens=3,
+    )
+    wanted = [talk.answer(), talk.ask("which digit ?"), talk.ask("red ?", other)]
+    talk.reset(1)
+    wanted.append(talk.ask("red ?"))
+    assert (told.code, told.stdout.splitlines()) == (0, [a.text for a in wanted])
+
+
+def test_chat_refuses_in_one_sentence(
+    saccade_cli: Cli, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    broken = tmp_path / "broken.json"
+    broken.write_text("[")
+    assert saccade_cli("chat", tiny_bundle, "--messages", broken).code == BadArtefact.exit_code
+    monkeypatch.setattr("sys.stdin", io.StringIO("/fly\n"))
+    told = saccade_cli("chat", tiny_bundle)
+    assert (told.code, len(told.stderr.strip().splitlines())) == (2, 1)
