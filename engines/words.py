@@ -14,8 +14,10 @@ from graphs.ops import DOMAIN, OPS
 from graphs.plan import Budget, PruningPlan, Role, retention_of
 from graphs.policies import TABLE, plan_of_policy
 from graphs.spec import StageSpec, VisualGrid
+from plugins.registry import RUNTIMES, service
 
 MB = 1e6
+OP_TARGETS = ("cpu", *RUNTIMES)
 
 
 def columns(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
@@ -121,12 +123,13 @@ def replays_in_words(replays: Sequence[Replay], model: str = "") -> list[str]:
     return columns(rows)
 
 
-def op_documents() -> list[dict[str, str]]:
-    """Each op of ours: its meaning, and what serves it on the CPU."""
+def op_documents() -> list[dict[str, Any]]:
+    """Each op of ours: its meaning, what serves it on each target if it is built here, and why not the kernel."""
     return [
         {
             "op": f"{DOMAIN}::{name}",
-            "cpu": "body",
+            **{target: service(name, target)[0] for target in OP_TARGETS},
+            "why_body": {t: why for t in OP_TARGETS for by, why in [service(name, t)] if by == "body"},
             "meaning": (import_module(op.define.__module__).__doc__ or "").partition("\n")[0].partition(": ")[2],
         }
         for name, op in OPS.items()

@@ -22,6 +22,7 @@ RIVALS = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu")}
 # Where an import fails, the distribution that brings the module.
 DISTRIBUTION_OF = {
     "PIL": "pillow",
+    "cuda": "cuda-python",
     "onnx_ir": "onnx-ir",
     "sklearn": "scikit-learn",
     "tensorrt_rtx": "tensorrt-rtx",

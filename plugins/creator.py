@@ -100,6 +100,7 @@ def plugin_class_of(trt: Any) -> Any:
             self.num_outputs = 1
             self.variants: tuple[Variant, ...] = tuple(dict.fromkeys(cubin.variant for cubin in cubins))
             self.launcher: Launcher | None = None
+            self.serialized: Any = None
 
         def get_capability_interface(self, kind: Any) -> Any:
             """One object is all three capabilities."""
@@ -147,14 +148,17 @@ def plugin_class_of(trt: Any) -> Any:
                 from plugins.cubins import cubins_from_variants
 
                 self.cubins = cubins_from_variants(self.variants, self.sms)
-            packed = np.frombuffer(pack(self.cubins), np.int8).copy()
             floats = {name: np.array([value], np.float32) for name, value in self.attributes.items()}
-            return trt.PluginFieldCollection(
-                [
-                    *(trt.PluginField(name, at, trt.PluginFieldType.FLOAT32) for name, at in floats.items()),
-                    trt.PluginField(CUBINS_FIELD, packed, trt.PluginFieldType.INT8),
-                ]
-            )
+            packed = np.frombuffer(pack(self.cubins), np.int8).copy()
+            kinds = trt.PluginFieldType
+            fields = [
+                *(trt.PluginField(name, value, kinds.FLOAT32) for name, value in floats.items()),
+                trt.PluginField(CUBINS_FIELD, packed, kinds.INT8),
+            ]
+            collection = trt.PluginFieldCollection(fields)
+            # TensorRT reads through bare pointers after this returns: whatever they point into lives as long as we do.
+            self.serialized = floats, packed, fields, collection
+            return collection
 
         def attach_to_context(self, context: Any) -> Any:
             """Each execution context has its own plugin."""

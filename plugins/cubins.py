@@ -65,7 +65,9 @@ def _compiled(variant: Variant, sm: int) -> Any:
         raise OperationFailed(f"{entry.name} takes {function.arg_names}, its table says {list(signature)}: mend one")
     pointers = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(function, signature, constants, pointers)
-    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": variant.warps})
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True  # no paths of this machine in an engine, and half the bytes
+        compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": variant.warps})
     scratch = compiled.metadata.global_scratch_size + compiled.metadata.profile_scratch_size
     if scratch:
         raise OperationFailed(f"{entry.name} asks for {scratch} bytes of scratch memory: it has to do without")

@@ -53,9 +53,16 @@ def torch_fence(found: Import) -> bool:
         return True
     if found.room == "graphs":
         return bool(TORCH_HALF_OF_GRAPHS.fullmatch(found.file)) and (found.lazily or found.file.endswith("_torch.py"))
+    if found.room == "plugins":
+        return found.file == "plugins/kernels/launch_torch.py"  # what runs an engine has no torch
     if found.file in {"glyphs/demo.py", "glyphs/systems.py", "glyphs/threshold.py"}:
         return False  # the reference in torch is saccade.Reference
-    return found.room in {"exporter", "plugins", "glyphs"}
+    return found.room in {"exporter", "glyphs"}
+
+
+def triton_fence(found: Import) -> bool:
+    """The kernels, and inside functions what compiles them: a machine that runs an engine has no Triton."""
+    return found.file.startswith("plugins/kernels/") or (found.file == "plugins/cubins.py" and found.lazily)
 
 
 FENCES: dict[str, Callable[[Import], bool]] = {
@@ -67,7 +74,8 @@ FENCES: dict[str, Callable[[Import], bool]] = {
     "openvino": lambda found: found.room == "engines",
     "tensorrt": lambda found: found.room in {"plugins", "engines"},
     "tensorrt_rtx": lambda found: found.room in {"plugins", "engines"},
-    "triton": lambda found: found.room == "plugins",
+    "triton": triton_fence,
+    "cuda": lambda found: found.room in {"plugins", "engines"} and found.lazily,
 }
 
 
@@ -113,6 +121,10 @@ def test_the_front_door_loads_the_rooms_lazily() -> None:
         ("engines/a.py", "def f():\n    import transformers\n    transformers.AutoModel.from_pretrained('.')"),
         ("engines/a.py", "def f():\n    from . import x\n    import triton"),
         ("plugins/a.py", "from engines import build"),
+        ("plugins/a.py", "def f():\n    import torch"),
+        ("plugins/creator.py", "import triton"),
+        ("plugins/cubins.py", "import triton"),
+        ("plugins/launch.py", "from cuda.bindings import driver"),
         ("plugins/a.py", "import onnxruntime as ort"),
         ("glyphs/data.py", "import saccade"),
         ("glyphs/data.py", "from transformers import LlavaForConditionalGeneration"),
