@@ -124,21 +124,22 @@ def onnx_from_program(program: Program, feed: Tensors, dims: Mapping[str, tuple[
         )
         try:
             with undecomposed(exported):
-                return translated(exported, list(feed), list(program.outputs))
+                return translated(exported, program, shapes)
         except torch.onnx.OnnxExporterError:
-            return translated(exported, list(feed), list(program.outputs))
+            return translated(exported, program, shapes)
 
 
-def translated(exported: torch.export.ExportedProgram, inputs: list[str], outputs: list[str]) -> ir.Model:
-    """The traced graph in ONNX's ops and ours."""
+def translated(exported: torch.export.ExportedProgram, program: Program, shapes: dict[str, Any]) -> ir.Model:
+    """The traced graph in ONNX's ops and ours, its dynamic axes named as in ``shapes``."""
     made = torch.onnx.export(
         exported,
         dynamo=True,
         optimize=False,
         verbose=False,
-        input_names=inputs,
-        output_names=outputs,
+        input_names=list(shapes),
+        output_names=list(program.outputs),
         opset_version=BODY_OPSET,
+        dynamic_shapes={"feed": shapes},
         custom_translation_table=translations(),
     )
     return cast("torch.onnx.ONNXProgram", made).model

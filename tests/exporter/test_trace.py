@@ -55,6 +55,7 @@ def test_the_graph_is_the_program(name: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", spied)
     model = trace.onnx_from_program(program, {"x": torch.zeros(2, 3, 4, 4)}, {"x": ("N", 3, 4, 4)})
     assert len(ran) == decomposed
+    assert [str(model.graph.inputs[0].shape[0]), str(model.graph.outputs[0].shape[0])] == ["N", "N"]
     ir.save(trace.finish(model), tmp_path / "x.onnx")
     x = np.random.default_rng(0).standard_normal((3, 3, 4, 4)).astype(np.float32)
     (got,) = ort.InferenceSession(tmp_path / "x.onnx").run(None, {"x": x})
