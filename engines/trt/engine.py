@@ -102,20 +102,24 @@ def _run(command: list[str], place: Path, stderr: Any, shown: Step) -> int:
         assert worker.stdout
         try:
             for line in worker.stdout:
-                shown.note(_event_in_words(line))
+                phase, counts = _event_in_words(line)
+                shown.note(phase)
+                if counts:
+                    shown.advance()
             return worker.wait()
         except BaseException:
             worker.kill()
             raise
 
 
-def _event_in_words(line: str) -> str:
+def _event_in_words(line: str) -> tuple[str, bool]:
+    """What TensorRT is at, and whether one more of its steps is done."""
     try:
         event = json.loads(line)
     except ValueError:
-        return ""
-    counted = f" {event['step']} of {event['steps']}" if "step" in event else ""
-    return f"{event.get('phase', '')}{counted}"
+        return "", False
+    counts = "step" in event
+    return f"{event.get('phase', '')}" + (f" {event['step']} of {event['steps']}" if counts else ""), counts
 
 
 def _how(code: int) -> str:

@@ -112,6 +112,8 @@ def build_member(name: str, source: Path, spec: ExportSpec, out: Path, options: 
             guard_against_overflow(lowered, source)
     bounds = options.bounds.fitted(lowered.spec, _most_rows(lowered, options.ops))
     say(f"{name}: {bounds.in_words()}")
+    if options.ops == "body" and _most_rows(lowered, options.ops):
+        say(f"{name}: KeepTopK by its body ranks at most {BODY_ROWS} rows and breaks ties as TensorRT likes")
     engines = {stage: _engine(name, lowered, stage, out, options, bounds) for stage in lowered.spec.stages}
     shutil.rmtree(held)
     stages = {s: i.model_copy(update={"file": engines[s].file}) for s, i in lowered.spec.stages.items()}
