@@ -22,6 +22,7 @@ VERBS = {
     "export": ("exporter.commands:export", "Turn a checkpoint into ONNX stages under a pruning plan."),
     "check": ("engines.commands:check", "Run the graph rules and replay the golden tensors on the CPU."),
     "build": ("engines.commands:build", "Turn one or two exports into a bundle for a target."),
+    "lower": ("engines.commands:lower", "Write the ONNX files that TensorRT parses for an export."),
     "verify": ("engines.commands:verify", "Replay a bundle's golden tensors through its engines."),
     "run": ("engines.commands:run", "Ask a bundle a question about an image."),
     "chat": ("engines.commands:chat", "Talk with a bundle, turn after turn."),

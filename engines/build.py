@@ -6,9 +6,10 @@ import platform
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engines.bundle import files_below
-from engines.manifest import MANIFEST_FILE, FileEntry, Manifest, MemberEntry, Served
+from engines.manifest import MANIFEST_FILE, EngineEntry, FileEntry, Manifest, MemberEntry, Served
 from engines.pair import Source, members_from_sources, prunes_nothing
 from graphs.errors import UsageError
 from graphs.files import atomic_folder, clone_or_copy, path_inside, sha256_of
@@ -19,9 +20,12 @@ from graphs.spec import GOLDEN_FILE, PROCESSOR_FOLDER, SPEC_FILE, ExportSpec
 from graphs.talk import say, step, warn
 from graphs.versions import installed_version
 
-TARGETS = ("cpu",)
+if TYPE_CHECKING:
+    from engines.trt.member import EngineOptions
+
+TARGETS = ("cpu", "rtx")
 DEFAULT_THRESHOLD = 0.9  # none is published; ``calibrate`` finds one for a wanted agreement
-TOOLS = ("saccade", "onnx", "onnxruntime", "transformers", "numpy")
+TOOLS = ("saccade", "onnx", "onnxruntime", "tensorrt-rtx", "transformers", "numpy")
 
 
 def build_bundle(
@@ -31,15 +35,18 @@ def build_bundle(
     target: str = "cpu",
     threshold: float | None = None,
     overwrite: bool = False,
+    engines: EngineOptions | None = None,
 ) -> Manifest:
     """Build a bundle from one export, or from a small and a large one in any order; return its manifest.
 
     threshold: the score S above which the small model's answer stands, in [0, 1]. overwrite: replace an
-    older bundle at ``out``. Errors: BadArtefact for an export that breaks a rule, UsageError for a pair
-    that does not fit, OperationFailed for a full disk; nothing is left under the final name then.
+    older bundle at ``out``. engines: how a target's engines are built (``engines.trt.member.EngineOptions``), for rtx.
+    Errors: BadArtefact for an export that breaks a rule, UsageError for a pair that does not fit,
+    OperationFailed for a full disk or a failed build; nothing is left under the final name then.
     """
     if target not in TARGETS:
         raise UsageError(f"target {target!r} cannot be built for here; known are {', '.join(TARGETS)}")
+    options = _engine_options(target, engines)
     chosen = DEFAULT_THRESHOLD if threshold is None else threshold
     if not 0 <= chosen <= 1:
         raise UsageError(f"threshold is {chosen:g}, but must lie in [0, 1]; 1 never exits early, 0 always")
@@ -51,10 +58,20 @@ def build_bundle(
         if name != "small" and prunes_nothing(source.spec):
             warn(f"the {name} model prunes nothing, as its plan {source.spec.plan.name} asks")
     with atomic_folder(Path(out), overwrite, holds=MANIFEST_FILE) as work:
+        entries: dict[str, MemberEntry] = {}
         for name, source in members.items():
+            if options:
+                from engines.trt.member import build_member
+
+                built = build_member(name, source.folder, source.spec, work / name, options)
+                entries[name] = _entry(name, built.spec, built.ops, built.weight_bytes, built.engines)
+                continue
             with step(f"copying the {name} model"):
                 how = copy_export(source, work / name)
             say(f"{name}: {_in_words(how)} of {source.folder}")
+            export = by_folder[source.folder]
+            weight_bytes = sum(weight.bytes for weight in source.spec.weights)
+            entries[name] = _entry(name, source.spec, ops_served(export), weight_bytes)
         with step("computing digests"):
             manifest = Manifest(
                 schema="saccade.bundle/1",
@@ -62,7 +79,7 @@ def build_bundle(
                 tools=_tools(),
                 target=target,
                 threshold=chosen,
-                members={n: _entry(n, by_folder[s.folder]) for n, s in members.items()},  # type: ignore[misc]
+                members=entries,  # type: ignore[arg-type]
                 files=tuple(_file(work, path) for path in sorted(files_below(work))),
             ).signed()
         (work / MANIFEST_FILE).write_text(manifest.dumps(), "utf-8")
@@ -99,14 +116,30 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _entry(name: str, export: Export) -> MemberEntry:
-    spec: ExportSpec = export.spec
+def _engine_options(target: str, engines: EngineOptions | None) -> EngineOptions | None:
+    """Options for a target that has engines; UsageError for options that the target does not read."""
+    if target == "rtx":
+        from engines.trt.member import EngineOptions
+
+        return (engines or EngineOptions()).checked()
+    if engines is not None:
+        raise UsageError(
+            f"the target {target} has no engines to build, so options of engines do nothing; leave them out"
+        )
+    return None
+
+
+def _entry(
+    name: str,
+    spec: ExportSpec,
+    ops: dict[str, Served],
+    weight_bytes: int,
+    engines: dict[str, EngineEntry] | None = None,
+) -> MemberEntry:
     same = {
         k: getattr(spec, k) for k in ("family", "architecture", "role", "dtype", "plan", "language", "grid", "stages")
     }
-    return MemberEntry(
-        folder=name, ops=ops_served(export), weight_bytes=sum(weight.bytes for weight in spec.weights), **same
-    )
+    return MemberEntry(folder=name, ops=ops, weight_bytes=weight_bytes, engines=engines or {}, **same)
 
 
 def _file(work: Path, path: str) -> FileEntry:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engines.manifest import MANIFEST_FILE, REBUILD, FileEntry, Manifest, manifest_of
+from engines.manifest import MANIFEST_FILE, REBUILD, EngineEntry, FileEntry, Manifest, manifest_of
 from graphs.errors import BadArtefact, UsageError
 from graphs.files import path_inside, sha256_of, unreadable
 from graphs.rules.rule import stage_from_folder
@@ -43,6 +43,11 @@ class Bundle:
     def threshold(self) -> float:
         """The default exit threshold."""
         return self.manifest.threshold
+
+    @property
+    def engines(self) -> list[EngineEntry]:
+        """The engines of all members; none for a target that runs the graphs themselves."""
+        return [engine for member in self.manifest.members.values() for engine in member.engines.values()]
 
     @property
     def target(self) -> str:
@@ -132,6 +137,8 @@ def _check_external_data(bundle: Bundle) -> None:
     listed = {entry.path for entry in bundle.manifest.files}
     for member in bundle.members.values():
         for name in member.spec.stages:
+            if not member.spec.stages[name].file.endswith(".onnx"):
+                continue  # an engine holds its weights
             stage = stage_from_folder(member.folder, member.spec, name)
             for location in {c.location for c in constants_of(stage) if c.location is not None}:
                 at = path_inside(member.folder, location)

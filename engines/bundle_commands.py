@@ -55,20 +55,66 @@ def check(folder: Path, as_json: bool) -> None:
 @click.option("--target", default="cpu", show_default=True, help="What the bundle is to run on.")
 @click.option("--threshold", type=float, help="Score above which the small model's answer stands. [default: 0.9]")
 @click.option("--overwrite", is_flag=True, help="Replace an older bundle.")
+@click.option("--sm", "sms", type=int, multiple=True, metavar="SM", help="rtx: compute capability, as 89; repeatable.")
+@click.option("--precision", metavar="P", help="rtx: fp16, bf16 or fp32. [the export's]")
+@click.option("--ops", metavar="HOW", help="rtx: plugin or body, what serves the ops that have a kernel. [body]")
+@click.option("--max-prompt", type=int, metavar="N", help="rtx: rows of one chunk. [2048, or what the model has]")
+@click.option("--max-length", type=int, metavar="N", help="rtx: rows of a cache. [4096, or what the model has]")
+@click.option("--max-guide", type=int, metavar="N", help="rtx: rows that guide the pruning. [512]")
+@click.option("--max-tail", type=int, metavar="N", help="rtx: rows with logits, as of a scored answer. [128]")
+@click.option("--max-images", type=int, metavar="N", help="rtx: images or tiles seen at once. [8]")
 @json_option
 def build(
-    folders: tuple[Path, ...], out: Path, target: str, threshold: float | None, overwrite: bool, as_json: bool
+    folders: tuple[Path, ...],
+    out: Path,
+    target: str,
+    threshold: float | None,
+    overwrite: bool,
+    as_json: bool,
+    **of_engines: Any,
 ) -> None:
     """Turn a SMALL and a LARGE export (in any order), or one export alone, into a bundle for a target."""
     from engines.build import build_bundle
     from graphs.talk import say
 
-    manifest = build_bundle(folders, out, target=target, threshold=threshold, overwrite=overwrite)
+    options = _engine_options(**of_engines)
+    manifest = build_bundle(folders, out, target=target, threshold=threshold, overwrite=overwrite, engines=options)
     for name, member in manifest.members.items():
         for op, by in member.ops.items():
             say(f"{name}: {op} is served by its {by}")
     if as_json:
         emit_json({**manifest.model_dump(mode="json", by_alias=True), "path": out})
+    else:
+        click.echo(out)
+
+
+def _engine_options(sms: tuple[int, ...], precision: str | None, ops: str | None, **bounds: int | None) -> Any:
+    """The options of engines; None where none was given, so that a target without engines can refuse the others."""
+    if not sms and precision is None and ops is None and not any(v is not None for v in bounds.values()):
+        return None
+    from engines.trt.bounds import Bounds
+    from engines.trt.member import EngineOptions
+
+    return EngineOptions(sms, precision, ops or "body", Bounds(**bounds))
+
+
+@click.command()
+@click.argument("folder", metavar="EXPORT", type=folder_type)
+@click.option("-o", "--out", "out", type=folder_type, required=True, metavar="DIR", help="The folder to write.")
+@click.option("--precision", metavar="P", help="fp16, bf16 or fp32. [the export's]")
+@click.option("--ops", metavar="HOW", default="body", show_default=True, help="plugin or body.")
+@click.option("--parser", metavar="V", default="current", show_default=True, help="current, or 10.3 for JetPack 6.")
+@click.option("--overwrite", is_flag=True, help="Replace an older folder.")
+@json_option
+def lower(
+    folder: Path, out: Path, precision: str | None, ops: str, parser: str, overwrite: bool, as_json: bool
+) -> None:
+    """Write the ONNX files that TensorRT parses for an EXPORT, for trtexec, polygraphy or a build elsewhere."""
+    from engines.trt.member import lower_for_others
+
+    lowered = lower_for_others(folder, out, precision, ops, parser, overwrite)
+    if as_json:
+        emit_json({"schema": "saccade.lowered/1", "path": out, "spec": lowered.model_dump(mode="json", by_alias=True)})
     else:
         click.echo(out)
 
@@ -82,11 +128,12 @@ def verify(bundle: Path, as_json: bool) -> None:
 
     from engines.bundle import open_bundle
     from engines.golden import refuse_disagreement, replay
-    from engines.session import open_session
+    from engines.session import open_session, refuse_unrunnable
     from engines.words import replays_in_words
 
     with step("checking digests"):
         opened = open_bundle(bundle)
+    refuse_unrunnable(opened.target, opened.engines)
     open_stage = partial(open_session, target=opened.target)
     replays = {}
     for name, member in opened.members.items():

@@ -59,8 +59,10 @@ class Cascade:
         for one that was built for another target, BackendMissing where the runtime is not installed.
         """
         from engines.bundle import open_bundle
+        from engines.session import refuse_unrunnable
 
         bundle = open_bundle(Path(path), target=target)
+        refuse_unrunnable(bundle.target, bundle.engines)
         members = {name: (member.folder, member.spec) for name, member in bundle.members.items()}
         return cls._of(members, bundle.threshold, bundle.target, threads)
 

@@ -1,6 +1,6 @@
 """The verbs of this room as a table; each command is thin and calls one function.
 
-``build``, ``verify``, ``check`` and what ``show`` tells about artefacts live in
+``build``, ``verify``, ``check``, ``lower`` and what ``show`` tells about artefacts live in
 ``engines/bundle_commands.py``; importing this file imports no runtime.
 """
 
@@ -34,7 +34,7 @@ SHOWS = {
     "machine": ("engines.bundle_commands:show_machine", "Tell what this machine can run."),
 }
 
-ELSEWHERE = ("build", "check", "verify")
+ELSEWHERE = ("build", "check", "lower", "verify")
 
 
 def __getattr__(name: str) -> Any:

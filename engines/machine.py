@@ -7,7 +7,7 @@ import platform
 from importlib.util import find_spec
 from pathlib import Path
 
-from engines.session import SESSIONS
+from engines.session import BUILT_ONLY, SESSIONS
 from graphs.versions import extras_of, installed_version
 
 # target → (the distribution that serves it, the module it brings)
@@ -31,7 +31,7 @@ def machine_document() -> dict[str, object]:
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "nvidia_driver": _driver(),
+        "nvidia_driver": driver_version(),
         "runtimes": {target: _runtime(target) for target in RUNTIMES},
         "export": {name: installed_version(name) for name in EXPORT},
     }
@@ -60,7 +60,13 @@ def machine_in_words(document: dict[str, object]) -> list[str]:
 def _runtime(target: str) -> dict[str, str | None]:
     distribution, module = RUNTIMES[target]
     version = installed_version(distribution) if find_spec(module) else None
-    if target not in SESSIONS:
+    if target in BUILT_ONLY:
+        state = (
+            f"builds with {distribution} {version}, is not run by this release"
+            if version
+            else f"{distribution} is not installed: pip install {extras_of(distribution)}"
+        )
+    elif target not in SESSIONS:
         state = "not driven by this release" + (f" (found {distribution} {version})" if version else "")
     elif version is None:
         state = f"{distribution} is not installed: pip install {extras_of(distribution)}"
@@ -78,7 +84,8 @@ def _processor() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
-def _driver() -> str | None:
+def driver_version() -> str | None:
+    """The loaded NVIDIA driver in its own words, None where there is none."""
     try:
         first = DRIVER.read_text().splitlines()[0]
     except (OSError, IndexError):

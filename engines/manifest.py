@@ -35,6 +35,24 @@ class FileEntry(Record):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
+class EngineEntry(Record):
+    """One TensorRT engine of a model: what it was built with and for.
+
+    sms: compute capabilities, as 89. profiles: profile → input → its least, best served and largest shape, in the
+    engine's order. served: node of ours → what the parsed network serves it with.
+    """
+
+    file: str
+    target: str
+    tensorrt: str
+    sms: tuple[int, ...]
+    precision: str
+    profiles: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]]
+    served: dict[str, Served]
+    bytes: int
+    weight_bytes: int
+
+
 class MemberEntry(Record):
     """One model of the bundle, and for each op of its plan whether a kernel or the body serves it."""
 
@@ -49,6 +67,7 @@ class MemberEntry(Record):
     stages: dict[str, StageSpec]
     ops: dict[str, Served]
     weight_bytes: int
+    engines: dict[str, EngineEntry] = {}
 
 
 class Manifest(Record):

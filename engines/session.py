@@ -7,7 +7,7 @@ so that a KV cache is handed from step to step without a copy.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -21,6 +21,9 @@ Value: TypeAlias = Any
 
 # target → the class that serves it
 SESSIONS = {"cpu": "engines.ort_session:OrtSession"}
+
+# target → what says why its engines cannot be run here; building them needs no GPU, running them does
+BUILT_ONLY = {"rtx": "engines.trt.running:reasons"}
 
 
 class Session(Protocol):
@@ -45,6 +48,7 @@ def open_session(file: Path, target: str = "cpu", threads: int | None = None) ->
     for an unknown target, BackendMissing where its runtime is not installed, BadArtefact where the
     file cannot be read.
     """
+    refuse_unrunnable(target)
     if target not in SESSIONS:
         raise UsageError(f"no runtime serves target {target!r} here; known are {', '.join(sorted(SESSIONS))}")
     if threads is not None and threads < 1:
@@ -59,3 +63,16 @@ def open_session(file: Path, target: str = "cpu", threads: int | None = None) ->
             f"target {target} needs {e.name}, which this Python lacks: run pip install 'saccade[{target}]'"
         ) from None
     return session
+
+
+def refuse_unrunnable(target: str, engines: Sequence[Any] = ()) -> None:
+    """BackendMissing, with every reason at once, for a target that this machine or this release cannot run.
+
+    engines: the ``EngineEntry`` of a bundle, so that its SM and version can be told.
+    """
+    if target in BUILT_ONLY:
+        module, _, name = BUILT_ONLY[target].partition(":")
+        reasons: list[str] = getattr(import_module(module), name)(engines)
+        raise BackendMissing(
+            f"target {target} cannot be run here: {'; '.join(reasons)}; build the pair for --target cpu too"
+        )

@@ -24,7 +24,7 @@ PROCESSOR_FOLDER = "processor"
 STAGES = ("vision", "embed", "decoder")
 
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "bool"]
-FloatType = Literal["float32", "float16"]
+FloatType = Literal["float32", "float16", "bfloat16"]  # bfloat16: engines only, no export
 
 
 class TensorSpec(Record):

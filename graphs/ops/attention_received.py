@@ -7,8 +7,9 @@ Legend: B batch, H query heads, V key-value heads, S rows, T keys, D head width,
 Source: SGL's guidance summed over heads and rows (arXiv 2412.03324 §3.2); STAR's second stage and FastV
 are the same map with other rows. Shape rule: q [B,H,S,D], k [B,V,T,D], guide [G] → fp32 [B,T].
 The S×T map never exists, and the body walks G in pieces of at most 64 rows, so the largest
-intermediate is H·64·T. A piece's length is loop-invariant (a short last piece repeats its last row
-with weight 0), as TensorRT's loops want it. NaN in, NaN out: KeepTopK gives it a rank.
+intermediate is H·64·T (H·G·T in the flat body, for compilers that fail on a Loop). A piece's length is
+loop-invariant (a short last piece repeats its last row with weight 0), as TensorRT's loops want it. NaN in,
+NaN out: KeepTopK gives it a rank.
 """
 
 from typing import Any
@@ -16,6 +17,12 @@ from typing import Any
 from graphs.ops.op import Op
 
 PIECE = 64
+# (causal, weighted) → the body's inputs, and how many guide rows they give
+HEADS = {
+    (True, False): ("q, k, guide", "guide_1 = Shape (guide)"),
+    (True, True): ("q, k, weight", "guide_1 = Shape <start: int = 1, end: int = 2> (weight)"),
+    (False, False): ("q, k", "guide_1 = Shape <start: int = 2, end: int = 3> (q)"),
+}
 
 
 def body_of(name: str, *, causal: bool = True, weighted: bool = False, within: bool = False) -> str:
@@ -24,13 +31,8 @@ def body_of(name: str, *, causal: bool = True, weighted: bool = False, within: b
     causal: the rows are the last ones of ``guide`` (a carrier) and see no later key; else all of q, and see all.
     weighted: the rows' weights [B,G] stand in for the carrier. within: a row sees the keys of its own ``image`` [B,T].
     """
-    inputs = {(True, False): "q, k, guide", (True, True): "q, k, weight", (False, False): "q, k"}[causal, weighted]
+inputs, guides = HEADS[causal, weighted]
     inputs += ", image" if within else ""
-    guides = {
-        (True, False): "guide_1 = Shape (guide)",
-        (True, True): "guide_1 = Shape <start: int = 1, end: int = 2> (weight)",
-        (False, False): "guide_1 = Shape <start: int = 2, end: int = 3> (q)",
-    }[causal, weighted]
     mask = """last_key = Add (guide_real, before_guide)
       last_key_column = Unsqueeze (last_key, one_1)
       visible = LessOrEqual (key_of, last_key_column)
@@ -114,6 +116,61 @@ def body_of(name: str, *, causal: bool = True, weighted: bool = False, within: b
 BODY = body_of("AttentionReceived")
 
 
+def flat_body_of(name: str, *, causal: bool = True, weighted: bool = False) -> str:
+    """The same meaning without a Loop, for runtimes whose compiler fails on one: the map H·G·T is there at once."""
+    inputs, guides = HEADS[causal, weighted]
+    mask = """zero = Constant <value_int: int = 0> ()
+  one = Constant <value_int: int = 1> ()
+  one_1 = Constant <value_ints: ints = [1]> ()
+  none = Constant <value: tensor = float {-inf}> ()
+  guides = Squeeze (guide_1)
+  keys = Squeeze (key_1)
+  before_guide = Sub (keys, guides)
+  key_of = Range (zero, keys, one)
+  last_key = Range (before_guide, keys, one)
+  last_key_column = Unsqueeze (last_key, one_1)
+  visible = LessOrEqual (key_of, last_key_column)
+  logit_seen = Where (visible, logit, none)"""
+    weight = """head_and_width = Constant <value_ints: ints = [1, 3]> ()
+  weight_column = Unsqueeze (weight, head_and_width)
+  share_real = Mul (share, weight_column)"""
+    return f"""
+<domain: "saccade", opset_import: ["" : 23]>
+{name} <scale> ({inputs}) => (received)
+{{
+  axis_2 = Constant <value_ints: ints = [2]> ()
+  head_and_row = Constant <value_ints: ints = [1, 2]> ()
+  rest_1 = Constant <value_ints: ints = [-1]> ()
+  scale = Constant <value_float: float = @scale> ()
+  batch_1 = Shape <start: int = 0, end: int = 1> (k)
+  head_1 = Shape <start: int = 1, end: int = 2> (q)
+  row_1 = Shape <start: int = 2, end: int = 3> (q)
+  group_1 = Shape <start: int = 1, end: int = 2> (k)
+  key_1 = Shape <start: int = 2, end: int = 3> (k)
+  width_1 = Shape <start: int = 3, end: int = 4> (k)
+  {guides}
+  first_1 = Sub (row_1, guide_1)
+  q_guide = Slice (q, first_1, row_1, axis_2)
+  q_wide = Cast <to: int = 1> (q_guide)
+  q_scaled = Mul (q_wide, scale)
+  k_wide = Cast <to: int = 1> (k)
+  k_turned = Transpose <perm: ints = [0, 1, 3, 2]> (k_wide)
+  grouped_shape = Concat <axis: int = 0> (batch_1, group_1, rest_1, width_1)
+  map_shape = Concat <axis: int = 0> (batch_1, head_1, guide_1, key_1)
+  q_grouped = Reshape (q_scaled, grouped_shape)
+  logit_grouped = MatMul (q_grouped, k_turned)
+  logit = Reshape (logit_grouped, map_shape)
+  {mask if causal else "logit_seen = Identity (logit)"}
+  share = Softmax <axis: int = -1> (logit_seen)
+  {weight if weighted else "share_real = Identity (share)"}
+  received = ReduceSum <keepdims: int = 0> (share_real, head_and_row)
+}}
+"""
+
+
+FLAT_BODY = flat_body_of("AttentionReceived")
+
+
 def received_in_pieces(q: Any, k: Any, weight_BG: Any, scale: float) -> Any:
     """The formula in torch, each guide row counted by its weight: q [B,H,S,D], k [B,V,T,D], weight fp32 [B,G]."""
     import torch
@@ -148,4 +205,4 @@ def define() -> Any:
     return attention_received
 
 
-OP = Op("AttentionReceived", BODY, define)
+OP = Op("AttentionReceived", BODY, define, FLAT_BODY)

@@ -19,11 +19,13 @@ class Op:
     name: unique in any model and no standard op's name, for TensorRT-RTX looks functions up by name alone.
     body: an ONNX FunctionProto in onnx.parser's text form.
     define: registers the torch custom op (meaning and fake) and returns it; imports torch, so call it late.
+    flat_body: the same meaning without a Loop, for a compiler that fails on one; '' where the body has none.
     """
 
     name: str
     body: str
     define: Callable[[], Any]
+    flat_body: str = ""
 
     @cached_property
     def function(self) -> Any:
@@ -31,6 +33,13 @@ class Op:
         import onnx.parser
 
         return onnx.parser.parse_function(self.body)
+
+    @cached_property
+    def flat_function(self) -> Any:
+        """``flat_body`` as onnx.FunctionProto; the body where that has no Loop."""
+        import onnx.parser
+
+        return onnx.parser.parse_function(self.flat_body or self.body)
 
     @cached_property
     def torch_op(self) -> Any:

@@ -11,10 +11,11 @@ AttentionReceived's with one product more.
 
 from typing import Any
 
-from graphs.ops.attention_received import body_of, received_in_pieces
+from graphs.ops.attention_received import body_of, flat_body_of, received_in_pieces
 from graphs.ops.op import Op
 
 BODY = body_of("RatedAttentionReceived", weighted=True)
+FLAT_BODY = flat_body_of("RatedAttentionReceived", weighted=True)
 
 
 def define() -> Any:
@@ -32,4 +33,4 @@ def define() -> Any:
     return rated_attention_received
 
 
-OP = Op("RatedAttentionReceived", BODY, define)
+OP = Op("RatedAttentionReceived", BODY, define, FLAT_BODY)

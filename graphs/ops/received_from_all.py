@@ -11,10 +11,11 @@ k [B,V,T,D] → fp32 [B,T]. The S×T map never exists: the body walks S in piece
 
 from typing import Any
 
-from graphs.ops.attention_received import PIECE, body_of
+from graphs.ops.attention_received import PIECE, body_of, flat_body_of
 from graphs.ops.op import Op
 
 BODY = body_of("ReceivedFromAll", causal=False)
+FLAT_BODY = flat_body_of("ReceivedFromAll", causal=False)
 
 
 def define() -> Any:
@@ -39,4 +40,4 @@ def define() -> Any:
     return received_from_all
 
 
-OP = Op("ReceivedFromAll", BODY, define)
+OP = Op("ReceivedFromAll", BODY, define, FLAT_BODY)

@@ -1,0 +1,133 @@
+"""One lowered file → one engine, built in a process of its own whose death is an error and not ours.
+
+TensorRT-RTX builds for a GPU that need not be here: parsing, building and reading back need no driver.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from engines.trt.bounds import Profile
+from engines.trt.worker import Request
+from graphs.errors import OperationFailed, UsageError
+from graphs.talk import Step, step
+from graphs.versions import require
+
+# 7.5 is left out although the builder takes it: its fp32 matrix products there can silently be zeros.
+SMS = (80, 86, 89, 120, 121)
+WEIGHTS_IN_MEMORY = 3.0  # peak host memory of a build, in weights (measured 2.9 with one profile)
+OVERHEAD_BYTES = 600 << 20  # the builder itself, without a weight
+WORKER = ["-m", "engines.trt.worker"]
+ROOT = Path(__file__).parent.parent.parent
+
+
+def checked_sms(sms: tuple[int, ...]) -> list[int]:
+    """The wanted compute capabilities; UsageError for none, or for one that TensorRT-RTX does not build for."""
+    known = ", ".join(map(str, SMS))
+    if not sms:
+        raise UsageError(f"an engine is built for a GPU: give its compute capability, as --sm 89 for 8.9 (of {known})")
+    if wrong := [sm for sm in sms if sm not in SMS]:
+        raise UsageError(f"TensorRT-RTX engines are not built for SM {wrong[0]}; known are {known}")
+    return sorted(set(sms))
+
+
+def memory_needed(weight_bytes: int) -> int:
+    """Host memory that building an engine takes at its peak, in bytes: an estimate."""
+    return int(WEIGHTS_IN_MEMORY * weight_bytes) + OVERHEAD_BYTES
+
+
+def refuse_too_large(weight_bytes: int, what: str) -> None:
+    """OperationFailed where a build needs more host memory than is free."""
+    needed, free = memory_needed(weight_bytes), free_memory()
+    if free is not None and needed > free:
+        raise OperationFailed(
+            f"building {what} takes about {needed / 1e9:.1f} GB of memory ({WEIGHTS_IN_MEMORY:g} × weights), "
+            f"and {free / 1e9:.1f} GB are free; build on a larger machine, for an engine may run elsewhere"
+        )
+
+
+def free_memory() -> int | None:
+    """Bytes that the system can give without swapping; None where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def engine_from_onnx(
+    onnx: Path,
+    engine: Path,
+    *,
+    sms: list[int],
+    profiles: dict[str, Profile],
+    ops: dict[str, str],
+    plugins: bool = False,
+    parse_only: bool = False,
+) -> dict[str, Any]:
+    """Build ``engine`` from a lowered file and return the worker's answer: tensorrt, reading, bytes.
+
+    ops: the file's nodes of our domain, name → op. Errors: BackendMissing where TensorRT-RTX or Polygraphy is not
+    installed, OperationFailed with TensorRT's own last words where it refuses or dies.
+    """
+    require("tensorrt-rtx", "polygraphy")
+    with tempfile.TemporaryDirectory(prefix="saccade-build-") as held, step(f"building {engine.name}") as shown:
+        place = Path(held)
+        request = Request(str(onnx), str(engine), str(place / "answer.json"), sms, profiles, ops, plugins, parse_only)
+        (place / "request.json").write_text(json.dumps(asdict(request)), "utf-8")
+        said = place / "stderr"
+        with said.open("wb") as stderr:
+            code = _run([sys.executable, *WORKER, str(place / "request.json")], place, stderr, shown)
+        answer = place / "answer.json"
+        if code or not answer.is_file():
+            raise OperationFailed(f"TensorRT-RTX {_how(code)} on {onnx.name}: {_last_words(said)}")
+        result: dict[str, Any] = json.loads(answer.read_text("utf-8"))
+        return result
+
+
+def _run(command: list[str], place: Path, stderr: Any, shown: Step) -> int:
+    """Run the worker to its end, its progress shown; killed where we are interrupted."""
+    from plugins.trt import process_environment
+
+    environment = process_environment(place)
+    paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = ":".join(paths)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True) as worker:
+        assert worker.stdout
+        try:
+            for line in worker.stdout:
+                phase, counts = _event_in_words(line)
+                shown.note(phase)
+                if counts:
+                    shown.advance()
+            return worker.wait()
+        except BaseException:
+            worker.kill()
+            raise
+
+
+def _event_in_words(line: str) -> tuple[str, bool]:
+    """What TensorRT is at, and whether one more of its steps is done."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return "", False
+    counts = "step" in event
+    return f"{event.get('phase', '')}" + (f" {event['step']} of {event['steps']}" if counts else ""), counts
+
+
+def _how(code: int) -> str:
+    return f"was ended by signal {-code}" if code < 0 else f"failed (exit code {code})"
+
+
+def _last_words(said: Path) -> str:
+    """The last errors that TensorRT or Python wrote, as one sentence."""
+    lines = [line.strip() for line in said.read_text("utf-8", "replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "[E]" in line or "Error" in line or "terminate" in line]
+    return " / ".join(" ".join(line.split())[:300] for line in (errors or lines)[-2:]) or "it said nothing"

@@ -1,0 +1,69 @@
+"""From the canonical graphs to what one target parses: a short, ordered list of passes, on this page.
+
+1. ``Precision``      weights, activations and caches in one float type, islands of fp32 written out
+2. ``ExplicitMask``   one-output attention behind a Concat, causality as a boolean mask
+3. ``FlatBodies``     bodies without a Loop, on which TensorRT-RTX 1.7's compiler dies (signal 11) behind an attention
+4. ``AskForPlugins``  which nodes of ours a plugin is asked to serve; the others are served by their bodies
+5. ``older_parser``   for TensorRT 10.3: what its parser does not know, written out in what it does
+
+A lowered file equals the canonical one in ONNX Runtime, up to the precision. No pass reads or copies a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import onnx_ir as ir
+
+from graphs.errors import OperationFailed
+from graphs.lowering.attention import ExplicitMask
+from graphs.lowering.flat import FlatBodies
+from graphs.lowering.precision import Precision, Rebind
+from graphs.lowering.served import AskForPlugins
+from graphs.spec import FloatType
+
+Parser = Literal["current", "10.3"]
+PARSERS: tuple[Parser, ...] = get_args(Parser)
+ONNX_TYPES: dict[FloatType, ir.DataType] = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """What a target wants.
+
+    precision: the narrow type. plugin_ops: ops that a plugin is asked to serve, with the node attributes that ask for
+    it. parser: ``10.3`` for TensorRT 10.3, which takes no plugins of ours.
+    """
+
+    precision: FloatType
+    plugin_ops: frozenset[str] = frozenset()
+    plugin_attributes: Mapping[str, str] = field(default_factory=dict)
+    parser: Parser = "current"
+
+    def apply(self, model: ir.Model, rebind: Rebind) -> ir.Model:
+        """Lower one stage; OperationFailed where a graph is not what the exporter writes.
+
+        rebind: gives the place of a weight in the wanted type (``ConvertedWeights.rebind``).
+        """
+        passes = ir.passes.Sequential(
+            Precision(ONNX_TYPES[self.precision], rebind),
+            ExplicitMask(),
+            FlatBodies(),
+            AskForPlugins(self.plugin_ops, self.plugin_attributes),
+        )
+        try:
+            lowered = passes(model).model
+        except (ir.passes.PassError, ir.passes.InvariantError) as e:
+            cause = e.__cause__ or e
+            raise OperationFailed(f"a graph cannot be lowered ({cause}); export the checkpoint again") from e
+        if self.parser == "current":
+            return lowered
+        from graphs.lowering.older_parser import written_out
+
+        return written_out(lowered)

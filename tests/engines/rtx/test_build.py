@@ -1,0 +1,183 @@
+"""rtx bundles of the pair, built without a GPU; what the manifest says was read back from the parsed networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from engines.build import build_bundle
+from engines.bundle import open_bundle
+from engines.manifest import Manifest, manifest_of
+from engines.trt import engine as builder
+from engines.trt.bounds import BODY_ROWS, Bounds, profiles_of
+from engines.trt.engine import engine_from_onnx
+from engines.trt.member import EngineOptions
+from engines.trt.reading import reading_from
+from graphs.errors import BackendMissing, OperationFailed, UsageError
+from graphs.spec import spec_from_folder
+from tests.conftest import Outcome
+from tests.engines.rtx.conftest import Exports, Lower
+
+pytest.importorskip("tensorrt_rtx")
+BOUNDS = Bounds(max_prompt=128, max_length=192, max_tail=8, max_images=2)
+
+
+@pytest.fixture(scope="session")
+def bundles(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """fp16 with plugins; fp32 with bodies."""
+    home = tmp_path_factory.mktemp("rtx-bundles")
+    for ops, precision in (("plugin", "fp16"), ("body", "fp32")):
+        options = EngineOptions((89,), precision, ops, BOUNDS)
+        build_bundle([exports["small"], exports["large"]], home / ops, target="rtx", engines=options)
+    return {ops: home / ops for ops in ("plugin", "body")}
+
+
+@pytest.mark.parametrize(("ops", "by", "dtype"), [("plugin", "kernel", "float16"), ("body", "body", "float32")])
+def test_the_manifest_says_what_serves_and_for_what(bundles: dict[str, Path], ops: str, by: str, dtype: str) -> None:
+    manifest = manifest_of(bundles[ops])
+    assert manifest.target == "rtx"
+    assert manifest.tools["tensorrt-rtx"] == "1.7.1.116"
+    small, large = manifest.members["small"], manifest.members["large"]
+    assert small.ops == {"AttentionReceived": by}
+    assert large.ops == {"CompactRows": by, "KeepTopK": by}
+    for member in (small, large):
+        assert set(member.engines) == {"vision", "embed", "decoder"}
+        for stage, entry in member.engines.items():
+            assert (entry.tensorrt, entry.sms, entry.precision) == ("1.7.1.116", (89,), dtype)
+            assert list(entry.profiles) == (["prefill", "decode"] if stage == "decoder" else ["any"])
+            file = bundles[ops] / member.folder / entry.file
+            assert file.stat().st_size == entry.bytes > entry.weight_bytes
+        assert set(member.engines["decoder"].served.values()) == {by}
+        types = {t.name: t.dtype for t in member.stages["decoder"].inputs}
+        assert types["past_k_0"] == types["inputs_embeds"] == dtype
+    assert len(small.engines["decoder"].served) == small.language.layers
+
+
+def test_nothing_but_engines_and_what_the_host_needs_is_in_the_bundle(bundles: dict[str, Path]) -> None:
+    opened = open_bundle(bundles["plugin"])
+    names = {entry.path for entry in opened.manifest.files if "/processor/" not in entry.path}
+    per_member = {"decoder.engine", "embed.engine", "vision.engine", "golden.safetensors", "spec.json"}
+    assert names == {f"{role}/{name}" for role in ("small", "large") for name in per_member}
+
+
+def test_it_is_refused_before_anything_is_deserialised(
+    bundles: dict[str, Path], saccade_cli: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    image = tmp_path / "image.png"
+    for arguments in (("verify", bundles["body"]), ("run", bundles["body"], "what ?", "--image", image)):
+        outcome = saccade_cli(*arguments)
+        assert outcome.code == 4
+        assert "target rtx cannot be run here" in outcome.stderr
+        assert "GPUs of SM 8.9" in outcome.stderr
+    assert saccade_cli("show", bundles["body"]).code == 0
+
+
+@pytest.mark.parametrize("role", ["small", "large"])
+def test_what_the_parser_made_is_read_back(lower: Lower, tmp_path: Path, role: str) -> None:
+    for precision, plugins in (("bfloat16", False), ("float16", True)):
+        lowered = lower(role, precision, plugins)
+        answer = engine_from_onnx(
+            lowered.file("decoder"),
+            tmp_path / "none.engine",
+            sms=[89],
+            profiles={},
+            ops=lowered.ops["decoder"],
+            plugins=plugins,
+            parse_only=True,
+        )
+        reading = reading_from(answer["reading"])
+        assert reading.served == dict.fromkeys(lowered.ops["decoder"], "kernel" if plugins else "body")
+        assert reading.unused == ()
+        segments = lowered.spec.plan.segments(lowered.spec.language.layers)
+        wanted = [(f"visible_{j}", f"past_k_{i}", "NONE") for j, segment in enumerate(segments) for i in segment]
+        assert [(a.mask, a.cache, a.causal) for a in reading.attentions] == wanted
+        assert "RECURRENCE" not in reading.layers, "a Loop behind an attention ends the compiler"
+
+
+def test_profiles_follow_the_bounds(exports: Exports) -> None:
+    spec = spec_from_folder(exports["large"])
+    bounds = Bounds().fitted(spec, BODY_ROWS)
+    assert (bounds.max_prompt, bounds.max_length) == (256, 256), "the tiny model has no more positions"
+    decoder = profiles_of("decoder", spec, bounds)
+    assert decoder["prefill"]["inputs_embeds"] == ((1, 2, 64), (1, 128, 64), (1, 256, 64))
+    assert decoder["decode"]["inputs_embeds"] == ((1, 1, 64), (1, 1, 64), (1, 2, 64))
+    assert decoder["prefill"]["past_k_0"][0][2] == 0
+    assert decoder["decode"]["past_v_2"][2][2] == 255
+    assert decoder["prefill"]["tail"] == ((1,), (1,), (128,))
+    assert profiles_of("vision", spec, bounds)["any"]["pixel_values"] == (
+        (1, 3, 32, 32),
+        (1, 3, 32, 32),
+        (8, 3, 32, 32),
+    )
+
+
+@pytest.mark.parametrize(
+    ("bounds", "sentence"),
+    [
+        (Bounds(max_prompt=1), "nothing fits"),
+        (Bounds(max_prompt=4000), "chunks of at most 3840 rows"),
+        (Bounds(max_prompt=300), "beyond the model's 256 positions"),
+        (Bounds(max_prompt=16, max_tail=17), "more than the 16 rows"),
+        (Bounds(max_images=-1), "nothing fits"),
+    ],
+)
+def test_a_bound_that_cannot_be_had_is_refused(exports: Exports, bounds: Bounds, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        bounds.fitted(spec_from_folder(exports["large"]), BODY_ROWS)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ([], "give its compute capability"),
+        (["--sm", 75], "not built for SM 75"),
+        (["--sm", 89, "--precision", "int8"], "'int8' is not known"),
+        (["--sm", 89, "--ops", "both"], "neither plugin nor body"),
+    ],
+)
+def test_a_wrong_option_leaves_nothing(
+    exports: Exports, saccade_cli: Callable[..., Outcome], tmp_path: Path, options: list[object], sentence: str
+) -> None:
+    outcome = saccade_cli("build", exports["small"], "-o", tmp_path / "b", "--target", "rtx", *options)
+    assert outcome.code == 2
+    assert sentence in outcome.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_options_of_engines_are_refused_where_they_would_do_nothing(
+    exports: Exports, saccade_cli: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    outcome = saccade_cli("build", exports["small"], "-o", tmp_path / "b", "--precision", "fp16")
+    assert (outcome.code, "has no engines" in outcome.stderr) == (2, True)
+
+
+def test_a_build_that_memory_cannot_hold_is_refused_before_it_starts(
+    exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder, "free_memory", lambda: 300 << 20)
+    with pytest.raises(OperationFailed, match=r"takes about 0\.6 GB .* 0\.3 GB are free"):
+        build_bundle(list(exports.values()), tmp_path / "b", target="rtx", engines=EngineOptions((89,)))
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_death_of_the_builder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.onnx").write_bytes(b"no graph")
+    asked = {"sms": [89], "profiles": {}, "ops": {}}
+    with pytest.raises(OperationFailed, match=r"TensorRT-RTX failed .* on broken\.onnx"):
+        engine_from_onnx(tmp_path / "broken.onnx", tmp_path / "e", **asked)  # type: ignore[arg-type]
+    monkeypatch.setattr(builder, "WORKER", ["-c", "import os; os.abort()"])
+    with pytest.raises(OperationFailed, match="was ended by signal 6"):
+        engine_from_onnx(tmp_path / "broken.onnx", tmp_path / "e", **asked)  # type: ignore[arg-type]
+
+
+def test_a_missing_library_is_exit_code_4(exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphs.versions.installed_version", lambda name: None)
+    with pytest.raises(BackendMissing, match=r"saccade\[rtx\]"):
+        engine_from_onnx(tmp_path / "a.onnx", tmp_path / "e", sms=[89], profiles={}, ops={})
+
+
+def test_a_cpu_bundle_has_no_engines(exports: Exports, tmp_path: Path) -> None:
+    manifest: Manifest = build_bundle(list(exports.values()), tmp_path / "b", target="cpu")
+    assert [member.engines for member in manifest.members.values()] == [{}, {}]

@@ -1,0 +1,105 @@
+"""What TensorRT 10.3's parser does not know is written out, and equals the file it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import pytest
+
+from graphs.compare import TOLERANCES, compare
+from graphs.errors import UsageError
+from graphs.lowering.older_parser import written_out
+from graphs.lowering.operators_10_3 import CONSTANT_INPUT, OPERATORS
+from graphs.ops import DOMAIN, OPS
+from graphs.spec import spec_from_folder
+from tests.conftest import Outcome
+from tests.engines.rtx.conftest import Exports, Lower, golden, run_onnx
+
+
+@pytest.mark.parametrize(("role", "precision"), [("small", "float32"), ("large", "float16")])
+def test_a_written_out_export_is_the_same_in_fewer_operators(
+    exports: Exports, lower: Lower, role: str, precision: str
+) -> None:
+    old, new = lower(role, precision, False, "10.3"), lower(role, precision)
+    for stage in old.spec.stages:
+        model = onnx.load(old.file(stage))
+        onnx.checker.check_model(str(old.file(stage)))
+        assert [(o.domain, o.version) for o in model.opset_import] == [("", 20)]
+        assert model.ir_version <= 10
+        assert not model.functions
+        assert {node.op_type for node in model.graph.node} <= OPERATORS
+    for case in golden(exports[role]):
+        got, wanted = run_onnx(old, case), run_onnx(new, case)
+        for name in wanted:
+            assert compare(
+                name, got[name], wanted[name], {"float32": 1e-5}.get(precision, TOLERANCES[precision])
+            ).agrees, (case.name, name)
+
+
+def test_the_table_is_the_parsers() -> None:
+    assert {"Loop", "TopK", "GatherND", "IsNaN", "LayerNormalization", "CastLike", "Mod"} <= OPERATORS
+    assert not {"Attention", "RMSNormalization", "RotaryEmbedding", "TensorScatter", "Unique"} & OPERATORS
+    assert set(CONSTANT_INPUT) <= OPERATORS
+    assert len(OPERATORS) == 150
+
+
+def test_weights_still_lie_in_their_file(exports: Exports, lower: Lower) -> None:
+    old = lower("small", "float32", False, "10.3")
+    assert old.weight_bytes == lower("small").weight_bytes
+    assert all(old.file(stage).stat().st_size < 300_000 for stage in old.spec.stages)
+
+
+def graph_of(text: str, *ops: str) -> ir.Model:
+    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 23, "{DOMAIN}" : 1]>\n{text}')
+    for op in ops:
+        function = ir.serde.deserialize_function(OPS[op].function)
+        model.functions[function.identifier()] = function
+    return model
+
+
+@pytest.mark.parametrize(
+    ("text", "ops", "sentence"),
+    [
+        (
+            "g (float[2,2,K,4] q, bool[2,K] real) => (float[2,2,K,4] out) {"
+            " out = saccade.BlockAttention <scale: float = 0.5> (q, q, q, real) }",
+            ["BlockAttention"],
+            "stacks as many rows as its input has",
+        ),
+        ("g (float[N] x) => (float[N] out) { out = Det (x) }", [], "it has no Det"),
+        (
+            "g (float[2,N] x, int64[1] axes) => (float[M] out) { out = ReduceSum <keepdims: int = 0> (x, axes) }",
+            [],
+            "takes its axes from a tensor",
+        ),
+    ],
+)
+def test_what_the_parser_lacks_is_refused(text: str, ops: list[str], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        written_out(graph_of(text, *ops))
+
+
+def test_the_verb_writes_them_for_a_build_elsewhere(
+    exports: Exports, saccade_cli: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    out = tmp_path / "old"
+    outcome = saccade_cli("lower", exports["large"], "-o", out, "--precision", "fp16", "--parser", "10.3")
+    assert (outcome.code, outcome.stdout) == (0, f"{out}\n")
+    stages = {f"{name}.onnx" for name in ("vision", "embed", "decoder")}
+    assert {path.name for path in out.iterdir()} == stages | {"spec.json", "weights.safetensors"}
+    assert spec_from_folder(out).dtype == "float16"
+    for stage in stages:
+        onnx.checker.check_model(str(out / stage))
+
+
+@pytest.mark.parametrize(
+    "options", [("--parser", "9"), ("--parser", "10.3", "--ops", "plugin"), ("--parser", "10.3", "--precision", "bf16")]
+)
+def test_what_cannot_be_lowered_leaves_nothing(
+    exports: Exports, saccade_cli: Callable[..., Outcome], tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    assert saccade_cli("lower", exports["large"], "-o", tmp_path / "old", *options).code == 2
+    assert not any(tmp_path.iterdir())

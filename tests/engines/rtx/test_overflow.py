@@ -1,0 +1,64 @@
+"""The guard names the tensors that come near the end of fp16, before an engine is built."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from engines.overflow import LARGEST, guard_against_overflow, near_overflow
+from graphs.errors import OperationFailed
+from graphs.lowering import Lowering
+from graphs.lowering.export import LoweredExport, lowered_export
+from graphs.spec import spec_from_folder
+from tests.engines.rtx.conftest import Exports, Lower, golden
+
+NAME = "model.language_model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def scaled(exports: Exports, tmp_path: Path) -> LoweredExport:
+    """The small export with one weight so large that its product nearly leaves fp16."""
+    folder = Path(shutil.copytree(exports["small"], tmp_path / "scaled"))
+    file = folder / "model.safetensors"
+    with safe_open(file, "numpy") as tensors:
+        [name] = [key for key in tensors.keys() if key.endswith(NAME.partition("layers")[2])]  # noqa: SIM118
+        size = tensors.get_tensor(name)
+        data = bytearray(file.read_bytes())
+    at = bytes(data).index(size.tobytes())
+    grown = (size * (30000 / np.abs(size).max())).astype(np.float32)
+    data[at : at + grown.nbytes] = grown.tobytes()
+    file.write_bytes(bytes(data))
+    (tmp_path / "lowered").mkdir()
+    return lowered_export(folder, spec_from_folder(folder), tmp_path / "lowered", Lowering("float16"))
+
+
+def test_silence_where_nothing_comes_near(exports: Exports, lower: Lower, capsys: pytest.CaptureFixture[str]) -> None:
+    guard_against_overflow(lower("small", "float16"), exports["small"])
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_the_magnitudes_are_those_of_the_tensors(exports: Exports, lower: Lower) -> None:
+    """Held to the golden outputs: the keys of every layer are watched too."""
+    lowered = lower("small", "float16")
+    found = {
+        near.tensor: near.magnitude for near in near_overflow(lowered, exports["small"], 0) if near.stage == "decoder"
+    }
+    cases = [case for case in golden(exports["small"]) if case.stage == "decoder"]
+    for name in ("present_k_0", "present_v_1"):
+        wanted = max(float(np.abs(case.outputs[name]).max()) for case in cases)
+        assert found[name] == pytest.approx(wanted, rel=0.01)
+
+
+def test_a_tensor_that_overflows_is_named(
+    exports: Exports, scaled: LoweredExport, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = list(near_overflow(scaled, exports["small"]))
+    assert found
+    assert all(near.stage == "decoder" and near.magnitude >= LARGEST / 4 for near in found)
+    with pytest.raises(OperationFailed, match=r"leave fp16 in the golden replay, first decoder: .*--precision bf16"):
+        guard_against_overflow(scaled, exports["small"])
+    assert "warning: decoder: " in capsys.readouterr().err

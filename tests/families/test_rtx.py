@@ -1,0 +1,64 @@
+"""Every family's decoder, lowered, equals its canonical one, and becomes a TensorRT-RTX engine without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engines.golden import cases_of
+from engines.session import open_session
+from engines.trt.bounds import Bounds, profiles_of
+from engines.trt.engine import engine_from_onnx
+from engines.trt.reading import reading_from
+from graphs.compare import compare
+from graphs.lowering import Lowering
+from graphs.lowering.export import LoweredExport, lowered_export
+from tests.families.conftest import Sample
+
+pytest.importorskip("tensorrt_rtx")
+BOUNDS = Bounds(max_prompt=256, max_length=256, max_tail=4, max_images=4)
+
+
+def test_the_decoder_builds_with_its_masks_and_caches(sample: Sample, tmp_path: Path) -> None:
+    lowered = lower(sample, tmp_path)
+    answer = build(lowered, "decoder")
+    reading = reading_from(answer["reading"])
+    assert answer["bytes"] == lowered.file("decoder").with_suffix(".engine").stat().st_size > 0
+    assert reading.served == dict.fromkeys(lowered.ops["decoder"], "body")
+    assert set(lowered.ops["decoder"].values()) == {"AttentionReceived", "KeepTopK", "CompactRows"}
+    assert reading.unused == ()
+    segments = lowered.spec.plan.segments(lowered.spec.language.layers)
+    wanted = [(f"visible_{j}", f"past_k_{i}") for j, segment in enumerate(segments) for i in segment]
+    assert [(a.mask, a.cache) for a in reading.attentions] == wanted
+
+
+def test_every_stage_equals_the_canonical_one(sample: Sample, tmp_path: Path) -> None:
+    lowered = lower(sample, tmp_path)
+    for case in cases_of(sample.onnx.folder, sample.onnx.spec):
+        file = sample.onnx.spec.stages[case.stage].file
+        wanted, got = (
+            open_session(folder / file, threads=1).run(case.inputs, host=list(case.outputs))
+            for folder in (sample.onnx.folder, lowered.folder)
+        )
+        for name, value in wanted.items():
+            assert compare(name, got[name], value, 1e-6).agrees, (case.stage, case.name, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["vision", "embed"])
+def test_the_other_stages_build(sample: Sample, tmp_path: Path, stage: str) -> None:
+    lowered = lower(sample, tmp_path)
+    reading = reading_from(build(lowered, stage)["reading"])
+    assert reading.unused == ()
+    assert set(lowered.ops[stage].values()) <= {"BlockAttention"}
+
+
+def lower(sample: Sample, out: Path) -> LoweredExport:
+    return lowered_export(sample.onnx.folder, sample.onnx.spec, out, Lowering("float32"))
+
+
+def build(lowered: LoweredExport, stage: str) -> dict[str, object]:
+    profiles = profiles_of(stage, lowered.spec, BOUNDS.fitted(lowered.spec, None))
+    file = lowered.file(stage)
+    return engine_from_onnx(file, file.with_suffix(".engine"), sms=[89], profiles=profiles, ops=lowered.ops[stage])
