@@ -31,7 +31,7 @@ def body_of(name: str, *, causal: bool = True, weighted: bool = False, within: b
     causal: the rows are the last ones of ``guide`` (a carrier) and see no later key; else all of q, and see all.
     weighted: the rows' weights [B,G] stand in for the carrier. within: a row sees the keys of its own ``image`` [B,T].
     """
-inputs, guides = HEADS[causal, weighted]
+    inputs, guides = HEADS[causal, weighted]
     inputs += ", image" if within else ""
     mask = """last_key = Add (guide_real, before_guide)
       last_key_column = Unsqueeze (last_key, one_1)
