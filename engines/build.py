@@ -23,7 +23,7 @@ from graphs.versions import installed_version
 if TYPE_CHECKING:
     from engines.trt.member import EngineOptions
 
-TARGETS = ("cpu", "rtx")
+TARGETS = ("cpu", "cuda", "ort-tensorrt", "ort-rtx", "rtx")
 DEFAULT_THRESHOLD = 0.9  # none is published; ``calibrate`` finds one for a wanted agreement
 TOOLS = ("saccade", "onnx", "onnxruntime", "tensorrt-rtx", "transformers", "numpy")
 

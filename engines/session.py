@@ -20,7 +20,19 @@ from graphs.errors import BackendMissing, UsageError
 Value: TypeAlias = Any
 
 # target → the class that serves it
-SESSIONS = {"cpu": "engines.ort_session:OrtSession"}
+SESSIONS = {
+    "cpu": "engines.ort_session:OrtSession",
+    "cuda": "engines.ort_gpu:cuda_session",
+    "ort-tensorrt": "engines.ort_gpu:tensorrt_session",
+    "ort-rtx": "engines.ort_gpu:rtx_session",
+}
+
+# target of SESSIONS → what says why this machine cannot run it; one that is not here fails at its import
+REASONS = {
+    "cuda": "engines.ort_providers:cuda_reasons",
+    "ort-tensorrt": "engines.ort_providers:tensorrt_reasons",
+    "ort-rtx": "engines.ort_providers:rtx_reasons",
+}
 
 # target → what says why its engines cannot be run here; building them needs no GPU, running them does
 BUILT_ONLY = {"rtx": "engines.trt.running:reasons"}
@@ -70,9 +82,12 @@ def refuse_unrunnable(target: str, engines: Sequence[Any] = ()) -> None:
 
     engines: the ``EngineEntry`` of a bundle, so that its SM and version can be told.
     """
-    if target in BUILT_ONLY:
-        module, _, name = BUILT_ONLY[target].partition(":")
-        reasons: list[str] = getattr(import_module(module), name)(engines)
+    asked = (BUILT_ONLY | REASONS).get(target)
+    if asked is None:
+        return
+    module, _, name = asked.partition(":")
+    reasons: list[str] = getattr(import_module(module), name)(engines)
+    if reasons:
         raise BackendMissing(
             f"target {target} cannot be run here: {'; '.join(reasons)}; build the pair for --target cpu too"
         )
