@@ -1,4 +1,4 @@
-"""What this machine and this Python can run, found out without touching a device."""
+"""What this machine and this Python can run, found out without taking any of a device's memory."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import platform
 from importlib.util import find_spec
 from pathlib import Path
 
-from engines.session import BUILT_ONLY, SESSIONS
+from engines.session import BUILT_ONLY, REASONS, SESSIONS, reasons_of
 from graphs.versions import extras_of, installed_version
 
 # target → (the distribution that serves it, the module it brings)
 RUNTIMES = {
     "cpu": ("onnxruntime", "onnxruntime"),
-    "gpu": ("onnxruntime-gpu", "onnxruntime"),
+    "cuda": ("onnxruntime-gpu", "onnxruntime"),
+    "ort-tensorrt": ("onnxruntime-gpu", "onnxruntime"),
+    "ort-rtx": ("onnxruntime-gpu", "onnxruntime"),
     "rtx": ("tensorrt-rtx", "tensorrt_rtx"),
     "tensorrt": ("tensorrt", "tensorrt"),
     "openvino": ("openvino", "openvino"),
@@ -59,8 +61,14 @@ def machine_in_words(document: dict[str, object]) -> list[str]:
 
 def _runtime(target: str) -> dict[str, str | None]:
     distribution, module = RUNTIMES[target]
+    # The CPU is served by either distribution of onnxruntime.
+    if target == "cpu" and not installed_version(distribution) and installed_version("onnxruntime-gpu"):
+        distribution = "onnxruntime-gpu"
     version = installed_version(distribution) if find_spec(module) else None
-    if target in BUILT_ONLY:
+    if target in REASONS:
+        reasons = reasons_of(target)
+        state = f"not here: {'; '.join(reasons)}" if reasons else f"ready, {distribution} {version}"
+    elif target in BUILT_ONLY:
         state = (
             f"builds with {distribution} {version}, is not run by this release"
             if version

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 DRIVER_LIBRARY = "libcuda.so.1"
@@ -50,14 +51,18 @@ def driver_reasons(cuda: int, load: Load | None = None) -> list[str]:
     return found
 
 
-def library_reasons(libraries: Mapping[str, str], load: Load | None = None) -> list[str]:
-    """One reason per shared library that cannot be loaded; ``libraries``: its name → what brings it."""
+def library_reasons(libraries: Mapping[str, str], folder: Path | None = None, load: Load | None = None) -> list[str]:
+    """One reason per shared library that cannot be loaded; ``libraries``: its name → what brings it.
+
+    folder: where pip put those that the loader's own path does not reach. Once loaded they are found by name.
+    """
     found = []
     for name, remedy in libraries.items():
+        at = str(folder / name) if folder and (folder / name).is_file() else name
         try:
-            (load or ctypes.CDLL)(name)
+            (load or ctypes.CDLL)(at)
         except OSError as e:
-            why = "is not found" if "No such file" in str(e) or "not found" in str(e) else f"cannot be loaded ({e})"
+            why = "is not found" if at == name and name in str(e) else f"cannot be loaded ({e})"
             found.append(f"{name} {why} ({remedy})")
     return found
 

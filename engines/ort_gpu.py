@@ -66,7 +66,8 @@ class GpuSession(OrtSession):
     def _check(self, wanted: Provider, decodes: bool) -> None:
         found = self.placement
         if found.work:
-            left = f"{self._file.name}: {wanted.name} leaves {len(found.work)} nodes to the CPU: {found.work_in_words()}"
+            count = len(found.work)
+            left = f"{self._file.name}: {wanted.name} leaves {count} nodes to the CPU: {found.work_in_words()}"
             if decodes:
                 raise BackendMissing(f"{left}; each token would be copied there and back, so use --target cpu")
             warn(left)

@@ -11,6 +11,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from engines.nvidia import driver_reasons, library_reasons
@@ -27,6 +28,7 @@ CUDA_LIBRARIES = {
     "libcurand.so.10": "pip install nvidia-curand",
     "libcudnn.so.9": "pip install nvidia-cudnn-cu13",
 }
+TENSORRT_PACKAGE = "tensorrt_libs"  # the folder in which pip puts these
 TENSORRT_LIBRARIES = {
     "libnvinfer.so.10": "TensorRT 10 for CUDA 13: pip install tensorrt-cu13==10.*",
     "libnvonnxparser.so.10": "TensorRT 10 for CUDA 13: pip install tensorrt-cu13==10.*",
@@ -96,7 +98,9 @@ def reasons(provider: Provider) -> list[str]:
     if provider.name not in offered:
         version = installed_version(DISTRIBUTION)
         return [*found, f"{DISTRIBUTION} {version} was built without {provider.name} (it has {', '.join(offered)})"]
-    return [*found, *library_reasons(provider.libraries)]
+    package = find_spec(TENSORRT_PACKAGE)
+    folder = Path(package.submodule_search_locations[0]) if package and package.submodule_search_locations else None
+    return [*found, *library_reasons(provider.libraries, folder)]
 
 
 def _preloaded() -> list[str]:

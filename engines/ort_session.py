@@ -69,7 +69,7 @@ class OrtSession:
             self._session.run_with_iobinding(binding)
         except Exception as e:
             raise OperationFailed(
-                f"ONNX Runtime failed in {self._file.name} ({_first_line(e)}); check the bundle with: saccade verify"
+                f"ONNX Runtime failed in {self._file.name} ({_first_line(e)}); {_remedy(e)}"
             ) from None
         results = dict(zip((*host, *device), binding.get_outputs(), strict=True))
         return {name: value.numpy() if name in host else value for name, value in results.items()}
@@ -83,6 +83,12 @@ def _value_of(value: Value) -> ort.OrtValue:
     if isinstance(value, ort.OrtValue):
         return value
     return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
+
+
+def _remedy(error: Exception) -> str:
+    if "allocate memory" in str(error):
+        return "memory is full: keep fewer visual tokens, give smaller images, or begin a new conversation"
+    return "check the bundle with: saccade verify"
 
 
 def _first_line(error: Exception) -> str:

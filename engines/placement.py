@@ -65,7 +65,7 @@ def inlined(file: Path) -> onnx.ModelProto:
 
 
 def shape_nodes(model: onnx.ModelProto) -> set[str]:
-    """Names of the nodes whose results follow from shapes and short constants alone; no other tensor's element enters."""
+    """Names of the nodes whose results follow from shapes and short constants, and from no other tensor's elements."""
     found: set[str] = set()
     _collect(model.graph, set(), set(), found)
     return found

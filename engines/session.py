@@ -82,12 +82,17 @@ def refuse_unrunnable(target: str, engines: Sequence[Any] = ()) -> None:
 
     engines: the ``EngineEntry`` of a bundle, so that its SM and version can be told.
     """
-    asked = (BUILT_ONLY | REASONS).get(target)
-    if asked is None:
-        return
-    module, _, name = asked.partition(":")
-    reasons: list[str] = getattr(import_module(module), name)(engines)
-    if reasons:
+    if reasons := reasons_of(target, engines):
         raise BackendMissing(
             f"target {target} cannot be run here: {'; '.join(reasons)}; build the pair for --target cpu too"
         )
+
+
+def reasons_of(target: str, engines: Sequence[Any] = ()) -> list[str]:
+    """Every reason why this machine or this release cannot run a target; empty where none is known."""
+    asked = (BUILT_ONLY | REASONS).get(target)
+    if asked is None:
+        return []
+    module, _, name = asked.partition(":")
+    found: list[str] = getattr(import_module(module), name)(engines)
+    return found
