@@ -68,7 +68,8 @@ def test_an_element_of_a_tensor_makes_it_work():
 def test_a_table_is_no_constant_of_arithmetic():
     table = ", ".join(["1.0"] * 100)
     assert flat(
-        f"""g (float[S, 8] x) => (float[T] a, float[2] b) <float[100] table = {{{table}}}, float[2] pair = {{1.0, 2.0}}> {{
+        f"""g (float[S, 8] x) => (float[T] a, float[2] b)
+        <float[100] table = {{{table}}}, float[2] pair = {{1.0, 2.0}}> {{
           shape = Shape (x)
           a = Slice (table, shape, shape)
           b = Gather (pair, shape)
