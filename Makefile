@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.saccade-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types tests clean
+.PHONY: help demo test test-gpu lint types tests clean
 
 help:
 	@echo "make demo   export, build and run the shipped pair of small models, print its table"
 	@echo "make test   ruff, mypy and every test"
+	@echo "make test-gpu  the tests that need an NVIDIA GPU (PYTHON_GPU: a Python with a CUDA torch)"
 	@echo "make clean  remove the virtual environment and all caches"
 
 demo: $(STAMP)
@@ -26,6 +27,12 @@ types: $(STAMP)
 
 tests: $(STAMP)
 	$(BIN)/pytest
+
+# The set-up above brings torch for the CPU; a GPU wants its own, so the Python can be named.
+PYTHON_GPU ?= $(BIN)/python
+test-gpu:
+	@$(PYTHON_GPU) -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "make test-gpu: torch " + torch.__version__ + " sees no CUDA device here; name a Python with a CUDA torch on a machine with an NVIDIA GPU: make test-gpu PYTHON_GPU=/path/to/python")'
+	$(PYTHON_GPU) -m pytest tests/gpu
 
 # torch first and by its exact version: any other range would let pip choose a build with gigabytes of CUDA.
 $(STAMP): pyproject.toml

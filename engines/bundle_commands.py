@@ -167,14 +167,14 @@ def show_bundle(bundle: Path, as_json: bool) -> None:
 @click.command("ops")
 @json_option
 def show_ops(as_json: bool) -> None:
-    """List the ops of domain saccade, and what serves each on the CPU."""
-    from engines.words import columns, op_documents
+    """List the ops of domain saccade, and per target whether kernel or body serves them here, and why the body."""
+    from engines.words import columns, op_documents, op_rows
 
     documents = op_documents()
     if as_json:
         emit_json({"schema": "saccade.ops/1", "ops": documents})
     else:
-        _print(columns([(d["op"], f"cpu: {d['cpu']}", d["meaning"]) for d in documents]))
+        _print(columns(op_rows(documents)))
 
 
 @click.command("families")
@@ -189,6 +189,7 @@ def show_families(as_json: bool) -> None:
         return
     _print(columns([(f.name, f.architecture, f.example, f.image) for f in KNOWN]))
     _print([f"{f.name}: {f.note}" for f in KNOWN if f.note])
+    _print([f"{f.name}: no score '{score}' ({why})" for f in KNOWN for score, why in f.refuses.items()])
     _print([f"not taken: {r.name} ({r.architecture}): {r.reason}" for r in REFUSED])
 
 

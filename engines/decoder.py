@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from engines.budgets import Cut, cuts_of, image_index
 from engines.cache import Cache, empty_cache, grown, present_outputs
 from engines.session import Session, Value
 from graphs.errors import OperationFailed, UsageError
@@ -30,6 +31,8 @@ class Chunk:
     int64 [S] ascending, or [3, S] where the model has three axes; None for text that follows the cache.
     deepstack: features by input name, [1, S, D]; those that are missing are zeros, as for text.
     visual_tokens: how many the images have originally, None where all of them are here.
+    images: the same for each image, with image_of: int64, the image of each visual row; both are needed only by
+    points per image, and left out the visual rows are one image's.
     """
 
     inputs_embeds: Value
@@ -37,6 +40,8 @@ class Chunk:
     positions: np.ndarray | None = None
     deepstack: Mapping[str, Value] = field(default_factory=dict)
     visual_tokens: int | None = None
+    images: tuple[int, ...] = ()
+    image_of: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.is_visual)
@@ -91,22 +96,24 @@ class Decoder:
                 f"the conversation would be {last + 1} tokens long, but the model has "
                 f"{language.max_positions} positions; shorten it"
             )
-        kept_rows = rows_behind(plan, chunk.is_visual, keep, chunk.visual_tokens)
+        cuts = cuts_behind(plan, chunk.is_visual, keep, chunk.visual_tokens, chunk.images, chunk.image_of)
         feeds: dict[str, Value] = {
             "inputs_embeds": chunk.inputs_embeds,
             "position_ids": position_S[None] if position_S.ndim == 1 else position_S[:, None],
             "tail": np.zeros(tail, np.int32),
-            **{f"keep_{i}": np.zeros(n, np.int32) for i, n in enumerate(kept_rows)},
+            **{name: value for cut in cuts for name, value in cut.feeds.items()},
             **{name: np.zeros((1, rows, language.width), self._dtype[name]) for name in deepstack_names(language)},
             **chunk.deepstack,
             **cache.values,
         }
-        if plan.points:
+        if plan.uses_visual:
             feeds["is_visual"] = chunk.is_visual[None]
+        if plan.uses_image:
+            feeds["image_index"] = image_index(chunk.is_visual, chunk.image_of)[None]
         if plan.uses_guide:
             feeds["guide"] = np.zeros(guide_rows(plan, chunk.is_visual), np.int32)
         if plan.uses_priority:
-            feeds["priority"] = checked_priority(priority_S, chunk.is_visual, any(n < rows for n in kept_rows))
+            feeds["priority"] = checked_priority(priority_S, chunk.is_visual, any(cut.rows < rows for cut in cuts))
         host = ("logits", *self._kept_names, *(("attention_received",) if plan.guidance else ()))
         out = self._session.run(feeds, host=host, device=present_outputs(self._spec))
         logits_RV = out["logits"][0].astype(np.float32)
@@ -153,18 +160,26 @@ def rows_behind(
 
     visual_tokens: N, where the vision stage dropped some already; no more stay than are left.
     """
+    return tuple(cut.rows for cut in cuts_behind(plan, is_visual_S, keep, visual_tokens))
+
+
+def cuts_behind(
+    plan: PruningPlan,
+    is_visual_S: np.ndarray,
+    keep: Keep,
+    visual_tokens: int | None = None,
+    images: Sequence[int] = (),
+    image_of: np.ndarray | None = None,
+) -> tuple[Cut, ...]:
+    """Return what every prune point of the decoder is told; the arguments are those of a ``Chunk`` and of ``run``."""
     visual = int(is_visual_S.sum())
-    text = len(is_visual_S) - visual
     ratios = keep_ratios(plan, keep)[len(plan.budgets) - len(plan.points) :]
-    if not visual:
-        if keep is not None and any(r < 1 for r in ratios):
-            raise UsageError("a chunk without an image has nothing to prune; leave keep out")
-        return tuple(len(is_visual_S) for _ in plan.points)
-    original, behind = visual_tokens or visual, [visual]
-    for i, point in enumerate(plan.points):
-        wanted = point.kept_of(original) if keep is None else kept_count(original, ratios[i])
-        behind.append(min(behind[-1], wanted))
-    return tuple(text + left for left in behind[1:])
+    if not visual and keep is not None and any(r < 1 for r in ratios):
+        raise UsageError("a chunk without an image has nothing to prune; leave keep out")
+    original = tuple(images) or ((visual_tokens or visual,) if visual else ())
+    here = np.zeros(visual, np.int64) if image_of is None else image_of
+    before = np.bincount(here, minlength=len(original)).tolist() if visual else []
+    return cuts_of(plan, len(is_visual_S) - visual, before, original, None if keep is None else ratios)
 
 
 def keep_ratios(plan: PruningPlan, keep: Keep, visual_tokens: int = 0) -> tuple[float, ...]:

@@ -91,6 +91,7 @@ class Memory:
             ms=ms,
             visual_tokens=int(is_visual_L[begins:].sum()),
             visual_before=int(is_visual_L[:begins].sum()),
+            images=tuple(n for group in groups if group.start >= begins for n in group.seen.tokens),
             kept_visual=features.kept,
         )
         if begins:

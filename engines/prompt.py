@@ -13,6 +13,7 @@ import numpy as np
 from engines.cache import Cache
 from engines.decoder import Chunk
 from engines.session import Value
+from graphs.layouts.budgets import image_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +24,8 @@ class Prompt:
     the vision stage dropped a visual token. begins: where in the line the chunk begins.
     The chunk, without what was dropped: inputs_embeds [1, S, D] on the device. is_visual: bool [S]. positions:
     int64 [S] or [3, S], the original ones. deepstack: features by input name, [1, S, D] on the device.
-    visual_tokens: of the chunk's images, before any is dropped; visual_before: of images in front of the chunk.
+    images: visual tokens of each of the chunk's images, before any is dropped; visual_tokens: of all of them;
+    visual_before: of images in front of the chunk.
     kept_visual: int64, which of the chunk's original visual tokens are there; None: all.
     past: the cache in front of the chunk; past_visual: bool [P_0]. kept_before: per prune point (vision stage
     first) the visual tokens in front of the chunk that stayed.
@@ -40,6 +42,7 @@ class Prompt:
     ms: dict[str, float]
     visual_tokens: int
     visual_before: int = 0
+    images: tuple[int, ...] = ()
     kept_visual: np.ndarray | None = None
     past: Cache | None = None
     past_visual: np.ndarray | None = None
@@ -49,7 +52,16 @@ class Prompt:
     @property
     def chunk(self) -> Chunk:
         """What is fed, as the decoder takes it."""
-        return Chunk(self.inputs_embeds, self.is_visual, self.positions, self.deepstack, self.visual_tokens or None)
+        whose_V = image_of(self.images)
+        return Chunk(
+            self.inputs_embeds,
+            self.is_visual,
+            self.positions,
+            self.deepstack,
+            self.visual_tokens or None,
+            self.images,
+            whose_V if self.kept_visual is None else whose_V[self.kept_visual],
+        )
 
     def __len__(self) -> int:
         """Rows of the whole conversation, those in the cache included."""

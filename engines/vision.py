@@ -14,6 +14,7 @@ import numpy as np
 from engines.families import Seen
 from engines.policies import chosen
 from engines.session import Value
+from graphs.layouts.budgets import vision_feeds
 from graphs.spec import visual_names
 
 if TYPE_CHECKING:
@@ -53,9 +54,6 @@ def features_of(model: Model, seen: Seen, input_ids_S: np.ndarray, keep: float |
             text_GD = model.to_host(model.embed_text(input_ids_S[behind:].tolist()))[0]
         kept_K = chosen(point, embeds_VD, text_GD, seen.tokens, keep)
         return Features({name: np.ascontiguousarray(value[kept_K]) for name, value in out.items()}, kept_K)
-    tokens = sum(seen.tokens)
-    images = tokens // spec.grid.tokens if spec.grid.kind in ("fixed", "tiles") else len(seen.tokens)
-    lengths = point.carriers(tokens, images, keep)
-    feeds: dict[str, Value] = {name: np.zeros(length, np.int32) for name, length in lengths.items()}
+    feeds = vision_feeds(point, spec.grid, seen.tokens, keep)
     values = session.run({**seen.feeds, **feeds}, host=("kept_vision",), device=names)
     return Features({name: values[name] for name in names}, values["kept_vision"])

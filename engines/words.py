@@ -46,7 +46,9 @@ def plan_in_words(plan: PruningPlan, layers: int) -> list[str]:
             "preview": f"attention of layer {point.layer} itself from rows '{point.rows}', before it runs",
             "attention": f"attention of layer {point.layer - 1} from rows '{point.rows}'",
         }[point.score]
-        lines.append(f"before layer {point.layer} of {layers} keeps {_budget(point)} by {by}")
+        each = " of each image" if point.per_image else ""
+        merged = f", {point.merge:.0%} of those as clusters of the dropped" if point.merge else ""
+        lines.append(f"before layer {point.layer} of {layers} keeps {_budget(point)}{each} by {by}{merged}")
     if plan.points and not any(budget.count for budget in plan.budgets):
         share = retention_of(plan, layers, tuple(budget.keep for budget in plan.budgets))
         lines[-1] += f" (average retention {share:.2%})"
@@ -134,6 +136,15 @@ def op_documents() -> list[dict[str, Any]]:
         }
         for name, op in OPS.items()
     ]
+
+
+def op_rows(documents: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """The same as rows: an op with its meaning, then a row per target with what serves it and why not the kernel."""
+    rows = []
+    for document in documents:
+        rows.append((document["op"], "", document["meaning"]))
+        rows += [(f"  {target}", document[target], document["why_body"].get(target, "")) for target in OP_TARGETS]
+    return rows
 
 
 def policy_documents(layers: int) -> list[dict[str, Any]]:

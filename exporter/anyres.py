@@ -7,12 +7,14 @@ transformers packs the tiles' features image by image with reshapes; here a gath
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from exporter.family import Dims, Family, Tensors, class_of, tiles, tower_features
+from exporter.looking import Look, clip_like
 from graphs.errors import UsageError
 from graphs.layouts.anyres import anyres_feeds, tile_count
 from graphs.spec import VisualGrid
@@ -21,13 +23,37 @@ from graphs.spec import VisualGrid
 def visual(model: Any, feed: Tensors) -> Tensors:
     """Tower and projector on tiles [T,3,H,W], a newline row before their features, and the gather: → [V,D]."""
     features = model.model.multi_modal_projector(tower_features(model, feed["pixel_values"]))
-    table = torch.cat([model.model.image_newline[None].to(features.dtype), features.flatten(0, 1)])
-    rows = feed["token_rows"]
+    return {"visual_embeds": packed(model.model.image_newline.to(features.dtype), features, feed)}
+
+
+def packed(newline_C: torch.Tensor, x: torch.Tensor, feed: Tensors) -> torch.Tensor:
+    """One value per feature of a tile, [T,L,C], and the newline's, gathered into tokens: [V,C]."""
+    table, rows = torch.cat([newline_C[None], x.flatten(0, 1)]), feed["token_rows"]
     if rows.dim() == 1:
-        return {"visual_embeds": table.index_select(0, rows)}
+        return table.index_select(0, rows)
     # In float32 and cast back by hand: torch.onnx makes a float16 sum a float32 output.
     taps = table.index_select(0, rows.flatten()).unflatten(0, (-1, 4)).float() * feed["token_weights"][..., None]
-    return {"visual_embeds": taps.sum(1).to(table.dtype)}
+    return taps.sum(1).to(table.dtype)
+
+
+def look(model: Any, feed: Tensors) -> Look:
+    """Each tile's attention is its own; a shrunk token's value is that of its four taps, a newline's is zero."""
+    look = clip_like(
+        model,
+        lambda: visual(model, feed),
+        tokens_of=lambda x: packed(x.new_zeros(x.shape[2]), x, feed)[None],
+    )
+    return replace(look, features=None)
+
+
+def counts(grid: VisualGrid, images: int) -> list[int]:
+    """Visual tokens of each image of ``example``."""
+    return anyres_feeds(sizes_of(grid, images), grid)[1]
+
+
+def sizes_of(grid: VisualGrid, images: int) -> list[tuple[int, int]]:
+    """The (height, width) of one or two images: the first and last pinpoint, so that tile counts differ."""
+    return [(h - 1, w) for h, w in [grid.pinpoints[0], grid.pinpoints[-1]][:images]]
 
 
 def grid(config: Any) -> VisualGrid:
@@ -61,10 +87,10 @@ def dims(grid: VisualGrid) -> Dims:
 
 
 def example(grid: VisualGrid, images: int) -> Tensors:
-    """One or two images whose sizes are the first and last pinpoint, so that the second has its own tile count."""
-    sizes = [grid.pinpoints[0], grid.pinpoints[-1]][:images]
-    feeds, _ = anyres_feeds([(h - 1, w) for h, w in sizes], grid)
-    pixels = tiles(grid, sum(tile_count((h - 1, w), grid) for h, w in sizes))
+    """One or two images of different tile counts."""
+    sizes = sizes_of(grid, images)
+    feeds, _ = anyres_feeds(sizes, grid)
+    pixels = tiles(grid, sum(tile_count(size, grid) for size in sizes))
     return {"pixel_values": pixels} | {name: torch.from_numpy(value) for name, value in feeds.items()}
 
 
@@ -75,6 +101,8 @@ record = partial(
     grid=grid,
     dims=dims,
     example=example,
+    counts=counts,
+    look=look,
 )
 FAMILIES = tuple(
     record(name=name, architecture=architecture, model_class=class_of(architecture))

@@ -99,10 +99,12 @@ class Blocks:
     """Which packed rows attend to each other: ``graphs.layouts.patches``.
 
     rows: int64 [B,K], the row at each place of each block, −1 for none. place: int64 [P], where each row went.
+    seen: takes q [1,H,P,d], k and the scale of each attention that uses these blocks, where a policy looks at them.
     """
 
     rows: torch.Tensor
     place: torch.Tensor
+    seen: list[tuple[torch.Tensor, torch.Tensor, float]] | None = None
 
 
 def block_attention_function(
@@ -117,6 +119,8 @@ def block_attention_function(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Full attention inside each block of a packed vision tower: q, k, v [1,H,P,D] → [1,P,H,D]."""
+    if saccade_blocks.seen is not None:
+        saccade_blocks.seen.append((query, key, scaling))
     blocks, places = saccade_blocks.rows.shape
     row = saccade_blocks.rows.clamp(min=0).flatten()
 

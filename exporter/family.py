@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from exporter.looking import Look, MergingTower, Tensors
 from graphs.errors import BadArtefact
 from graphs.families import REFUSED
 from graphs.spec import VisualGrid
 
-Tensors = dict[str, torch.Tensor]
 Dims = dict[str, tuple[int | str, ...]]
 SEED = 20241
 
@@ -29,7 +29,9 @@ class Family:
     order, and ``visual_deepstack_i`` [V, D] where the family has them.
     grid: how an image becomes visual tokens, from the configuration; UsageError where it cannot be had.
     dims: the vision stage's inputs in the file's order, each with its dimensions ("4*V" is a multiple).
-    example: valid vision inputs for 1 or 2 images of different shapes, pixels random.
+    example: valid vision inputs for 1 or 2 images of different shapes, pixels random; counts: visual tokens of each,
+    where images are packed.
+    look: visual while a policy watches the tower. merging: the tower for merging inside, None where it cannot be.
     deepstack: how many decoder layers have visual features added behind them, from the configuration.
     prepare: what has to be set on a fresh skeleton before it is traced or run.
     """
@@ -42,6 +44,9 @@ class Family:
     grid: Callable[[Any], VisualGrid]
     dims: Callable[[VisualGrid], Dims] = lambda grid: {"pixel_values": ("N", 3, grid.image_height, grid.image_width)}
     example: Callable[[VisualGrid, int], Tensors] = lambda grid, images: {"pixel_values": tiles(grid, images)}
+    counts: Callable[[VisualGrid, int], Sequence[int]] = lambda grid, images: [grid.tokens] * images
+    look: Callable[[Any, Tensors], Look] | None = None
+    merging: Callable[[Any], MergingTower] | None = None
     position_axes: Literal[1, 3] = 1
     deepstack: Callable[[Any], int] = lambda config: 0
     prepare: Callable[[Any], None] = lambda model: None

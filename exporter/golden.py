@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -18,6 +19,7 @@ from torch.nn.functional import linear
 from exporter.family import SEED, Tensors
 from exporter.program import DecoderProgram, EmbedProgram, VisionProgram
 from graphs.errors import OperationFailed
+from graphs.layouts.budgets import places
 from graphs.plan import PruningPlan
 from graphs.spec import LanguageModel, Tokens, past_names, present_names
 
@@ -90,8 +92,12 @@ def decoder_feed(
     guide: int,
     keep: tuple[int, ...],
     tail: int,
+    merging: tuple[int, int] | None = None,
 ) -> Tensors:
-    """All inputs of one decoder run, in the program's order; ``keep`` are row counts behind each point."""
+    """All inputs of one decoder run, in the program's order; ``keep`` are row counts behind each point.
+
+    merging: lengths of merge_i and recycle_i instead of the plan's own.
+    """
     rows = embedded["inputs_embeds"].shape[1]
     draw = torch.Generator().manual_seed(SEED + rows)
     ready = {
@@ -100,10 +106,27 @@ def decoder_feed(
         "guide": carrier(guide),
         "tail": carrier(tail),
         "priority": torch.rand(1, rows, generator=draw),
-        **{f"keep_{i}": carrier(n) for i, n in enumerate(keep)},
+        "image_index": embedded["is_visual"].to(torch.int64) - 1,
+        **budgets(program.plan, embedded["is_visual"], keep, merging),
         **past,
     }
     return {name: ready[name] for name in program.inputs}
+
+
+def budgets(
+    plan: PruningPlan, is_visual: torch.Tensor, keep: tuple[int, ...], merging: tuple[int, int] | None
+) -> Tensors:
+    """What says how many rows stay at each point, for a chunk of at most one image."""
+    before = int(is_visual.sum())
+    text, feed = is_visual.shape[1] - before, {}
+    for i, (point, rows) in enumerate(zip(plan.points, keep, strict=True)):
+        feed[f"keep_{i}"] = carrier(rows)
+        chosen = places([before], [rows - text], text) if before else np.arange(rows)
+        feed[f"pick_{i}"] = torch.from_numpy(chosen)
+        lengths = merging or point.merging(before, rows - text)
+        feed |= {f"{name}_{i}": carrier(n) for name, n in zip(("merge", "recycle"), lengths, strict=True)}
+        before = rows - text if before else 0
+    return feed
 
 
 def positions_of(language: LanguageModel, start: int, rows: int, is_visual: torch.Tensor | None = None) -> torch.Tensor:

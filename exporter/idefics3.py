@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from exporter.family import Family, Tensors, class_of
+from exporter.looking import Look, MergingTower, Watch, in_heads, shuffled_order
 from graphs.errors import UsageError
 from graphs.spec import VisualGrid
 
@@ -24,15 +25,59 @@ def position_ids(side: int) -> torch.Tensor:
     return (bucket[:, None] * side + bucket).flatten()
 
 
+def embedded(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """What enters the tower's first layer: [N,3,H,W] → [N,P,C]."""
+    embeddings = model.model.vision_model.embeddings
+    patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+    return patches + embeddings.position_embedding(embeddings.saccade_position_ids)
+
+
 def visual(model: Any, feed: Tensors) -> Tensors:
     """Tower without masks and connector: [N,3,H,W] → [V,D]."""
-    tower = model.model.vision_model
-    embeddings = tower.embeddings
-    hidden = embeddings.patch_embedding(feed["pixel_values"]).flatten(2).transpose(1, 2)
-    hidden = hidden + embeddings.position_embedding(embeddings.saccade_position_ids)
+    tower, hidden = model.model.vision_model, embedded(model, feed["pixel_values"])
     for layer in tower.encoder.layers:
         hidden = layer(hidden, None)
     return {"visual_embeds": model.model.connector(tower.post_layernorm(hidden)).flatten(0, 1)}
+
+
+def parts_of(model: Any, x: torch.Tensor) -> torch.Tensor:
+    """Patches put together as the pixel shuffle does: [N,P,C] → [N,T,m,C]."""
+    connector = model.model.connector
+    shuffled = connector.pixel_shuffle(x, connector.scale_factor)
+    return shuffled.unflatten(2, (connector.scale_factor**2, -1))
+
+
+def look(model: Any, feed: Tensors) -> Look:
+    """The attention of the tower's last layer; a visual token's value is the mean of its patches'."""
+    attention = model.model.vision_model.encoder.layers[-1].self_attn
+    with Watch({"q": attention.q_proj, "k": attention.k_proj}) as seen:
+        out = visual(model, feed)
+    q, k = (in_heads(seen[name], attention.head_dim) for name in "qk")
+    return Look(out, q, k, attention.scale, tokens_of=lambda x: parts_of(model, x).mean(2))
+
+
+def merging(model: Any) -> MergingTower:
+    """The whole tower; what is merged are whole visual tokens, patch by patch."""
+    tower, connector = model.model.vision_model, model.model.connector
+    order = shuffled_order(lambda x: parts_of(model, x)[..., 0], tower.embeddings.num_patches)
+
+    def attend(block: Any, x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        normed, attention = block.layer_norm1(x), block.self_attn
+        return x + attention(normed, mask)[0], in_heads(attention.k_proj(normed), attention.head_dim)
+
+    def finished(features: torch.Tensor) -> torch.Tensor:
+        normed = tower.post_layernorm(features.unflatten(2, (order.shape[1], -1))).flatten(2)
+        return connector.modality_projection(normed)
+
+    return MergingTower(
+        layers=tower.encoder.layers,
+        classed=False,
+        parts=order.shape[1],
+        embedded=lambda pixels: embedded(model, pixels).index_select(1, order.flatten().to(pixels.device)),
+        attend=attend,
+        feed_forward=lambda block, x: x + block.mlp(block.layer_norm2(x)),
+        finished=finished,
+    )
 
 
 def prepare(model: Any) -> None:
@@ -62,6 +107,8 @@ record = partial(
     language=lambda model: model.model.text_model,
     visual=visual,
     grid=grid,
+    look=look,
+    merging=merging,
     prepare=prepare,
 )
 FAMILIES = tuple(

@@ -14,7 +14,15 @@ from exporter.family import Family, Tensors
 from exporter.vision_pruning import VisionPruning
 from graphs.ops import OPS
 from graphs.plan import FROM_OUTSIDE, PruningPlan, VisionPoint
-from graphs.spec import LanguageModel, VisualGrid, deepstack_names, past_names, present_names, visual_names
+from graphs.spec import (
+    LanguageModel,
+    VisualGrid,
+    budget_names,
+    deepstack_names,
+    past_names,
+    present_names,
+    visual_names,
+)
 
 
 class VisionProgram(nn.Module):
@@ -38,7 +46,7 @@ class VisionProgram(nn.Module):
     def example(self, images: int) -> Tensors:
         """Valid inputs for 1 or 2 images."""
         feed = self.family.example(self.grid, images)
-        return feed | self.pruning.carriers(images) if self.pruning else feed
+        return feed | self.pruning.example(images) if self.pruning else feed
 
     def forward(self, feed: Tensors) -> Tensors:
         pixels = feed["pixel_values"].to(self.model.dtype)
@@ -79,8 +87,11 @@ class DecoderProgram(nn.Module):
         inputs_embeds [1,S,D]       text embeddings with the visual ones merged in
         position_ids  int64 [1,S]   original positions, or [3,1,S]; kept after pruning, never renumbered
         is_visual     bool [1,S]    which rows of this chunk are visual tokens
+        image_index   int64 [1,S]   which image each row is of, −1 for text; where a point counts per image
         guide         int32 [G]     carrier: the last G rows of the chunk guide the pruning
         keep_i        int32 [S_i+1] carrier: rows that go on behind prune point i
+        merge_i, recycle_i int32    carriers: of those the clusters, and the dropped rows they are made of
+        pick_i        int64 [S_i+1] in keep_i's place where the point counts per image: places by image and score
         tail          int32 [R]     carrier: logits are computed for the last R rows
         priority      fp32 [1,S]    guidance from outside
         deepstack_i   [1,S,D]       features added behind layer i (Qwen3-VL)
@@ -102,9 +113,10 @@ class DecoderProgram(nn.Module):
         """Input names in the file's order."""
         plan = self.plan
         names = ["inputs_embeds", "position_ids"]
-        names += ["is_visual"] if plan.points else []
+        names += ["is_visual"] if plan.uses_visual else []
+        names += ["image_index"] if plan.uses_image else []
         names += ["guide"] if plan.uses_guide else []
-        names += [f"keep_{i}" for i in range(len(plan.points))]
+        names += [name for i, p in enumerate(plan.points) for name in budget_names(p, i)]
         names += ["tail"]
         names += ["priority"] if plan.uses_priority else []
         names += self.deepstack
@@ -120,7 +132,7 @@ class DecoderProgram(nn.Module):
 
     def forward(self, feed: Tensors) -> Tensors:
         hidden, position = feed["inputs_embeds"], feed["position_ids"]
-        is_visual, priority = feed.get("is_visual"), feed.get("priority")
+        is_visual, priority, image = feed.get("is_visual"), feed.get("priority"), feed.get("image_index")
         deepstack = [feed[name] for name in self.deepstack]
         out: Tensors = {}
         summed: torch.Tensor | None = None
@@ -138,14 +150,15 @@ class DecoderProgram(nn.Module):
                     if point.score == "preview":
                         received = self.preview(scored, hidden, rotary, feed, guide)
                     score = received[:, feed[past_names(scored)[0]].shape[2] :]
-                kept = OPS["KeepTopK"].torch_op(score, is_visual, feed[f"keep_{j - 1}"])
-                out[f"kept_{j - 1}"] = kept
+                hidden, kept = self.cut(j - 1, hidden, score, image if point.per_image else is_visual, feed)
                 compact = OPS["CompactRows"].torch_op
-                hidden, position = compact(hidden, kept), compacted_positions(position, kept)
+                out[f"kept_{j - 1}"] = kept
+                position = compacted_positions(position, kept)
                 # Features of layers behind the point are pruned with the same rows, those of earlier ones are used up.
                 deepstack = [compact(x, kept) if i >= point.layer else x for i, x in enumerate(deepstack)]
                 if j < len(self.plan.points):
-                    is_visual = compact(is_visual, kept)
+                    is_visual = compact(is_visual, kept) if is_visual is not None else None
+                    image = compact(image, kept) if image is not None else None
                     priority = compact(priority, kept) if priority is not None else None
                 rotary = self.rotary_emb(hidden, position)
             for i in segment:
@@ -172,6 +185,17 @@ class DecoderProgram(nn.Module):
         last = torch.arange(wanted, device=hidden.device) + (rows - wanted)
         out["logits"] = self.lm_head(self.norm(hidden.index_select(1, last))).float()
         return {name: out[name] for name in self.outputs}
+
+    def cut(
+        self, i: int, hidden: torch.Tensor, score: torch.Tensor | None, of_rows: torch.Tensor | None, feed: Tensors
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states behind prune point i, and which rows they are. of_rows: image_index or is_visual, by the op."""
+        point = self.plan.points[i]
+        budget = [feed[name] for name in budget_names(point, i)]
+        if point.merge:
+            return OPS["MergeDropped"].torch_op(hidden, score, of_rows, *budget)
+        kept = OPS["KeepPerImage" if point.per_image else "KeepTopK"].torch_op(score, of_rows, *budget)
+        return OPS["CompactRows"].torch_op(hidden, kept), kept
 
     def preview(
         self, layer: int, hidden: torch.Tensor, rotary: Any, feed: Tensors, guide: torch.Tensor | None

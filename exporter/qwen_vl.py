@@ -15,14 +15,21 @@ import torch
 
 from exporter.attention import Blocks, register_blocks
 from exporter.family import SEED, Dims, Family, Tensors, class_of
+from exporter.looking import Look
 from graphs.layouts.patches import patch_feeds
 from graphs.spec import VisualGrid
 
 PATCHES = {1: [(10, 14)], 2: [(10, 14), (4, 18)]}
 
 
-def visual(model: Any, feed: Tensors) -> Tensors:
-    """The tower's blocks with host-computed layouts, then the merger: [P, 3·frames·patch²] → [V,D]."""
+Seen = list[tuple[torch.Tensor, torch.Tensor, float]]
+
+
+def visual(model: Any, feed: Tensors, seen: Seen | None = None) -> Tensors:
+    """The tower's blocks with host-computed layouts, then the merger: [P, 3·frames·patch²] → [V,D].
+
+    seen: takes q, k and the scale of the last layer that sees whole images.
+    """
     tower = model.model.visual
     hidden = tower.patch_embed(feed["pixel_values"])
     if "table_rows" in feed:
@@ -32,6 +39,8 @@ def visual(model: Any, feed: Tensors) -> Tensors:
     images = Blocks(feed["image_rows"], feed["image_place"])
     windows = Blocks(feed["window_rows"], feed["window_place"]) if "window_rows" in feed else images
     whole = getattr(tower, "fullatt_block_indexes", range(len(tower.blocks)))
+    watched = Blocks(images.rows, images.place, seen)
+    last = max(i for i in range(len(tower.blocks)) if i in whole)
     deep_layers = getattr(tower, "deepstack_visual_indexes", ())
     out = {}
     for i, block in enumerate(tower.blocks):
@@ -40,12 +49,21 @@ def visual(model: Any, feed: Tensors) -> Tensors:
             cu_seqlens=None,
             max_seqlen=0,
             position_embeddings=angles,
-            saccade_blocks=images if i in whole else windows,
+            saccade_blocks=watched if i == last else images if i in whole else windows,
         )
         if i in deep_layers:
             number = list(deep_layers).index(i)
             out[f"visual_deepstack_{number}"] = tower.deepstack_merger_list[number](hidden)
     return {"visual_embeds": tower.merger(hidden), **out}
+
+
+def look(model: Any, feed: Tensors) -> Look:
+    """The attention of the last layer that sees whole images; a visual token's value is the mean of its patches'."""
+    seen: Seen = []
+    out = visual(model, feed, seen)
+    query, key, scale = seen[0]
+    parts = model.config.vision_config.spatial_merge_size**2
+    return Look(out, query, key, scale, parts=parts, tokens_of=lambda x: x.unflatten(1, (-1, parts)).mean(2))
 
 
 def grid(config: Any) -> VisualGrid:
@@ -82,9 +100,19 @@ def dims(grid: VisualGrid) -> Dims:
     return named
 
 
+def shapes_of(grid: VisualGrid, images: int) -> list[tuple[int, int]]:
+    """Rows and columns of patches of one or two images."""
+    return [(h // 2 * grid.merge, w // 2 * grid.merge) for h, w in PATCHES[images]]
+
+
+def counts(grid: VisualGrid, images: int) -> list[int]:
+    """Visual tokens of each image of ``example``."""
+    return [h * w // grid.merge**2 for h, w in shapes_of(grid, images)]
+
+
 def example(grid: VisualGrid, images: int) -> Tensors:
     """One or two images of different shapes."""
-    shapes = [(h // 2 * grid.merge, w // 2 * grid.merge) for h, w in PATCHES[images]]
+    shapes = shapes_of(grid, images)
     draw = torch.Generator().manual_seed(SEED)
     patches = sum(h * w for h, w in shapes)
     pixels = torch.randn(patches, 3 * grid.frames * grid.patch**2, generator=draw)
@@ -109,6 +137,8 @@ record = partial(
     grid=grid,
     dims=dims,
     example=example,
+    counts=counts,
+    look=look,
     position_axes=3,
     deepstack=deepstack,
     prepare=prepare,

@@ -14,7 +14,7 @@ from graphs.spec import DType, LanguageModel, StageSpec, TensorSpec, VisualGrid,
 from graphs.weights import TensorSlice
 
 ONNX_NAME = {"float32": "FLOAT", "float16": "FLOAT16"}
-CARRIERS = ("guide", "tail", "keep_", "merge_")
+CARRIERS = ("guide", "tail", "keep_", "merge_", "recycle_")
 DTYPES: dict[str, DType] = {
     "FLOAT": "float32",
     "FLOAT16": "float16",
@@ -45,6 +45,7 @@ def examples_of(
         guide=6,
         keep=tuple(rows - 2 - i for i in range(points)),
         tail=2,
+        merging=(3, 5),
     )
     dims: Dims = {
         "inputs_embeds": (1, "S", width),
@@ -53,7 +54,10 @@ def examples_of(
         "priority": (1, "S"),
         "guide": ("G",),
         "tail": ("R",),
-        **{f"keep_{i}": (f"S_{i + 1}",) for i in range(points)},
+        "image_index": (1, "S"),
+        **{f"{name}_{i}": (f"S_{i + 1}",) for i in range(points) for name in ("keep", "pick")},
+        **{f"merge_{i}": (f"M_{i + 1}",) for i in range(points)},
+        **{f"recycle_{i}": (f"Q_{i + 1}",) for i in range(points)},
         **dict.fromkeys(deepstack, (1, "S", width)),
     }
     for j, segment in enumerate(decoder.segments):

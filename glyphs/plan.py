@@ -60,9 +60,9 @@ PLANS = {
         (
             Stage(8000, 0, 2e-3, 5e-4),
             Stage(8050, 4, 1.4e-3, 1e-3),
-            Stage(4800, 2, 1.2e-3, 5e-5, look=True),
+            Stage(5800, 2, 1.2e-3, 5e-5, look=True),
             Stage(200, 1, 1e-4, 0.0),
-            Stage(700, 1, 4e-4, 0.0, spare=0.75),
+            Stage(900, 1, 4e-4, 0.0, spare=0.75),
         ),
     ),
     "small": Plan("small", (Stage(3000, 0, 2e-3, 1e-3), Stage(15000, 1, 1.5e-3, 2e-4)), seed=1, enough=0.80),

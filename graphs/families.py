@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,12 @@ class FamilyNote:
     example: str
     image: str
     note: str = ""
+    refuses: Mapping[str, str] = field(default_factory=dict)  # score of the vision stage → why it does not serve
+
+
+NO_CLASS = "its vision tower has no class token"
+JOINED = "its tokens are cut from tiles and joined by place behind the tower, and tokens merged inside have lost theirs"
+PATCHES = "its tower takes patches of all images in blocks that the host lays out, and merging inside would undo them"
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ KNOWN = (
         "LlavaNextForConditionalGeneration",
         "llava-hf/llava-v1.6-mistral-7b-hf",
         "a whole view and tiles joined into one map",
+        refuses={"tome": JOINED},
     ),
     FamilyNote(
         "llava_onevision",
@@ -39,6 +47,7 @@ KNOWN = (
         "llava-hf/llava-onevision-qwen2-7b-ov-hf",
         "a whole view and tiles joined into one map, shrunk where it is large",
         "several images at once are not cut, as the processor has it",
+        {"cls": NO_CLASS, "tome": JOINED},
     ),
     FamilyNote(
         "internvl",
@@ -48,7 +57,11 @@ KNOWN = (
         "the converted checkpoints, whose names end in -hf (2.5, 3, 3.5)",
     ),
     FamilyNote(
-        "qwen2_vl", "Qwen2VLForConditionalGeneration", "Qwen/Qwen2-VL-2B-Instruct", "its own resolution in patches"
+        "qwen2_vl",
+        "Qwen2VLForConditionalGeneration",
+        "Qwen/Qwen2-VL-2B-Instruct",
+        "its own resolution in patches",
+        refuses={"cls": NO_CLASS, "tome": PATCHES},
     ),
     FamilyNote(
         "qwen2_5_vl",
@@ -56,6 +69,7 @@ KNOWN = (
         "Qwen/Qwen2.5-VL-3B-Instruct",
         "its own resolution in patches",
         "windowed layers attend by window: memory grows with the patches, not their square",
+        {"cls": NO_CLASS, "tome": PATCHES},
     ),
     FamilyNote(
         "qwen3_vl",
@@ -63,18 +77,21 @@ KNOWN = (
         "Qwen/Qwen3-VL-2B-Instruct",
         "its own resolution in patches",
         "deepstack features are pruned with the same rows",
+        {"cls": NO_CLASS, "tome": PATCHES},
     ),
     FamilyNote(
         "idefics3",
         "Idefics3ForConditionalGeneration",
         "HuggingFaceM4/Idefics3-8B-Llama3",
         "named tiles and a whole view",
+        refuses={"cls": NO_CLASS},
     ),
     FamilyNote(
         "smolvlm",
         "SmolVLMForConditionalGeneration",
         "HuggingFaceTB/SmolVLM2-500M-Instruct",
         "named tiles and a whole view",
+        refuses={"cls": NO_CLASS},
     ),
 )
 REFUSED = (
@@ -88,6 +105,11 @@ REFUSED = (
 )
 
 
+def refusal(family: str, score: str) -> str | None:
+    """Why a score of the vision stage does not serve a family, None where it does."""
+    return next((f.refuses.get(score) for f in KNOWN if f.name == family), None)
+
+
 def documents() -> list[dict[str, object]]:
     """The table as JSON knows it: the known families, then the refused."""
     known = [
@@ -98,6 +120,7 @@ def documents() -> list[dict[str, object]]:
             "example": f.example,
             "image": f.image,
             "note": f.note,
+            "refuses": dict(f.refuses),
         }
         for f in KNOWN
     ]

@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from graphs.errors import UsageError
+from graphs.merging import checked_merging, recycling
 
 Score = Literal["attention", "preview", "priority", "random"]
 Rows = Literal["text", "last", "text_and_last_visual", "raters"]
@@ -63,12 +64,21 @@ class PrunePoint(Budget):
     (SGL's large model); ``random``: the same input, drawn by the host from ``seed``.
     rows: ``text`` behind the last image, ``last`` row only, or ``raters``: the text rows whose relevance to the
     image is at least the mean (SparseVLM).
+    per_image: each image keeps its own share, at least one token; else the best of all images together.
+    merge: this share of the kept tokens are clusters of the best of the dropped, ``recycle`` of those (SparseVLM).
     """
 
     layer: int = Field(ge=0)
     score: Score
     rows: Rows = "text"
     seed: int = Field(default=0, ge=0)
+    per_image: bool = False
+    merge: float = Field(default=0.0, ge=0, lt=1)
+    recycle: float = Field(default=0.3, gt=0, le=1)
+
+    def merging(self, before: int, kept: int) -> tuple[int, int]:
+        """Lengths of the carriers merge_i and recycle_i where ``kept`` of ``before`` visual tokens go on."""
+        return recycling(before, kept, self.merge, self.recycle)
 
 
 class VisionPoint(Budget):
@@ -142,6 +152,16 @@ class PruningPlan(Record):
         return any(p.score in FROM_OUTSIDE for p in self.points)
 
     @property
+    def uses_visual(self) -> bool:
+        """Whether the decoder graph has the input ``is_visual``."""
+        return self.attention_rows == "raters" or any(not p.per_image for p in self.points)
+
+    @property
+    def uses_image(self) -> bool:
+        """Whether the decoder graph has the input ``image_index``: which image each row is of."""
+        return any(p.per_image for p in self.points)
+
+    @property
     def needs_guidance(self) -> bool:
         """Whether another model has to say what stays."""
         return any(p.score == "priority" for p in self.points)
@@ -212,6 +232,16 @@ class PruningPlan(Record):
                 f"plan {self.name}: prune points keep {said} of the original tokens "
                 "in turn, but what is dropped is gone; order them down"
             )
+        if any(b.per_image and not a.per_image for a, b in pairwise(self.points)):
+            raise UsageError(
+                f"plan {self.name}: a point per image stands behind one that is not, and nobody knows how many tokens "
+                "that one leaves of each image; put points per image first"
+            )
+        if any(p.per_image and p.merge for p in self.points):
+            raise UsageError(
+                f"plan {self.name}: merging in the decoder clusters the dropped tokens of all images together; give "
+                "merge or per_image, not both"
+            )
         if self.vision and self.vision.score in ("zip", "tome") and not self.vision.per_image:
             raise UsageError(
                 f"plan {self.name}: score {self.vision.score!r} merges tokens of one image, so each image keeps its "
@@ -277,26 +307,6 @@ def kept_count(tokens: int, keep: float) -> int:
     if not 0 < keep <= 1:
         raise UsageError(f"keep is {keep:g}, but must lie in (0, 1]; give the share of visual tokens to keep")
     return max(1, int(tokens * keep + 1e-9)) if tokens else 0
-
-
-def merge_schedule(tokens: int, keep: int, layers: int) -> list[int]:
-    """Tokens of an image left behind each tower layer, as evenly as whole numbers go; ends at ``keep`` (ToMe)."""
-    return [tokens - (tokens - keep) * (i + 1) // layers for i in range(layers)]
-
-
-def checked_merging(tokens: int, keep: int, layers: int) -> None:
-    """UsageError where a layer would have to merge more than half of its tokens."""
-    if not _can_merge(tokens, keep, layers):
-        fewest = next(k for k in range(keep, tokens + 1) if _can_merge(tokens, k, layers))
-        raise UsageError(
-            f"merging {tokens} tokens down to {keep} in {layers} layers would take more than half of a layer's tokens; "
-            f"keep at least {fewest}"
-        )
-
-
-def _can_merge(tokens: int, keep: int, layers: int) -> bool:
-    lefts = [tokens, *merge_schedule(tokens, keep, layers)]
-    return all(a - b <= a // 2 for a, b in pairwise(lefts))
 
 
 def checked_keep(values: Sequence[float]) -> tuple[float, ...]:

@@ -42,8 +42,7 @@ from graphs.plan import (
 SCHEMA: Literal["saccade.plan/1"] = "saccade.plan/1"
 Layer = Annotated[StrictInt, Field(ge=0)]
 Share = Annotated[StrictFloat, Field(ge=0, lt=1)]
-DECODER_ONLY = ("rows",)
-VISION_ONLY = ("per_image", "merge")
+DECODER_ONLY = ("rows", "recycle")
 
 
 class PointDocument(Record):
@@ -56,6 +55,7 @@ class PointDocument(Record):
     count: Annotated[StrictInt, Field(ge=1)] | None = None
     per_image: bool = False
     merge: float = Field(default=0.0, ge=0, lt=1)
+    recycle: float = Field(default=0.3, gt=0, le=1)
     seed: int = Field(default=0, ge=0)
 
 
@@ -128,7 +128,6 @@ class PlanDocument(Record):
         )
 
     def _prune_point(self, i: int, p: PointDocument, layers: int) -> PrunePoint:
-        self._refuse_fields(i, p, VISION_ONLY, "in the decoder, where the rows of all images are one sequence")
         if p.score not in get_args(Score):
             raise UsageError(
                 f"plan {self.name}: point {i} is before a decoder layer, where there is no score {p.score!r}; "
@@ -139,7 +138,20 @@ class PlanDocument(Record):
         if isinstance(layer, float):
             layer = layer_of(layer, layers)
             layer = max(1, layer) if p.score == "attention" else layer
-        return PrunePoint(layer=layer, score=p.score, rows=p.rows, seed=p.seed, **self._budget(i, p))  # type: ignore[arg-type]
+        if p.recycle != PointDocument.model_fields["recycle"].default and not p.merge:
+            raise UsageError(
+                f"plan {self.name}: point {i} recycles but merges nothing; give merge, or leave recycle out"
+            )
+        return PrunePoint(
+            layer=layer,
+            score=p.score,  # type: ignore[arg-type]
+            rows=p.rows,
+            seed=p.seed,
+            per_image=p.per_image,
+            merge=p.merge,
+            recycle=p.recycle,
+            **self._budget(i, p),
+        )
 
     def _budget(self, i: int, p: PointDocument) -> dict[str, Any]:
         if (p.keep is None) == (p.count is None):

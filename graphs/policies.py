@@ -70,22 +70,24 @@ TABLE = (
     ),
     Policy(
         "fastervlm",
-        "What each visual token receives from the tower's class token, in the layer whose output is used. "
-        "Towers with a class token only (LLaVA-1.5's CLIP).",
+        "What each visual token receives from the tower's class token, in the layer whose output is used, as a mean "
+        "over its patches. Towers with a class token only (CLIP, InternViT).",
         "FasterVLM, arXiv 2412.01818: keep 144 of 576 (the mildest of 144, 58, 29)",
         _always(_point("vision", "cls", keep=0.25, per_image=True)),
     ),
     Policy(
         "visionzip",
-        "As fastervlm for the dominant tokens; the rest is averaged into contextual ones by the likeness of keys, "
-        "before the projector. In image order; the class token itself is not passed on.",
+        "As fastervlm for the dominant tokens, in towers without a class token by attention received from all patches; "
+        "the rest is averaged into contextual ones by the likeness of keys. In image order; the class token itself is "
+        "not passed on.",
         "VisionZip, arXiv 2412.04467: 54 dominant and 10 contextual of 576",
         _always(_point("vision", "zip", keep=64 / 576, per_image=True, merge=10 / 64)),
     ),
     Policy(
         "tome",
         "Merges the most alike tokens in every tower layer, evenly, weighing attention by size; SGL's other baseline. "
-        "A merged token stands where the one stood that the others were merged into.",
+        "A merged token stands where the one stood that the others were merged into; where a visual token is several "
+        "patches, whole ones are merged.",
         "ToMe, arXiv 2210.09461; the paper has no LVLM budget: keep 25 % is ours",
         _always(_point("vision", "tome", keep=0.25, per_image=True)),
     ),
@@ -123,13 +125,20 @@ TABLE = (
     ),
     Policy(
         "sparsevlm",
-        "What the text rows that are about the image (relevance to it at least the mean) attend to, three times. "
-        "The dropped are not merged.",
-        "SparseVLM, arXiv 2410.04417: after layers 2, 6, 15 of 32, keep 66, 30, 17 of 576",
+        "What the text rows that are about the image (relevance to it at least the mean) attend to, three times. Of "
+        "the dropped the best 30 % are clustered by density peaks; each cluster's mean goes on at its centre's place.",
+        "SparseVLM, arXiv 2410.04417: after layers 2, 6, 15 of 32, keep 66, 30, 17 of 576 and behind them a tenth of "
+        "the recycled as clusters (16, 2, 1)",
         _always(
             *(
-                _point(layer / 32, "attention", rows="raters", keep=count / 576)
-                for layer, count in ((3, 66), (7, 30), (16, 17))
+                _point(
+                    layer / 32,
+                    "attention",
+                    rows="raters",
+                    keep=(count + clusters) / 576,
+                    merge=clusters / (count + clusters),
+                )
+                for layer, count, clusters in ((3, 66, 16), (7, 30, 2), (16, 17, 1))
             )
         ),
     ),

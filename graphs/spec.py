@@ -3,7 +3,8 @@
 Legend of symbolic dimensions in tensor shapes:
 B batch (1), S rows of this chunk, S_i rows behind prune point i-1, P_j cached rows of segment j,
 G guide rows, R rows with logits, V visual rows of all images, N images or tiles, T = P_0 + S,
-m·V patches of all images (m = merge²), W attention windows, I images, K patches of the longest.
+m·V patches of all images (m = merge²), W attention windows, I images, K patches of the longest;
+K_v tokens that the vision stage keeps, M merged ones, M_i and Q_i merged and recycled rows of prune point i-1.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from graphs.errors import BadArtefact
-from graphs.plan import PruningPlan, Record, Role
+from graphs.plan import PrunePoint, PruningPlan, Record, Role
 
 SPEC_FILE = "spec.json"
 GOLDEN_FILE = "golden.safetensors"
@@ -90,6 +91,11 @@ class VisualGrid(Record):
         """Visual tokens of one tile."""
         return self.rows * self.columns
 
+    @property
+    def tokens_alike(self) -> bool:
+        """Whether images are tiles of equally many tokens; else they are packed behind each other."""
+        return self.kind in ("fixed", "tiles")
+
 
 class Tokens(Record):
     """Token ids with a meaning for the runtime; ``image`` is also the placeholder's text."""
@@ -129,6 +135,13 @@ class ExportSpec(Record):
     def dumps(self) -> str:
         """The file's text."""
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2) + "\n"
+
+
+def budget_names(point: PrunePoint, i: int) -> tuple[str, ...]:
+    """The decoder's inputs that say how many rows stay at prune point i; all carriers but pick_i."""
+    if point.per_image:
+        return (f"pick_{i}",)
+    return (f"keep_{i}", f"merge_{i}", f"recycle_{i}") if point.merge else (f"keep_{i}",)
 
 
 def past_names(layer: int) -> tuple[str, str]:

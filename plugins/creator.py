@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from graphs.errors import BackendMissing, UsageError
+from graphs.errors import BackendMissing
 from graphs.ops import DOMAIN
 from plugins.cubin_file import Cubin, pack, unpack
 from plugins.launch import Launcher
@@ -57,15 +57,17 @@ def creator_class_of(trt: Any) -> Any:
     """The creator class for one TensorRT module."""
     plugin_class = plugin_class_of(trt)
 
-    class SaccadeCreator(trt.IPluginCreatorV3One):  # type: ignore[misc]
+    class SaccadeCreator(trt.IPluginCreatorV3One):
         """Makes the plugins of one op, from a node's attributes at build and from an engine's fields at run."""
 
         def __init__(self, served: ServedOp) -> None:
             super().__init__()
             self.served = served
             self.name, self.plugin_version, self.plugin_namespace = served.op, VERSION, DOMAIN
-            fields = [trt.PluginField(name, np.array([]), trt.PluginFieldType.FLOAT32) for name in served.attributes]
-            self.field_names = trt.PluginFieldCollection(fields)
+            self.fields = [
+                trt.PluginField(name, np.array([]), trt.PluginFieldType.FLOAT32) for name in served.attributes
+            ]
+            self.field_names = trt.PluginFieldCollection(self.fields)
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
             """Return a plugin; at run its cubins come from the fields."""
@@ -83,9 +85,7 @@ def creator_class_of(trt: Any) -> Any:
 def plugin_class_of(trt: Any) -> Any:
     """The plugin class for one TensorRT module."""
 
-    class SaccadePlugin(  # type: ignore[misc]
-        trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime
-    ):
+    class SaccadePlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
         """One node of ours, served by kernels."""
 
         def __init__(
@@ -200,10 +200,3 @@ def _largest(dims: tuple[int, ...], largest: tuple[int, ...]) -> tuple[int, ...]
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def wanted(trt: Any) -> tuple[int, ...]:
-    """The SMs that builds of this process compile for; UsageError before ``register``."""
-    if trt.__name__ not in _wanted_sms:
-        raise UsageError(f"no plugin is registered with {trt.__name__}: call plugins.registry.register first")
-    return _wanted_sms[trt.__name__]

@@ -4,11 +4,15 @@ from graphs.ops import (
     attention_received,
     block_attention,
     compact_rows,
+    keep_per_image,
     keep_topk,
     merge_context,
+    merge_context_within,
+    merge_dropped,
     merge_pairs,
     rated_attention_received,
     received_from_all,
+    received_within,
     text_raters,
 )
 from graphs.ops.op import DOMAIN, VERSION, Op
@@ -25,6 +29,10 @@ OPS: dict[str, Op] = {
         merge_context.OP,
         merge_pairs.OP,
         block_attention.OP,
+        keep_per_image.OP,
+        received_within.OP,
+        merge_context_within.OP,
+        merge_dropped.OP,
     )
 }
 

@@ -25,17 +25,24 @@ HEADS = {
 }
 
 
-def body_of(name: str, *, causal: bool = True, weighted: bool = False) -> str:
+def body_of(name: str, *, causal: bool = True, weighted: bool = False, within: bool = False) -> str:
     """The body of this op and of its kin: the same walk over pieces of the last rows.
 
     causal: the rows are the last ones of ``guide`` (a carrier) and see no later key; else all of q, and see all.
-    weighted: the rows' weights [B,G] stand in for the carrier.
+    weighted: the rows' weights [B,G] stand in for the carrier. within: a row sees the keys of its own ``image`` [B,T].
     """
     inputs, guides = HEADS[causal, weighted]
+    inputs += ", image" if within else ""
     mask = """last_key = Add (guide_real, before_guide)
       last_key_column = Unsqueeze (last_key, one_1)
       visible = LessOrEqual (key_of, last_key_column)
       logit_seen = Where (visible, logit, none)"""
+    own_image = """image_piece = Gather <axis: int = 1> (image, guide_real)
+      image_row = Unsqueeze (image_piece, head_and_width)
+      image_key = Unsqueeze (image, head_and_row)
+      visible = Equal (image_row, image_key)
+      logit_seen = Where (visible, logit, none)"""
+    seen = mask if causal else own_image if within else "logit_seen = Identity (logit)"
     weight = """weight_piece = Gather <axis: int = 1> (weight, guide_real)
       weight_once = Mul (weight_piece, real)
       weight_column = Unsqueeze (weight_once, head_and_width)"""
@@ -93,7 +100,7 @@ def body_of(name: str, *, causal: bool = True, weighted: bool = False) -> str:
       q_grouped = Reshape (q_piece, grouped_shape)
       logit_grouped = MatMul (q_grouped, k_turned)
       logit = Reshape (logit_grouped, map_shape)
-      {mask if causal else "logit_seen = Identity (logit)"}
+      {seen}
       share = Softmax <axis: int = -1> (logit_seen)
       is_real = Equal (guide_of, guide_real)
       real = Cast <to: int = 1> (is_real)

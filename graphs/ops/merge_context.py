@@ -9,32 +9,47 @@ stands at its target's place.
 Source: VisionZip (arXiv 2412.04467), authors' code dvlab-research/VisionZip ccb20fe, which appends the contextual
 tokens behind the dominant ones; here all are in image order, as causal decoders want them. Shape rule:
 x [B,V,C], key [B,V,E], dominant int64 [B,A], merge [M] → tokens x's dtype [B,A+M,C], kept int64 [B,A+M]; M ≤ V − A.
-No sort meets a tie, so every runtime orders alike.
+A key of zeros (a newline's) is like no other. No sort meets a tie, so every runtime orders alike.
 """
 
 from typing import Any
 
 from graphs.ops.op import Op
 
-BODY = """
+
+def body_of(name: str, *, within: bool = False) -> str:
+    """The body of this op and of its kin. within: images are packed in one row, ``target`` is given by the host."""
+    inputs = "x, key, image, dominant, target" if within else "x, key, dominant, merge"
+    targets = "merge_1 = Shape (target)" if within else "merge_1 = Shape (merge)"
+    stride = """stride = Div (rests, merges)
+  target = Mul (merge_of, stride)"""
+    own_image = """image_rest = GatherElements <axis: int = 1> (image, rest)
+  image_row = Unsqueeze (image_rest, last_axis)
+  image_target = Gather <axis: int = 1> (image_rest, target)
+  image_column = Unsqueeze (image_target, one_1)
+  same = Equal (image_row, image_column)
+  likeness = Where (same, similarity, never)"""
+    return f"""
 <domain: "saccade", opset_import: ["" : 23]>
-MergeContext (x, key, dominant, merge) => (tokens, kept)
-{
+{name} ({inputs}) => (tokens, kept)
+{{
   zero = Constant <value_int: int = 0> ()
   one = Constant <value_int: int = 1> ()
   one_1 = Constant <value_ints: ints = [1]> ()
   last_axis = Constant <value_ints: ints = [-1]> ()
-  unit = Constant <value: tensor = float {1.0}> ()
+  unit = Constant <value: tensor = float {{1.0}}> ()
+  tiny = Constant <value: tensor = float {{1e-12}}> ()
+  never = Constant <value: tensor = float {{-inf}}> ()
   batch_token_2 = Shape <start: int = 0, end: int = 2> (x)
   token_1 = Shape <start: int = 1, end: int = 2> (x)
   dominant_1 = Shape <start: int = 1, end: int = 2> (dominant)
-  merge_1 = Shape (merge)
+  {targets}
   rest_1 = Sub (token_1, dominant_1)
   tokens_0 = Squeeze (token_1)
   merges = Squeeze (merge_1)
   rests = Squeeze (rest_1)
   token_of = Range (zero, tokens_0, one)
-  none_dominant = ConstantOfShape <value: tensor = int64[1] {0}> (batch_token_2)
+  none_dominant = ConstantOfShape <value: tensor = int64[1] {{0}}> (batch_token_2)
   dominant_shape = Shape (dominant)
   behind_all = Expand (token_1, dominant_shape)
   late = ScatterElements <axis: int = 1> (none_dominant, dominant, behind_all)
@@ -47,14 +62,15 @@ MergeContext (x, key, dominant, merge) => (tokens, kept)
   x_rest = GatherND <batch_dims: int = 1> (x_wide, rest_column)
   key_rest = GatherND <batch_dims: int = 1> (key_wide, rest_column)
   norm = ReduceL2 <keepdims: int = 1> (key_rest, last_axis)
-  alike = Div (key_rest, norm)
-  stride = Div (rests, merges)
+  norm_real = Max (norm, tiny)
+  alike = Div (key_rest, norm_real)
   merge_of = Range (zero, merges, one)
-  target = Mul (merge_of, stride)
+  {"" if within else stride}
   alike_target = Gather <axis: int = 1> (alike, target)
   alike_turned = Transpose <perm: ints = [0, 2, 1]> (alike_target)
   similarity = MatMul (alike, alike_turned)
-  joined = ArgMax <axis: int = 2, keepdims: int = 1> (similarity)
+  {own_image if within else "likeness = Identity (similarity)"}
+  joined = ArgMax <axis: int = 2, keepdims: int = 1> (likeness)
   joins = Equal (joined, merge_of)
   joins_wide = Cast <to: int = 1> (joins)
   rest_of = Range (zero, rests, one)
@@ -83,8 +99,34 @@ MergeContext (x, key, dominant, merge) => (tokens, kept)
   order_column = Unsqueeze (order, last_axis)
   tokens = GatherND <batch_dims: int = 1> (together, order_column)
   kept = GatherElements <axis: int = 1> (together_at, order)
-}
+}}
 """
+
+
+BODY = body_of("MergeContext")
+
+
+def merged(x: Any, key: Any, dominant: Any, target: Any, image: Any = None) -> Any:
+    """The formula in torch: x [B,V,C], key [B,V,E], dominant [B,A], target [M] into the rest, image [B,V] or None."""
+    import torch
+
+    (b, v, _), a, m = x.shape, dominant.shape[1], target.shape[0]
+    image_B1 = torch.arange(b, device=x.device)[:, None]
+    late_BV = torch.zeros(b, v, device=x.device).scatter(1, dominant, 1)
+    rest_BR = late_BV.sort(dim=1, stable=True).indices[:, : v - a]
+    x_BRC, key_BRE = x[image_B1, rest_BR].float(), key[image_B1, rest_BR].float()
+    alike_BRE = key_BRE / key_BRE.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    likeness_BRM = alike_BRE @ alike_BRE[:, target].transpose(1, 2)
+    if image is not None:
+        of_BR = image.gather(1, rest_BR)
+        likeness_BRM = likeness_BRM.masked_fill(of_BR[:, :, None] != of_BR[:, None, target], -torch.inf)
+    assigned_BRM = torch.nn.functional.one_hot(likeness_BRM.argmax(-1), m).float()
+    assigned_BRM[:, target] = 0
+    summed_BMC = assigned_BRM.transpose(1, 2) @ x_BRC
+    context_BMC = x_BRC[:, target] + summed_BMC / assigned_BRM.sum(1).clamp(min=1)[..., None]
+    together = torch.cat([x[image_B1, dominant], context_BMC.to(x.dtype)], 1)
+    kept, order = torch.cat([dominant, rest_BR[:, target]], 1).sort(dim=1)
+    return together[image_B1, order], kept
 
 
 def define() -> Any:
@@ -95,21 +137,8 @@ def define() -> Any:
     def merge_context(
         x: torch.Tensor, key: torch.Tensor, dominant: torch.Tensor, merge: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        (b, v, _), a, m = x.shape, dominant.shape[1], merge.shape[0]
-        image_B1 = torch.arange(b, device=x.device)[:, None]
-        late_BV = torch.zeros(b, v, device=x.device).scatter(1, dominant, 1)
-        rest_BR = late_BV.sort(dim=1, stable=True).indices[:, : v - a]
-        x_BRC, key_BRE = x[image_B1, rest_BR].float(), key[image_B1, rest_BR].float()
-        alike_BRE = key_BRE / key_BRE.norm(dim=-1, keepdim=True)
-        target_M = torch.arange(m, device=x.device) * ((v - a) // m)
-        joined_BR = (alike_BRE @ alike_BRE[:, target_M].transpose(1, 2)).argmax(-1)
-        assigned_BRM = torch.nn.functional.one_hot(joined_BR, m).float()
-        assigned_BRM[:, target_M] = 0
-        summed_BMC = assigned_BRM.transpose(1, 2) @ x_BRC
-        context_BMC = x_BRC[:, target_M] + summed_BMC / assigned_BRM.sum(1).clamp(min=1)[..., None]
-        together = torch.cat([x[image_B1, dominant], context_BMC.to(x.dtype)], 1)
-        kept, order = torch.cat([dominant, rest_BR[:, target_M]], 1).sort(dim=1)
-        return together[image_B1, order], kept
+        m = merge.shape[0]
+        return merged(x, key, dominant, torch.arange(m, device=x.device) * ((x.shape[1] - dominant.shape[1]) // m))
 
     @merge_context.register_fake
     def _(

@@ -8,19 +8,24 @@ from graphs.rules.rule import Node, Report, Stage, all_inputs_of, nodes_of, stag
 from graphs.spec import present_names
 
 RECEIVED = ("AttentionReceived", "RatedAttentionReceived")
+CUTS = ("KeepTopK", "KeepPerImage", "MergeDropped")
 AGAIN = "export the checkpoint again under the wanted plan"
 
 
 @stage_rule("G501", "prune points differ", AGAIN)
 def prune_points_differ(stage: Stage) -> Report:
-    """There is one KeepTopK per prune point, and layer l lies behind exactly the points of the plan before it."""
+    """There is one op per prune point, the one its plan asks for, and layer l lies behind exactly those before it."""
     if not stage.is_decoder:
         return
-    plan, cuts = stage.spec.plan, _ours(stage, "KeepTopK")
+    plan, cuts = stage.spec.plan, _ours(stage, *CUTS)
     if len(cuts) != len(plan.points):
         yield "KeepTopK", f"{len(cuts)} in the graph, {len(plan.points)} prune points in plan {plan.name}"
         return
-    before = _bits_before(stage, {node.output[0]: 1 << i for i, node in enumerate(cuts)})
+    for i, (cut, point) in enumerate(zip(cuts, plan.points, strict=True)):
+        op = "MergeDropped" if point.merge else "KeepPerImage" if point.per_image else "KeepTopK"
+        if cut.op_type != op:
+            yield f"prune point {i}", f"it is a {cut.op_type}, plan {plan.name} needs {op}"
+    before = _bits_before(stage, {name: 1 << i for i, node in enumerate(cuts) for name in node.output})
     for layer in range(stage.spec.language.layers):
         wanted = sum(point.layer <= layer for point in plan.points)
         for name in present_names(layer):
@@ -31,14 +36,14 @@ def prune_points_differ(stage: Stage) -> Report:
 @stage_rule("G502", "score differs", AGAIN)
 def score_differs(stage: Stage) -> Report:
     """A prune point goes by the input ``priority`` or by attention received, as the plan says."""
-    cuts = _ours(stage, "KeepTopK")
+    cuts = _ours(stage, *CUTS)
     if not stage.is_decoder or len(cuts) != len(stage.spec.plan.points):
         return
     received = {node.output[0]: 2 for node in _ours(stage, *RECEIVED)}
-    before = _bits_before(stage, {"priority": 1, **received}, opaque=("CompactRows",))
+    before = _bits_before(stage, {"priority": 1, **received}, opaque=("CompactRows", "MergeDropped"))
     for i, (cut, point) in enumerate(zip(cuts, stage.spec.plan.points, strict=True)):
         wanted = 1 if point.score in FROM_OUTSIDE else 2
-        if not before.get(cut.input[0], 0) & wanted:
+        if not before.get(cut.input[cut.op_type == "MergeDropped"], 0) & wanted:
             yield f"prune point {i}", f"its score does not come from {point.score}"
 
 
@@ -66,10 +71,11 @@ def vision_prune_point_differs(stage: Stage) -> Report:
     if stage.name != "vision":
         return
     point = stage.spec.plan.vision
-    wanted = dict.fromkeys(("KeepTopK", "MergeContext", "MergePairs"), 0)
+    wanted = dict.fromkeys(("KeepTopK", "KeepPerImage", "MergeContext", "MergeContextWithin", "MergePairs"), 0)
     if point and not point.on_host:
-        wanted["KeepTopK"] = int(point.score != "tome")
-        wanted["MergeContext"] = int(point.merge > 0)
+        packed = not stage.spec.grid.tokens_alike
+        wanted["KeepPerImage" if packed and point.per_image else "KeepTopK"] = int(point.score != "tome")
+        wanted["MergeContextWithin" if packed else "MergeContext"] = int(point.merge > 0)
         wanted["MergePairs"] = point.tower_layers if point.score == "tome" else 0
     for op, count in wanted.items():
         if (found := len(_ours(stage, op))) != count:

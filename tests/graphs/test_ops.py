@@ -286,10 +286,13 @@ def test_a_model_with_all_bodies_passes_the_checker():
         "CompactRows": (((FLOAT, 3), (INT64, 2)), (FLOAT, 3)),
         "RatedAttentionReceived": (((FLOAT, 4), (FLOAT, 4), (FLOAT, 2)), (FLOAT, 2)),
         "ReceivedFromAll": (((FLOAT, 4), (FLOAT, 4)), (FLOAT, 2)),
+        "ReceivedWithin": (((FLOAT, 4), (FLOAT, 4), (INT64, 2)), (FLOAT, 2)),
+        "KeepPerImage": (((FLOAT, 2), (INT64, 2), (INT64, 1)), (INT64, 2)),
         "TextRaters": (((FLOAT, 3), (BOOL, 2), (INT32, 1)), (FLOAT, 2)),
         "BlockAttention": (((FLOAT, 4), (FLOAT, 4), (FLOAT, 4), (BOOL, 2)), (FLOAT, 4)),
     }
-    several_outputs = {"MergeContext", "MergePairs"}  # tests/policies/test_ops.py runs them whole
+    # These are run whole by tests/policies/test_ops.py and test_packed_ops.py.
+    several_outputs = {"MergeContext", "MergePairs", "MergeContextWithin", "MergeDropped"}
     assert set(kinds) | several_outputs == set(OPS)
     for name, (inputs, out) in kinds.items():
         onnx.checker.check_model(model_of(name, inputs, out), full_check=True)

@@ -318,6 +318,16 @@ def cut_before_another_layer(folder):
     edit_spec(folder, lambda s: s["plan"]["points"][0].update(layer=0))
 
 
+@bad("G501", role="large")
+def a_budget_per_image_promised(folder):
+    edit_spec(folder, lambda s: s["plan"]["points"][0].update(per_image=True))
+
+
+@bad("G501", role="large")
+def clusters_promised(folder):
+    edit_spec(folder, lambda s: s["plan"]["points"][0].update(merge=0.5))
+
+
 @bad("G502", role="large", also={"G503"})
 def attention_was_promised(folder):
     edit_spec(folder, lambda s: s["plan"]["points"][0].update(score="attention"))

@@ -1,7 +1,7 @@
 """Run as a program with 'plugin' or 'body': parse and build one node of every op with kernels, in TensorRT-RTX.
 
-Prints one JSON document: the type of the layer behind each node's output, and the built engine's bytes. A process of
-its own, for a failure inside a plugin aborts.
+Prints one JSON document: the type of the layer behind each node's output ('' where a body renamed it), the built
+engine's bytes and the cubins in it. A process of its own, for a failure inside a plugin aborts.
 """
 
 from __future__ import annotations
@@ -84,7 +84,10 @@ def build(served_by: str) -> dict[str, Any]:
     assert engine is not None
     return {
         "registered": registered,
-        "layers": {name: behind[name].type.name for name in ("received", "rated", "kept", "compact", "flags")},
+        "layers": {
+            name: behind[name].type.name if name in behind else ""
+            for name in ("received", "rated", "kept", "compact", "flags")
+        },
         "plugins": sum(layer.type.name == "PLUGIN_V3" for layer in layers),
         "engine_bytes": engine.nbytes,
         "cubins": cubins_in(bytes(engine)),

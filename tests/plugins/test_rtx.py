@@ -42,6 +42,7 @@ def test_a_node_with_the_attributes_is_served_by_its_kernel(tmp_path):
 def test_a_node_without_them_is_served_by_its_body(tmp_path):
     got = built("body", tmp_path)
     assert "PLUGIN_V3" not in got["layers"].values()
+    assert all(got["layers"][output] for output in ("kept", "compact", "flags"))
     assert got["plugins"] == 0
     assert got["engine_bytes"] > 0
     assert got["cubins"] == []

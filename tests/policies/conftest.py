@@ -8,6 +8,21 @@ from tests.tiny import tiny_llava
 
 
 @pytest.fixture(scope="session")
+def case_of(tmp_path_factory):
+    """``case_of(family)``: its tiny checkpoint and vision stage, made once."""
+    from tests.policies.vision_cases import VisionCase
+
+    made = {}
+
+    def case(name: str) -> VisionCase:
+        if name not in made:
+            made[name] = VisionCase(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return case
+
+
+@pytest.fixture(scope="session")
 def llava(tmp_path_factory):
     """A LLaVA of 4 layers with 16 visual tokens per image."""
     return tiny_llava(tmp_path_factory.mktemp("llava"))

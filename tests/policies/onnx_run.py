@@ -26,9 +26,25 @@ class Stages:
         return dict(zip(names, self._open[stage].run(names, feed), strict=True))
 
     def decode(
-        self, embeds, is_visual, keep, *, past=None, start=0, positions=None, priority=None, guide=None, tail=None
+        self,
+        embeds,
+        is_visual,
+        keep,
+        *,
+        past=None,
+        start=0,
+        positions=None,
+        priority=None,
+        guide=None,
+        tail=None,
+        image=None,
+        **more,
     ):
-        """One decoder run. keep: S_i behind each prune point. Returns outputs, kept rows composed into the chunk's."""
+        """One decoder run. Returns outputs, kept rows composed into the chunk's.
+
+        keep: S_i behind each prune point, or the places of the rows that stay; image: of each row, −1 for text;
+        more: lengths of other carriers.
+        """
         spec, rows = self.spec, embeds.shape[1]
         plan, language = spec.plan, spec.language
         empty = np.zeros((1, language.kv_heads, 0, language.head_dim), np.float32)
@@ -41,10 +57,16 @@ class Stages:
             "guide": np.zeros(wanted if is_visual.any() else rows, np.int32),
             "tail": np.zeros(rows if tail is None else tail, np.int32),
             "priority": np.zeros((1, rows), np.float32) if priority is None else priority[None].astype(np.float32),
-            **{f"keep_{i}": np.zeros(n, np.int32) for i, n in enumerate(keep)},
+            **{f"keep_{i}": np.zeros(n, np.int32) for i, n in enumerate(keep) if np.ndim(n) == 0},
+            **{f"pick_{i}": n for i, n in enumerate(keep) if np.ndim(n)},
+            **{name: np.zeros(n, np.int32) for name, n in more.items()},
         }
+        if image is not None:
+            feed["image_index"] = image[None]
         if keep:
-            feed["tail"] = np.zeros(min(len(feed["tail"]), keep[-1]), np.int32)
+            feed["tail"] = np.zeros(
+                min(len(feed["tail"]), np.size(keep[-1]) if np.ndim(keep[-1]) else keep[-1]), np.int32
+            )
         for i in range(language.layers):
             for past_name, present in zip(past_names(i), present_names(i), strict=True):
                 feed[past_name] = empty if past is None else past[present]

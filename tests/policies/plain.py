@@ -55,7 +55,8 @@ class PlainDecoder:
     def run(self, embeds_SD, is_visual, cuts: dict[int, tuple[Score | None, int]], positions=None, forced=None):
         """Logits [S', V] and the alive rows behind each cut.
 
-        cuts: layer → (score, how many visual tokens stay). forced: the rows to keep at each cut instead.
+        cuts: layer → (score, how many visual tokens stay), or a function of the score and the ``Rows``: it says which
+        rows stay, and what stands in all of them then. forced: the rows to keep at each cut instead.
         """
         alive = torch.arange(len(embeds_SD))
         positions = alive if positions is None else torch.as_tensor(positions)
@@ -68,7 +69,10 @@ class PlainDecoder:
                     stays = torch.isin(alive, forced[len(kept)])
                 else:
                     rows = Rows(i, alive, is_visual, positions, x_SD, embeds_SD, map_HSS, self)
-                    stays = chosen(score(rows), rows.visual, count)
+                    if callable(count):
+                        stays, x_SD = count(score(rows), rows)
+                    else:
+                        stays = chosen(score(rows), rows.visual, count)
                 x_SD, alive = x_SD[stays], alive[stays]
                 kept.append(alive)
             q, k, v = self.qkv(i, x_SD, positions[alive])

@@ -66,8 +66,13 @@ def test_where_0_is_a_layer_and_a_share_of_nothing_is_too():
         (HEAD + a_point(2, "atention", keep=0.5), "score is 'atention'; known are attention, cdpruner"),
         (HEAD + a_point(2, "cls", keep=0.5), "before a decoder layer, where there is no score 'cls'"),
         (HEAD + a_point("vision", "attention", keep=0.5), "at the vision stage, where there is no score 'attention'"),
-        (HEAD + a_point(2, "attention", keep=0.5, per_image=True), "has no per_image"),
-        (HEAD + a_point(2, "attention", keep=0.5, merge=0.5), "has no merge"),
+        (HEAD + a_point(2, "attention", keep=0.5, recycle=0.5), "recycles but merges nothing"),
+        (HEAD + a_point("vision", "cls", keep=0.5, recycle=0.5), "has no recycle"),
+        (HEAD + a_point(2, "attention", keep=0.5, merge=0.5, per_image=True), "give merge or per_image, not both"),
+        (
+            HEAD + a_point(2, "attention", keep=0.5) + a_point(3, "attention", keep=0.2, per_image=True),
+            "put points per image first",
+        ),
         (HEAD + a_point("vision", "cls", keep=0.5, rows="last"), "has no rows"),
         (HEAD + a_point("vision", "cls", keep=0.5, merge=0.5), "merge belongs to score 'zip'"),
         (HEAD + a_point("vision", "zip", keep=0.5, merge=0.1), "say per_image = true"),
@@ -124,6 +129,7 @@ documents = st.builds(
             count=st.one_of(st.none(), st.integers(1, 5000)),
             per_image=st.booleans(),
             merge=st.floats(0, 0.99),
+            recycle=st.floats(0.01, 1),
             seed=st.integers(0, 2**31),
         ),
         max_size=3,
@@ -158,11 +164,13 @@ def test_the_defaults_are_the_papers():
     assert cuts("fastv") == [(2, 0.5, "last")]
     assert cuts("pyramiddrop") == [(8, 0.5, "last"), (16, 0.25, "last"), (24, 0.125, "last")]
     assert cuts("sgl") == [(1, 0.05, "text")]
-    assert [(p.layer, p.kept_of(576), p.rows) for p in plan_of_policy("sparsevlm", "alone", 32).points] == [
-        (3, 66, "raters"),
-        (7, 30, "raters"),
-        (16, 17, "raters"),
-    ]
+    sparsevlm, before = plan_of_policy("sparsevlm", "alone", 32).points, 576
+    for point, (layer, kept, clusters, recycled) in zip(
+        sparsevlm, [(3, 66, 16, 154), (7, 30, 2, 16), (16, 17, 1, 5)], strict=True
+    ):
+        assert (point.layer, point.kept_of(576), point.rows) == (layer, kept + clusters, "raters")
+        assert point.merging(before, kept + clusters) == (clusters, recycled)
+        before = kept + clusters
     at_vision = {name: plan_of_policy(name, "alone", 32).vision.carriers(576) for name in ("fastervlm", "visionzip")}
     assert at_vision == {"fastervlm": {"keep_vision": 144}, "visionzip": {"keep_vision": 54, "merge_vision": 10}}
     assert plan_of_policy("divprune", "alone", 32).vision.kept_of(576) == 56

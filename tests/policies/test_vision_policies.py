@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from graphs.errors import UsageError
-from graphs.plan import merge_schedule
+from graphs.merging import merge_schedule
 from graphs.rules import export_from_folder, findings_in
 from tests.policies.plain import PlainDecoder, share
 from tests.policies.test_decoder_policies import all_text_mean, last_row_mean

@@ -48,11 +48,11 @@ class PlainTower:
 
 
 class Merging:
-    """ToMe by its words: tokens are lists of original patches; the class token is patch −1 and never merged."""
+    """ToMe by its words: tokens are lists of original patches; a class token is patch −1 and never merged."""
 
-    def __init__(self, tokens: int, left: list[int]) -> None:
-        self.holds, self.left = [[i] for i in range(-1, tokens)], left
-        self.leader = list(range(-1, tokens))
+    def __init__(self, tokens: int, left: list[int], classed: bool = True) -> None:
+        self.first, self.left = int(classed), left
+        self.holds, self.leader = [[i] for i in range(-self.first, tokens)], list(range(-self.first, tokens))
 
     @property
     def size(self):
@@ -66,7 +66,9 @@ class Merging:
         for i in evens:
             likeness = [float(unit[i] @ unit[j]) for j in odds]
             ties.append((max(likeness), i, odds[likeness.index(max(likeness))]))
-        merged = sorted((t for t in ties if self.leader[t[1]] >= 0), reverse=True)[: len(x) - 1 - self.left[layer]]
+        merged = sorted((t for t in ties if self.leader[t[1]] >= 0), reverse=True)[
+            : len(x) - self.first - self.left[layer]
+        ]
         groups = {j: [j] for j in odds}
         for _, i, j in merged:
             groups[j].append(i)
@@ -94,7 +96,7 @@ def contextual(features, keys, dominant, count):
     """VisionZip's merging: {place: feature} of the contextual tokens, one image."""
     rest = [t for t in range(len(features)) if t not in set(dominant)]
     targets = rest[:: len(rest) // count][:count]
-    unit = keys / keys.norm(dim=1, keepdim=True)
+    unit = keys / keys.norm(dim=1, keepdim=True).clamp(min=1e-12)
     joined = {t: [] for t in targets}
     for r in rest:
         if r not in joined:

@@ -101,6 +101,11 @@ def test_show_lists(saccade_cli):
     assert {p["policy"] for p in policies} == set(POLICIES)
     assert "average retention 8.96%" in saccade_cli("show", "policies").stdout
     assert "KeepTopK" in saccade_cli("show", "ops").stdout
+    [topk] = [op for op in ops if op["op"] == "saccade::KeepTopK"]
+    assert (topk["cpu"], topk["why_body"]["cpu"]) == ("body", "the target cpu takes no plugins")
+    assert (topk["tensorrt"] == "kernel") == ("tensorrt" not in topk["why_body"])
+    [pairs] = [op for op in ops if op["op"] == "saccade::MergePairs"]
+    assert pairs["why_body"]["rtx"] == "no kernel is written for it"
 
 
 def test_show_machine(saccade_cli):
