@@ -22,6 +22,7 @@ from graphs.talk import say, step, warn
 PRECISIONS: dict[str, FloatType] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 OPS_CHOICES = ("plugin", "body")
 HEAD_WIDTHS = 8
+RANKING = {"KeepTopK", "KeepPerImage", "MergeDropped"}  # ops whose bodies hold a TopK over a chunk's rows
 SIZE_LIMIT = 1.1  # engine bytes per weight byte, above what an engine of no weights takes
 EMPTY_ENGINE_BYTES = 24 << 20
 
@@ -115,8 +116,8 @@ def build_member(name: str, source: Path, spec: ExportSpec, out: Path, options: 
             guard_against_overflow(lowered, source)
     bounds = options.bounds.fitted(lowered.spec, _most_rows(lowered, options.ops))
     say(f"{name}: {bounds.in_words()}")
-    if options.ops == "body" and _most_rows(lowered, options.ops):
-        say(f"{name}: KeepTopK by its body ranks at most {BODY_ROWS} rows and breaks ties as TensorRT likes")
+    if _most_rows(lowered, options.ops) == BODY_ROWS:
+        say(f"{name}: a body ranks at most {BODY_ROWS} rows, and breaks ties as TensorRT likes")
     engines = {stage: _engine(name, lowered, stage, out, options, bounds) for stage in lowered.spec.stages}
     shutil.rmtree(held)
     stages = {s: i.model_copy(update={"file": engines[s].file}) for s, i in lowered.spec.stages.items()}
@@ -190,10 +191,11 @@ def _refuse_misread(lowered: LoweredExport, stage: str, reading: Reading) -> Non
 
 
 def _most_rows(lowered: LoweredExport, ops: str) -> int | None:
-    """The longest chunk that KeepTopK can rank as it will be served, None where nothing is ranked in the decoder."""
-    if "KeepTopK" not in lowered.ops["decoder"].values():
+    """The longest chunk that what serves the ranking ops takes, None where nothing is ranked in the decoder."""
+    ranking = RANKING & set(lowered.ops["decoder"].values())
+    if not ranking:
         return None
-    if ops == "body":
+    if ops == "body" or ranking != {"KeepTopK"}:
         return BODY_ROWS
     from plugins.registry import MOST_ROWS
 

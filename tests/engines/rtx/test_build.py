@@ -117,7 +117,7 @@ def test_profiles_follow_the_bounds(exports: Exports) -> None:
     ("bounds", "sentence"),
     [
         (Bounds(max_prompt=1), "nothing fits"),
-        (Bounds(max_prompt=4000), "chunks of at most 3840 rows"),
+        (Bounds(max_prompt=4000), "chunks of at most 3840"),
         (Bounds(max_prompt=300), "beyond the model's 256 positions"),
         (Bounds(max_prompt=16, max_tail=17), "more than the 16 rows"),
         (Bounds(max_images=-1), "nothing fits"),
