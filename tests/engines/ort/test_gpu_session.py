@@ -9,12 +9,11 @@ import pytest
 
 from engines.golden import cases_of, refuse_disagreement, replay
 from engines.ort_gpu import cuda_session, rtx_session, tensorrt_session
-from engines.placement import inlined
+from engines.placement import inlined, shape_nodes
 from graphs.errors import BackendMissing, OperationFailed
 from graphs.rules.rule import nodes_of
 from graphs.spec import spec_from_folder
 from tests.engines.ort.conftest import CUDA
-from tests.engines.ort.test_placement import ON_CPU
 
 TENSORRT, RTX = "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"
 
@@ -27,8 +26,8 @@ def first_of(file: Path, *ops: str) -> list[str]:
 
 @pytest.mark.parametrize("role", ["small", "large"])
 def test_golden_tensors_replay_through_the_inlined_graph(exports, role, stand_in):
-    stand_in(on_cpu=ON_CPU[role])
     folder = exports[role]
+    stand_in(on_cpu=shape_nodes(inlined(folder / "decoder.onnx")))
     replays = list(replay(folder, spec_from_folder(folder), cuda_session))
     assert len(replays) == 6
     refuse_disagreement(replays, role)
@@ -62,7 +61,7 @@ def test_a_provider_that_did_not_load_is_no_gpu(exports, stand_in):
 
 def test_work_of_the_decoder_on_the_cpu_is_refused(exports, stand_in):
     file = exports["large"] / "decoder.onnx"
-    stand_in(on_cpu=[*ON_CPU["large"], *first_of(file, "MatMul", "TopK")])
+    stand_in(on_cpu=[*shape_nodes(inlined(file)), *first_of(file, "MatMul", "TopK")])
     with pytest.raises(
         BackendMissing, match=r"decoder\.onnx: CUDAExecutionProvider leaves 2 nodes to the CPU: MatMul, TopK"
     ):
