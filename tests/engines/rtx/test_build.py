@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engines.build import build_bundle
-from engines.bundle import open_bundle
+from engines.bundle import checked_manifest
 from engines.manifest import Manifest, manifest_of
 from engines.trt import engine as builder
 from engines.trt.bounds import BODY_ROWS, Bounds, profiles_of
@@ -37,28 +37,28 @@ def bundles(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> dict[
 @pytest.mark.parametrize(("ops", "by", "dtype"), [("plugin", "kernel", "float16"), ("body", "body", "float32")])
 def test_the_manifest_says_what_serves_and_for_what(bundles: dict[str, Path], ops: str, by: str, dtype: str) -> None:
     manifest = manifest_of(bundles[ops])
-    assert manifest.target == "rtx"
+    assert manifest.targets == ("rtx",)
     assert manifest.tools["tensorrt-rtx"] == "1.7.1.116"
-    small, large = manifest.members["small"], manifest.members["large"]
+    small, large = (manifest.members[role].targets["rtx"] for role in ("small", "large"))
     assert small.ops == {"AttentionReceived": by}
     assert large.ops == {"CompactRows": by, "KeepTopK": by}
-    for member in (small, large):
+    for role, member in (("small", small), ("large", large)):
         assert set(member.engines) == {"vision", "embed", "decoder"}
         for stage, entry in member.engines.items():
             assert (entry.tensorrt, entry.sms, entry.precision) == ("1.7.1.116", (89,), dtype)
             assert list(entry.profiles) == (["prefill", "decode"] if stage == "decoder" else ["any"])
-            file = bundles[ops] / member.folder / entry.file
+            file = bundles[ops] / role / entry.file
             assert file.stat().st_size == entry.bytes > entry.weight_bytes
         assert set(member.engines["decoder"].served.values()) == {by}
         types = {t.name: t.dtype for t in member.stages["decoder"].inputs}
         assert types["past_k_0"] == types["inputs_embeds"] == dtype
-    assert len(small.engines["decoder"].served) == small.language.layers
+    assert len(small.engines["decoder"].served) == manifest.members["small"].language.layers
 
 
 def test_nothing_but_engines_and_what_the_host_needs_is_in_the_bundle(bundles: dict[str, Path]) -> None:
-    opened = open_bundle(bundles["plugin"])
-    names = {entry.path for entry in opened.manifest.files if "/processor/" not in entry.path}
-    per_member = {"decoder.engine", "embed.engine", "vision.engine", "golden.safetensors", "spec.json"}
+    manifest = checked_manifest(bundles["plugin"])
+    names = {entry.path for entry in manifest.files if "/processor/" not in entry.path}
+    per_member = {"golden.safetensors", "rtx/spec.json", *(f"rtx/{s}.engine" for s in ("decoder", "embed", "vision"))}
     assert names == {f"{role}/{name}" for role in ("small", "large") for name in per_member}
 
 
@@ -180,4 +180,4 @@ def test_a_missing_library_is_exit_code_4(exports: Exports, tmp_path: Path, monk
 
 def test_a_cpu_bundle_has_no_engines(exports: Exports, tmp_path: Path) -> None:
     manifest: Manifest = build_bundle(list(exports.values()), tmp_path / "b", target="cpu")
-    assert [member.engines for member in manifest.members.values()] == [{}, {}]
+    assert [member.targets["cpu"].engines for member in manifest.members.values()] == [{}, {}]
