@@ -1,14 +1,17 @@
-"""The verbs about artefacts: check, build, verify, and what show tells of bundles, ops, policies and machines."""
+"""The verbs about artefacts: check, build, verify, pack, unpack, and what show tells of bundles, ops and machines."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from engines.options import target_option
 from graphs.talk import emit_json, step
+
+if TYPE_CHECKING:
+    from engines.manifest import Manifest
 
 folder_type = click.Path(path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -156,6 +159,38 @@ def verify(bundle: Path, target: str | None, as_json: bool) -> None:
         _print([files, *(line for name, of_one in replays.items() for line in replays_in_words(of_one, name))])
     for name, of_one in replays.items():
         refuse_disagreement(of_one, f"{bundle}, {name} model")
+
+
+@click.command()
+@click.argument("bundle", type=folder_type)
+@click.option("-o", "--out", "out", type=folder_type, required=True, metavar="FILE", help="The file to write.")
+@click.option("--overwrite", is_flag=True, help="Replace an older file.")
+@json_option
+def pack(bundle: Path, out: Path, overwrite: bool, as_json: bool) -> None:
+    """Write a BUNDLE as one file, every digest checked on the way."""
+    from engines.pack import pack_bundle
+
+    _packed(pack_bundle(bundle, out, overwrite=overwrite), out, "saccade.packed/1", as_json)
+
+
+@click.command()
+@click.argument("file", type=folder_type)
+@click.option("-o", "--out", "out", type=folder_type, required=True, metavar="BUNDLE", help="The folder to write.")
+@click.option("--overwrite", is_flag=True, help="Replace an older bundle.")
+@json_option
+def unpack(file: Path, out: Path, overwrite: bool, as_json: bool) -> None:
+    """Make a bundle of a FILE that saccade pack wrote, every digest checked before the folder gets its name."""
+    from engines.pack import unpack_bundle
+
+    _packed(unpack_bundle(file, out, overwrite=overwrite), out, "saccade.unpacked/1", as_json)
+
+
+def _packed(manifest: Manifest, out: Path, schema: str, as_json: bool) -> None:
+    if as_json:
+        files = {"files": len(manifest.files), "content_bytes": sum(entry.bytes for entry in manifest.files)}
+        emit_json({"schema": schema, "path": out, "manifest_sha256": manifest.sha256, **files})
+    else:
+        click.echo(out)
 
 
 @click.command("bundle")

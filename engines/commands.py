@@ -1,7 +1,7 @@
 """The verbs of this room as a table; each command is thin and calls one function.
 
 ``build``, ``verify``, ``check``, ``lower``, ``pack``, ``unpack`` and what ``show`` tells about artefacts live in
-``engines/bundle_commands.py`` and ``engines/pack.py``; importing this file imports no runtime.
+``engines/bundle_commands.py``; importing this file imports no runtime.
 """
 
 from __future__ import annotations

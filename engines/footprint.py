@@ -55,7 +55,7 @@ def footprint_of(
     return Footprint(
         rows=sizes["T"],
         images=sizes["N"],
-        weight_bytes=int(weight_bytes * (ON_A_CPU[dtype] if on_host else 1)),
+        weight_bytes=sum(e.bytes for e in engines.values()) or int(weight_bytes * (ON_A_CPU[dtype] if on_host else 1)),
         cache_bytes=OLD_AND_NEW * per_row * sizes["T"],
         activation_bytes={name: live_bytes(stage, sizes, width) for name, stage in export.stages.items()},
     )
