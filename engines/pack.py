@@ -47,12 +47,15 @@ def pack_bundle(bundle: Path | str, out: Path | str, *, overwrite: bool = False)
     text = (bundle / MANIFEST_FILE).read_bytes()
     if manifest_from(text, bundle / MANIFEST_FILE) != manifest:
         raise BadArtefact(f"{bundle / MANIFEST_FILE} changed while it was packed; pack it again")
-    with atomic_file(out) as partial, _progress("packing", manifest) as advance, partial.open("wb") as file:
-        tar = tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, copybufsize=CHUNK)
+    with (
+        atomic_file(out) as partial,
+        _progress("packing", manifest) as advance,
+        partial.open("wb") as file,
+        tarfile.TarFile(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, copybufsize=CHUNK) as tar,
+    ):
         tar.addfile(_header(MANIFEST_FILE, len(text)), BytesIO(text))
         for entry in manifest.files:
             _add(tar, bundle, entry, advance)
-        tar.close()
     return manifest
 
 
@@ -89,7 +92,7 @@ def _add(tar: tarfile.TarFile, bundle: Path, entry: FileEntry, advance: Callable
     try:
         with (bundle / entry.path).open("rb") as file:
             watched = _Hashed(file, advance)
-            tar.addfile(_header(entry.path, entry.bytes), watched)  # type: ignore[arg-type]
+            tar.addfile(_header(entry.path, entry.bytes), watched)
             whole = not file.read(1)
     except OSError as e:
         if e.filename is not None:
@@ -186,15 +189,14 @@ def _blocks(tar: tarfile.TarFile, member: tarfile.TarInfo, file: Path) -> Iterat
 
 
 def _check_end(stream: IO[bytes], file: Path) -> None:
-    """Behind the last member stand tar's two blocks of zeros, padding of zeros, and nothing else."""
-    at = stream.tell()
-    tail = stream.read(2 * tarfile.RECORDSIZE)
-    stream.seek(max(0, at - tarfile.BLOCKSIZE))
-    closing = stream.read(2 * tarfile.BLOCKSIZE)
-    if len(closing) < 2 * tarfile.BLOCKSIZE:
-        raise BadArtefact(f"{file} is truncated: its end is missing; {AGAIN}")
-    if any(closing) or any(tail) or len(tail) > tarfile.RECORDSIZE:
+    """Behind the last member stand tar's two blocks of zeros, zeros up to a whole record, and nothing else."""
+    stream.seek(max(0, stream.tell() - tarfile.BLOCKSIZE))  # one of the two was read, if it is there
+    end = stream.read(2 * tarfile.RECORDSIZE)
+    short = len(end) < 2 * tarfile.BLOCKSIZE
+    if not short and (any(end) or len(end) == 2 * tarfile.RECORDSIZE):
         raise BadArtefact(f"{file} goes on behind its end; {AGAIN}")
+    if short or stream.tell() % tarfile.RECORDSIZE:
+        raise BadArtefact(f"{file} is truncated: its end is missing; {AGAIN}")
 
 
 @contextmanager
