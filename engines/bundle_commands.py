@@ -62,7 +62,7 @@ def check(folder: Path, as_json: bool) -> None:
     multiple=True,
     default=("cpu",),
     metavar="NAME",
-    help="What the bundle is to run on: cpu, rtx; repeatable. [cpu]",
+    help="What the bundle is to run on, as cpu or rtx; repeatable, and graphs are shared. [cpu]",
 )
 @click.option("--threshold", type=float, help="Score above which the small model's answer stands. [default: 0.9]")
 @click.option("--overwrite", is_flag=True, help="Replace an older bundle.")
