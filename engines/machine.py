@@ -7,7 +7,8 @@ import platform
 from importlib.util import find_spec
 from pathlib import Path
 
-from engines.session import BUILT_ONLY, REASONS, SESSIONS, reasons_of
+from engines.session import SESSIONS
+from engines.targets import TARGETS, why_not
 from graphs.versions import extras_of, installed_version
 
 # target → (the distribution that serves it, the module it brings)
@@ -65,19 +66,13 @@ def _runtime(target: str) -> dict[str, str | None]:
     if target == "cpu" and not installed_version(distribution) and installed_version("onnxruntime-gpu"):
         distribution = "onnxruntime-gpu"
     version = installed_version(distribution) if find_spec(module) else None
-    if target in REASONS:
-        reasons = reasons_of(target)
-        state = f"not here: {'; '.join(reasons)}" if reasons else f"ready, {distribution} {version}"
-    elif target in BUILT_ONLY:
-        state = (
-            f"builds with {distribution} {version}, is not run by this release"
-            if version
-            else f"{distribution} is not installed: pip install {extras_of(distribution)}"
-        )
-    elif target not in SESSIONS:
+    missing = f"{distribution} is not installed: pip install {extras_of(distribution)}"
+    if target not in TARGETS:
         state = "not driven by this release" + (f" (found {distribution} {version})" if version else "")
-    elif version is None:
-        state = f"{distribution} is not installed: pip install {extras_of(distribution)}"
+    elif target not in SESSIONS:
+        state = f"builds with {distribution} {version}, is not run by this release" if version else missing
+    elif reasons := why_not(target):
+        state = f"not here: {'; '.join(reasons)}"
     else:
         state = f"ready, {distribution} {version}"
     return {"distribution": distribution, "version": version, "state": state}

@@ -27,16 +27,6 @@ SESSIONS = {
     "ort-rtx": "engines.ort_gpu:rtx_session",
 }
 
-# target of SESSIONS → what says why this machine cannot run it; one that is not here fails at its import
-REASONS = {
-    "cuda": "engines.ort_providers:cuda_reasons",
-    "ort-tensorrt": "engines.ort_providers:tensorrt_reasons",
-    "ort-rtx": "engines.ort_providers:rtx_reasons",
-}
-
-# target → what says why its engines cannot be run here; building them needs no GPU, running them does
-BUILT_ONLY = {"rtx": "engines.trt.running:reasons"}
-
 
 class Session(Protocol):
     """One opened graph."""
@@ -82,17 +72,10 @@ def refuse_unrunnable(target: str, engines: Sequence[Any] = ()) -> None:
 
     engines: the ``EngineEntry`` of a bundle, so that its SM and version can be told.
     """
-    if reasons := reasons_of(target, engines):
+    from engines.targets import TARGETS, why_not
+
+    reasons = why_not(target, engines) if target in TARGETS else []
+    if reasons:
         raise BackendMissing(
             f"target {target} cannot be run here: {'; '.join(reasons)}; build the pair for --target cpu too"
         )
-
-
-def reasons_of(target: str, engines: Sequence[Any] = ()) -> list[str]:
-    """Every reason why this machine or this release cannot run a target; empty where none is known."""
-    asked = (BUILT_ONLY | REASONS).get(target)
-    if asked is None:
-        return []
-    module, _, name = asked.partition(":")
-    found: list[str] = getattr(import_module(module), name)(engines)
-    return found

@@ -15,7 +15,8 @@ import pytest
 from engines.build import build_bundle
 from engines.cascade import Cascade
 from engines.golden import refuse_disagreement, replay
-from engines.session import SESSIONS, open_session, reasons_of
+from engines.session import SESSIONS, open_session
+from engines.targets import why_not
 from exporter.export import export_checkpoint
 from glyphs.checkpoint import PAIR
 from graphs.spec import spec_from_folder
@@ -28,7 +29,7 @@ PAIRS = [("small", "float32"), ("large", "float32"), ("small", "float16"), ("lar
 
 @pytest.fixture(scope="module", params=list(SESSIONS))
 def target(request: pytest.FixtureRequest) -> str:
-    if reasons := reasons_of(request.param):
+    if reasons := why_not(request.param):
         pytest.skip(f"target {request.param}: {'; '.join(reasons)}")
     return str(request.param)
 

@@ -13,7 +13,8 @@ import pytest
 from engines import machine, ort_providers
 from engines.nvidia import driver_reasons, library_reasons
 from engines.ort_providers import CUDA, CUDA_LIBRARIES, PROVIDERS, RTX, TENSORRT, reasons
-from engines.session import REASONS, SESSIONS, reasons_of
+from engines.session import SESSIONS
+from engines.targets import TABLE, why_not
 
 ALL = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
 
@@ -149,7 +150,11 @@ def test_missing_libraries_all_at_once(here):
 
 
 def test_every_gpu_target_has_a_session_and_its_reasons():
-    assert set(REASONS) == set(PROVIDERS) == set(SESSIONS) - {"cpu"}
+    assert (
+        {t.name for t in TABLE if (t.runs, t.memory) == ("graphs", "device")}
+        == set(PROVIDERS)
+        == set(SESSIONS) - {"cpu"}
+    )
     for target, provider in PROVIDERS.items():
         assert provider.target == target
         assert CUDA_LIBRARIES.items() <= provider.libraries.items()
@@ -166,14 +171,14 @@ class TestWithoutGpu:
             got = saccade_cli(*verb)
             assert (got.code, got.stdout) == (4, "")
             [said] = [line for line in got.stderr.splitlines() if "cannot be run here" in line]
-            assert all(why in said for why in reasons_of(target))
+            assert all(why in said for why in why_not(target))
             assert "--target cpu" in said
 
     def test_show_machine_names_every_target_and_why_not(self, saccade_cli):
         found = json.loads(saccade_cli("show", "machine", "--json").stdout)["runtimes"]
         assert set(SESSIONS) <= set(found)
         for target in PROVIDERS:
-            assert found[target]["state"] == f"not here: {'; '.join(reasons_of(target))}"
+            assert found[target]["state"] == f"not here: {'; '.join(why_not(target))}"
             assert f"target {target}: not here" in saccade_cli("show", "machine").stdout
 
     def test_options_of_engines_are_not_for_a_target_of_graphs(self, exports, tmp_path, saccade_cli):
