@@ -8,10 +8,14 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from engines.confidence import Confidence
+from engines.decoder import Keep, keep_ratios
+from engines.generate import Generation
 from engines.memory import Memory
 from engines.messages import Talk
+from engines.model import Model
 from engines.prompt import Prompt
 from engines.sampling import Options
+from graphs.plan import retention_of
 
 SCHEMA = "saccade.answer/1"
 Stopped: TypeAlias = Literal["end", "stop", "length"]
@@ -112,3 +116,61 @@ class Answer:
                 "total": round(sum(self.milliseconds.values()), 3),
             },
         }
+
+
+def answer_of(
+    name: Literal["large", "alone"],
+    model: Model,
+    prompt: Prompt,
+    run: Generation,
+    keep: Keep,
+    confidence: Confidence | None,
+    guidance: np.ndarray | None,
+    threshold: float | None,
+    times: dict[str, float],
+) -> Answer:
+    """Say what a pruned model's finished run gave, and what was kept for it."""
+    plan, kept = model.spec.plan, kept_of(prompt, run)
+    ratios: tuple[float, ...] = ()
+    if prompt.visual_tokens:
+        ratios = keep_ratios(plan, keep, prompt.visual_tokens)
+    elif prompt.visual_before:  # no image is new: what earlier turns kept
+        ratios = tuple(len(visual) / prompt.visual_before for visual in kept)
+    return Answer(
+        text=run.text,
+        tokens=tuple(run.tokens),
+        model=name,
+        stopped=run.stopped,
+        seed=run.seed,
+        exited=False if name == "large" else None,
+        threshold=threshold,
+        confidence=confidence,
+        keep=ratios,
+        kept=kept,
+        average_retention=retention_of(plan, model.spec.language.layers, ratios) if prompt.all_visual_tokens else None,
+        guidance=guidance,
+        prompt_tokens=len(prompt),
+        cached_tokens=prompt.cached,
+        visual_tokens=prompt.all_visual_tokens,
+        milliseconds=times,
+    )
+
+
+def kept_of(prompt: Prompt, run: Generation) -> tuple[np.ndarray, ...]:
+    """Per prune point, vision stage first, the conversation's visual tokens that stayed, ascending; () without any."""
+    if not prompt.all_visual_tokens:
+        return ()
+    original_S = np.zeros(len(prompt.is_visual), np.int64)
+    original_S[prompt.is_visual] = prompt.of_visual(np.arange(prompt.all_visual_tokens))
+    at_vision = () if prompt.kept_visual is None else (prompt.kept_visual + prompt.visual_before,)
+    new = (*at_vision, *(original_S[rows[prompt.is_visual[rows]]] for rows in run.kept))
+    before = prompt.kept_before
+    if not prompt.visual_tokens:  # the vision stage did not run, so only the decoder's points are in ``new``
+        return before
+    return tuple(np.concatenate([old, fresh]) for old, fresh in zip(before, new, strict=True)) if before else new
+
+
+def times_of(name: str, prompt: Prompt, run: Generation) -> dict[str, float]:
+    """Milliseconds of each stage, named for the model."""
+    stages = {**prompt.ms, "prefill": run.prefill_ms, "decode": run.decode_ms}
+    return {f"{name}_{stage}": ms for stage, ms in stages.items()}

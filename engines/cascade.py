@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import numpy as np
 
-from engines.answer import Answer, Memories, SmallPass, Turn
+from engines.answer import Answer, Memories, SmallPass, Turn, answer_of, times_of
 from engines.clock import Clock
 from engines.confidence import Confidence, confidence_of, consistency_of
 from engines.decoder import Keep, keep_ratios
-from engines.generate import Generation
-from engines.guidance import drawn_priority, priority_of_rows
+from engines.guidance import drawn_priority, priority_of
 from engines.images import Picture
 from engines.memory import Memory
 from engines.messages import Content, Talk, asked
@@ -28,7 +27,6 @@ from engines.prompt import Prompt
 from engines.sampling import OptionKeywords, Options
 from engines.stream import Stream, pieces_of
 from graphs.errors import BadArtefact, UsageError
-from graphs.plan import retention_of
 from graphs.spec import ExportSpec, spec_from_folder
 from graphs.talk import step
 
@@ -193,7 +191,7 @@ class Cascade:
             consistency = consistency_of(self.small, prompt, run.tokens, guidance_V)
         else:  # without an image nothing can be cut, and the pass would repeat the run
             consistency = float(np.exp(np.sum(run.log_prob)))
-        times = {**_times("small", prompt, run), "small_consistency": clock.lap()}
+        times = {**times_of("small", prompt, run), "small_consistency": clock.lap()}
         return SmallPass(
             turn=turn,
             prompt=prompt,
@@ -272,10 +270,10 @@ class Cascade:
         scores_V = looked.guidance if guidance is None else guidance
         if guidance is None and (drawn := drawn_priority(large.spec.plan, prompt.all_visual_tokens)) is not None:
             scores_V = drawn
-        run = large.generate(prompt, options, keep, _priority(large, prompt, scores_V))
+        run = large.generate(prompt, options, keep, self._priority(large, prompt, scores_V))
         yield from pieces_of(run)
-        times = {**looked.milliseconds, **_times("large", prompt, run)}
-        answer = _answer("large", large, prompt, run, keep, looked.confidence, scores_V, threshold, times)
+        times = {**looked.milliseconds, **times_of("large", prompt, run)}
+        answer = answer_of("large", large, prompt, run, keep, looked.confidence, scores_V, threshold, times)
         memory.remember(prompt, run, answer.kept or ())
         yield answer
 
@@ -284,12 +282,19 @@ class Cascade:
         prompt = memory.prompt(turn.talk, keep)
         if guidance is None:
             guidance = drawn_priority(alone.spec.plan, prompt.all_visual_tokens)
-        priority_S = _priority(alone, prompt, guidance) if guidance is not None else None
+        priority_S = self._priority(alone, prompt, guidance)
         run = alone.generate(prompt, turn.options, keep, priority_S)
         yield from pieces_of(run)
-        answer = _answer("alone", alone, prompt, run, keep, None, guidance, None, _times("alone", prompt, run))
+        answer = answer_of("alone", alone, prompt, run, keep, None, guidance, None, times_of("alone", prompt, run))
         memory.remember(prompt, run, answer.kept or ())
         yield answer
+
+    @staticmethod
+    def _priority(model: Model, prompt: Prompt, guidance_V: np.ndarray | None) -> np.ndarray | None:
+        """The rows' priority, where the plan prunes by one and there is guidance."""
+        if guidance_V is None or not model.spec.plan.uses_priority:
+            return None
+        return priority_of(prompt, guidance_V)
 
     def _large(self) -> Model:
         if not self.large:
@@ -305,70 +310,3 @@ def checked_threshold(threshold: float) -> float:
             "0 always exits early, 1 never does"
         )
     return float(threshold)
-
-
-def _priority(model: Model, prompt: Prompt, guidance_V: np.ndarray) -> np.ndarray | None:
-    if not model.spec.plan.uses_priority:
-        return None
-    if np.shape(guidance_V) != (prompt.all_visual_tokens,):
-        raise UsageError(
-            f"guidance has shape {np.shape(guidance_V)}, but there are {prompt.all_visual_tokens} visual tokens; "
-            "give one score for each"
-        )
-    if not np.isfinite(guidance_V).all():
-        raise UsageError("guidance holds values that are not finite numbers; give one score per visual token")
-    return priority_of_rows(prompt.of_visual(guidance_V), prompt.is_visual)
-
-
-def _answer(
-    name: str,
-    model: Model,
-    prompt: Prompt,
-    run: Generation,
-    keep: Keep,
-    confidence: Confidence | None,
-    guidance: np.ndarray | None,
-    threshold: float | None,
-    times: dict[str, float],
-) -> Answer:
-    plan, kept = model.spec.plan, _kept(prompt, run)
-    ratios: tuple[float, ...] = ()
-    if prompt.visual_tokens:
-        ratios = keep_ratios(plan, keep, prompt.visual_tokens)
-    elif prompt.visual_before:  # no image is new: what earlier turns kept
-        ratios = tuple(len(visual) / prompt.visual_before for visual in kept)
-    return Answer(
-        text=run.text,
-        tokens=tuple(run.tokens),
-        model="large" if name == "large" else "alone",
-        stopped=run.stopped,
-        seed=run.seed,
-        exited=False if name == "large" else None,
-        threshold=threshold,
-        confidence=confidence,
-        keep=ratios,
-        kept=kept,
-        average_retention=retention_of(plan, model.spec.language.layers, ratios) if prompt.all_visual_tokens else None,
-        guidance=guidance,
-        prompt_tokens=len(prompt),
-        cached_tokens=prompt.cached,
-        visual_tokens=prompt.all_visual_tokens,
-        milliseconds=times,
-    )
-
-
-def _kept(prompt: Prompt, run: Generation) -> tuple[np.ndarray, ...]:
-    """Per prune point, vision stage first, the conversation's visual tokens that stayed, ascending."""
-    original_S = np.zeros(len(prompt.is_visual), np.int64)
-    original_S[prompt.is_visual] = prompt.of_visual(np.arange(prompt.all_visual_tokens))
-    at_vision = () if prompt.kept_visual is None else (prompt.kept_visual + prompt.visual_before,)
-    new = (*at_vision, *(original_S[rows[prompt.is_visual[rows]]] for rows in run.kept))
-    before = prompt.kept_before
-    if not prompt.visual_tokens:  # the vision stage did not run, so only the decoder's points are in ``new``
-        return before or new
-    return tuple(np.concatenate([old, fresh]) for old, fresh in zip(before, new, strict=True)) if before else new
-
-
-def _times(name: str, prompt: Prompt, run: Generation) -> dict[str, float]:
-    stages = {**prompt.ms, "prefill": run.prefill_ms, "decode": run.decode_ms}
-    return {f"{name}_{stage}": ms for stage, ms in stages.items()}

@@ -8,10 +8,15 @@ and rows in fp32; over steps the host does, also in fp32.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from graphs.errors import OperationFailed
+from graphs.errors import OperationFailed, UsageError
 from graphs.plan import PruningPlan, kept_count
+
+if TYPE_CHECKING:
+    from engines.prompt import Prompt
 
 
 class GuidanceSum:
@@ -54,3 +59,15 @@ def random_guidance(tokens: int, seed: int) -> np.ndarray:
 def drawn_priority(plan: PruningPlan, tokens: int) -> np.ndarray | None:
     """Return the seeded scores of a plan that prunes by a draw, None for any other plan."""
     return next((random_guidance(tokens, p.seed) for p in plan.points if p.score == "random"), None)
+
+
+def priority_of(prompt: Prompt, guidance_V: np.ndarray) -> np.ndarray:
+    """Return a priority for each row of the prompt's chunk, float32 [S]; UsageError where guidance does not fit it."""
+    if np.shape(guidance_V) != (prompt.all_visual_tokens,):
+        raise UsageError(
+            f"guidance has shape {np.shape(guidance_V)}, but there are {prompt.all_visual_tokens} visual tokens; "
+            "give one score for each"
+        )
+    if not np.isfinite(guidance_V).all():
+        raise UsageError("guidance holds values that are not finite numbers; give one score per visual token")
+    return priority_of_rows(prompt.of_visual(guidance_V), prompt.is_visual)

@@ -37,7 +37,7 @@ class Bounds:
     def fitted(self, spec: ExportSpec, most_rows: int | None) -> Bounds:
         """The same with defaults filled in; UsageError for a bound that the model or an op cannot have.
 
-        most_rows: the longest chunk that what serves ``KeepTopK`` takes, None where the plan has no prune point.
+        most_rows: the longest chunk that what serves the ranking ops takes, None where the plan has no prune point.
         """
         positions = spec.language.max_positions
         prompt = self.max_prompt or min(DEFAULT_PROMPT, positions, most_rows or positions)
@@ -54,7 +54,7 @@ class Bounds:
                 raise UsageError(f"--{name} is {value}, but nothing fits into that; give a larger one")
         if most_rows and prompt > most_rows:
             raise UsageError(
-                f"--max-prompt is {prompt}, but what serves KeepTopK takes chunks of at most {most_rows} rows; "
+                f"--max-prompt is {prompt}, but what ranks the rows takes chunks of at most {most_rows}; "
                 f"give at most {most_rows}" + (", or build with --ops plugin" if most_rows == BODY_ROWS else "")
             )
         if max(prompt, length) > positions:
@@ -88,7 +88,7 @@ def profiles_of(stage: str, spec: ExportSpec, bounds: Bounds) -> dict[str, Profi
         decode = {"S": (1, 1, 2), "G": (1, 1, 2), "R": (1, 1, 2), "P": (1, max(1, length // 2), length - 1)}
         behind = {"prefill": (1, max(1, typical // 2), prompt), "decode": (1, 1, 2)}
         return {
-            name: _profile(interface, ranges | {"S_": behind[name]})
+            name: _profile(interface, ranges | dict.fromkeys(("S_", "M_", "Q_"), behind[name]))
             for name, ranges in (("prefill", prefill), ("decode", decode))
         }
     if stage == "embed":
@@ -104,27 +104,26 @@ def profiles_of(stage: str, spec: ExportSpec, bounds: Bounds) -> dict[str, Profi
         "K": (1, grid.merge**2 * typical, patches),
         "W": (1, max(1, windows // 4), windows),
     }
-    # A pruned tower's carriers: no more stay, or are merged into, than the tokens there are.
-    carriers = {"keep_vision": (1, max(1, per_image // 2), prompt), "merge_vision": (1, max(1, per_image // 8), prompt)}
-    return {"any": _profile(interface, ranges, carriers)}
+    # Of a pruned tower no more tokens stay, or are merged into, than there are.
+    ranges |= {"K_v": (1, max(1, per_image // 2), prompt), "M": (1, max(1, per_image // 8), prompt)}
+    return {"any": _profile(interface, ranges)}
 
 
-def _profile(stage: StageSpec, ranges: dict[str, Range], named: dict[str, Range] | None = None) -> Profile:
+def _profile(stage: StageSpec, ranges: dict[str, Range]) -> Profile:
     return {
         tensor.name: tuple(  # type: ignore[misc]
-            tuple(_size(d, i, tensor.name, ranges, named or {}) for d in tensor.shape) for i in range(3)
+            tuple(_size(d, i, tensor.name, ranges) for d in tensor.shape) for i in range(3)
         )
         for tensor in stage.inputs
     }
 
 
-def _size(dimension: int | str, which: int, name: str, ranges: dict[str, Range], named: dict[str, Range]) -> int:
+def _size(dimension: int | str, which: int, name: str, ranges: dict[str, Range]) -> int:
     if isinstance(dimension, int):
         return dimension
-    if name in named:
-        return named[name][which]
     times, _, symbol = dimension.rpartition("*")
-    found = ranges.get(symbol) or ranges.get(symbol.partition("_")[0] + ("_" if symbol.startswith("S_") else ""))
+    of_points = symbol.partition("_")[0]  # of S_1, M_1, Q_1 one for all points; of P_0 one for all segments
+    found = ranges.get(symbol) or ranges.get(f"{of_points}_") or ranges.get(of_points)
     if found is None:
         raise OperationFailed(f"input {name} has a dimension {dimension!r} that no bound is known for; report this")
     return int(times or 1) * found[which]

@@ -21,6 +21,8 @@ from graphs.talk import say, step, warn
 
 PRECISIONS: dict[str, FloatType] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 OPS_CHOICES = ("plugin", "body")
+HEAD_WIDTHS = 8
+RANKING = {"KeepTopK", "KeepPerImage", "MergeDropped"}  # ops whose bodies hold a TopK over a chunk's rows
 SIZE_LIMIT = 1.1  # engine bytes per weight byte, above what an engine of no weights takes
 EMPTY_ENGINE_BYTES = 24 << 20
 
@@ -102,11 +104,13 @@ def build_member(name: str, source: Path, spec: ExportSpec, out: Path, options: 
     OperationFailed where memory is short, fp16 overflows, or TensorRT refuses.
     """
     options = options.checked()
+    lowering = options.lowering(spec)
+    _refuse_width(name, spec, lowering)
     out.mkdir()
     held = out / "lowered"
     held.mkdir()
     with step(f"lowering the {name} model"):
-        lowered = lowered_export(source, spec, held, options.lowering(spec), link=True)
+        lowered = lowered_export(source, spec, held, lowering, link=True)
     for stage, weight_bytes in lowered.weight_bytes.items():
         refuse_too_large(weight_bytes, f"{stage} of the {name} model")
     if lowered.spec.dtype == "float16":
@@ -114,8 +118,8 @@ def build_member(name: str, source: Path, spec: ExportSpec, out: Path, options: 
             guard_against_overflow(lowered, source)
     bounds = options.bounds.fitted(lowered.spec, _most_rows(lowered, options.ops))
     say(f"{name}: {bounds.in_words()}")
-    if options.ops == "body" and _most_rows(lowered, options.ops):
-        say(f"{name}: KeepTopK by its body ranks at most {BODY_ROWS} rows and breaks ties as TensorRT likes")
+    if _most_rows(lowered, options.ops) == BODY_ROWS:
+        say(f"{name}: a body ranks at most {BODY_ROWS} rows, and breaks ties as TensorRT likes")
     engines = {stage: _engine(name, lowered, stage, out, options, bounds) for stage in lowered.spec.stages}
     shutil.rmtree(held)
     stages = {s: i.model_copy(update={"file": engines[s].file}) for s, i in lowered.spec.stages.items()}
@@ -128,6 +132,16 @@ def build_member(name: str, source: Path, spec: ExportSpec, out: Path, options: 
             op = lowered.ops[stage][node]
             served[op] = by if served.get(op, by) == by else "body"
     return BuiltMember(built, engines, dict(sorted(served.items())), sum(lowered.weight_bytes.values()))
+
+
+def _refuse_width(name: str, spec: ExportSpec, lowering: Lowering) -> None:
+    """UsageError for narrow heads of a width that TensorRT-RTX 1.7.1's compiler fails on (tried: 12 and 20)."""
+    width = spec.language.head_dim
+    if lowering.precision != "float32" and width % HEAD_WIDTHS:
+        raise UsageError(
+            f"the {name} model's heads are {width} wide, and TensorRT-RTX compiles {lowering.precision} attention of "
+            f"multiples of {HEAD_WIDTHS} only; build with --precision fp32"
+        )
 
 
 def _engine(
@@ -174,10 +188,11 @@ def _refuse_misread(lowered: LoweredExport, stage: str, reading: Reading) -> Non
 
 
 def _most_rows(lowered: LoweredExport, ops: str) -> int | None:
-    """The longest chunk that KeepTopK can rank as it will be served, None where nothing is ranked in the decoder."""
-    if "KeepTopK" not in lowered.ops["decoder"].values():
+    """The longest chunk that what serves the ranking ops takes, None where nothing is ranked in the decoder."""
+    ranking = RANKING & set(lowered.ops["decoder"].values())
+    if not ranking:
         return None
-    if ops == "body":
+    if ops == "body" or ranking != {"KeepTopK"}:
         return BODY_ROWS
     from plugins.registry import MOST_ROWS
 

@@ -30,8 +30,15 @@ WIDE_OUTPUTS = ("logits", "attention_received")
 CAST_BACK = {"RMSNormalization", "LayerNormalization", "GroupNormalization", "Softmax", "LogSoftmax"}
 PIECES = {"Pow", "ReduceMean", "ReduceSum", "ReduceL2", "ReduceSumSquare", "Sqrt", "Reciprocal", "Exp", "Log"}
 # Our ops: inputs that are scores, and outputs that have the type of an input; every other float output is W.
-WIDE_INPUTS_OF = {"KeepTopK": {0}, "RatedAttentionReceived": {2}, "MergePairs": {1}}
-FOLLOWS = {"CompactRows": {0: 0}, "MergeContext": {0: 0}, "MergePairs": {0: 0}, "BlockAttention": {0: 0}}
+WIDE_INPUTS_OF = {
+    "KeepTopK": {0},
+    "KeepPerImage": {0},
+    "MergeDropped": {1},
+    "MergePairs": {1},
+    "RatedAttentionReceived": {2},
+}
+CARRY = ("CompactRows", "MergeContext", "MergeContextWithin", "MergeDropped", "MergePairs", "BlockAttention")
+FOLLOWS = {op: {0: 0} for op in CARRY}
 FIXED_INPUTS = {"Resize": {1, 2}}
 
 Rebind = Callable[[ir.ExternalTensor, ir.DataType], ir.ExternalTensor]

@@ -116,9 +116,16 @@ def body_of(name: str, *, causal: bool = True, weighted: bool = False, within: b
 BODY = body_of("AttentionReceived")
 
 
-def flat_body_of(name: str, *, causal: bool = True, weighted: bool = False) -> str:
+def flat_body_of(name: str, *, causal: bool = True, weighted: bool = False, within: bool = False) -> str:
     """The same meaning without a Loop, for runtimes whose compiler fails on one: the map H·G·T is there at once."""
     inputs, guides = HEADS[causal, weighted]
+    inputs += ", image" if within else ""
+    own_image = """head_and_width = Constant <value_ints: ints = [1, 3]> ()
+  none = Constant <value: tensor = float {-inf}> ()
+  image_row = Unsqueeze (image, head_and_width)
+  image_key = Unsqueeze (image, head_and_row)
+  visible = Equal (image_row, image_key)
+  logit_seen = Where (visible, logit, none)"""
     mask = """zero = Constant <value_int: int = 0> ()
   one = Constant <value_int: int = 1> ()
   one_1 = Constant <value_ints: ints = [1]> ()
@@ -160,7 +167,7 @@ def flat_body_of(name: str, *, causal: bool = True, weighted: bool = False) -> s
   q_grouped = Reshape (q_scaled, grouped_shape)
   logit_grouped = MatMul (q_grouped, k_turned)
   logit = Reshape (logit_grouped, map_shape)
-  {mask if causal else "logit_seen = Identity (logit)"}
+  {mask if causal else own_image if within else "logit_seen = Identity (logit)"}
   share = Softmax <axis: int = -1> (logit_seen)
   {weight if weighted else "share_real = Identity (share)"}
   received = ReduceSum <keepdims: int = 0> (share_real, head_and_row)

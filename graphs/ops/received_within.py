@@ -10,10 +10,11 @@ q [B,H,S,D], k [B,V,S,D], image int64 [B,S] → fp32 [B,S]. Rows are walked in p
 
 from typing import Any
 
-from graphs.ops.attention_received import PIECE, body_of
+from graphs.ops.attention_received import PIECE, body_of, flat_body_of
 from graphs.ops.op import Op
 
 BODY = body_of("ReceivedWithin", causal=False, within=True)
+FLAT_BODY = flat_body_of("ReceivedWithin", causal=False, within=True)
 
 
 def define() -> Any:
@@ -39,4 +40,4 @@ def define() -> Any:
     return received_within
 
 
-OP = Op("ReceivedWithin", BODY, define)
+OP = Op("ReceivedWithin", BODY, define, FLAT_BODY)

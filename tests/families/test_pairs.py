@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from engines.cascade import Cascade
+from engines.confidence import consistency_of
+from engines.messages import asked
 from exporter.export import export_checkpoint
 from graphs.compare import TOLERANCES
 from graphs.errors import UsageError
@@ -84,6 +86,27 @@ def test_guidance_and_pruned_answer_are_those_of_plain_maps(pair: dict[str, Any]
     assert answer.kept is not None
     assert answer.kept[0].tolist() == kept
     assert answer.tokens[0] == int(reference.logits.argmax())
+
+
+def test_a_follow_up_of_the_cascade_is_that_of_a_fresh_run(pair: dict[str, Any]) -> None:
+    """The small model answers two turns; scores and a large model that comes late are those of empty caches."""
+    cascade = Cascade.from_exports(pair["small_export"], pair["large_export"], threshold=0, threads=1)
+    assert cascade.small
+    talk = cascade.chat(keep=0.3, max_new_tokens=4)
+    talk.ask(QUESTION, pictures(PROMPTS[0]))
+    turn = cascade.turn((*talk.talk, asked("and what colour ?")), talk._memories, max_new_tokens=4)
+    fresh = cascade.turn(turn.talk, max_new_tokens=4)
+    looked, anew = cascade.look_at(turn), cascade.look_at(fresh)
+    assert looked.prompt.cached > 0 == anew.prompt.cached
+    assert looked.tokens == anew.tokens
+    assert looked.confidence.confidence == pytest.approx(anew.confidence.confidence, abs=1e-4)
+    scores = (consistency_of(cascade.small, p.prompt, p.tokens, looked.guidance, 0.5) for p in (looked, anew))
+    assert next(scores) == pytest.approx(next(scores), abs=1e-4)
+    late, at_once = cascade.answer_large(looked, 0.3), cascade.answer_large(anew, 0.3, looked.guidance)
+    assert late.tokens == at_once.tokens
+    assert late.kept is not None
+    assert at_once.kept is not None
+    assert late.kept[0].tolist() == at_once.kept[0].tolist()
 
 
 def test_unequal_grids_are_refused(pair: dict[str, Any], tmp_path: Path) -> None:

@@ -324,5 +324,27 @@ def test_the_fake_of_an_op_has_its_shape_and_dtype(op):
             torch.zeros(4),
         ),
         "BlockAttention": (*torch.zeros(3, 2, 4, 5, 8), torch.ones(2, 5, dtype=torch.bool), 0.5),
+        "KeepPerImage": (torch.zeros(1, 5), torch.tensor([[-1, 0, 0, 1, -1]]), torch.tensor([0, 1, 2, 4])),
+        "ReceivedWithin": (
+            torch.zeros(1, 4, 5, 8),
+            torch.zeros(1, 2, 5, 8),
+            torch.tensor([[0, 0, 1, 1, 1]]),
+            0.5,
+        ),
+        "MergeContextWithin": (
+            torch.ones(1, 6, 8),
+            torch.ones(1, 6, 4),
+            torch.tensor([[0, 0, 0, 1, 1, 1]]),
+            torch.tensor([[0, 3]]),
+            torch.tensor([0, 2]),
+        ),
+        "MergeDropped": (
+            torch.rand(1, 6, 8),
+            torch.rand(1, 6),
+            torch.ones(1, 6, dtype=torch.bool),
+            torch.zeros(4),
+            torch.zeros(2),
+            torch.zeros(3),
+        ),
     }[op.name]
     torch.library.opcheck(op.torch_op, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -13,6 +13,7 @@ from engines.guidance import random_guidance
 from engines.messages import asked
 from engines.model import Model
 from engines.policies import cdpruner, divprune
+from engines.stream import Stream
 from graphs.errors import UsageError
 from graphs.plan import PrunePoint, PruningPlan, VisionPoint
 from tests.policies.plain import PlainDecoder, share
@@ -194,3 +195,21 @@ def test_keeps_that_cannot_be(exported):
     tome = Cascade.from_exports(exported("tome").folder)
     with pytest.raises(UsageError, match="keep at least 6"):
         tome.ask(an_image(1), QUESTION, keep=0.05)
+
+
+@pytest.mark.parametrize("keep", [(1.0, 1.0), (0.5, 0.25)])
+def test_two_stages_over_several_turns(exported, keep):
+    """Text alone first, so that the vision stage joins later; nothing pruned equals a fresh run on the whole talk."""
+    cascade = Cascade.from_exports(exported("star").folder)
+    talk = cascade.chat(keep=keep, max_new_tokens=3)
+    turns = [("what ?", []), (QUESTION, [an_image(1)]), ("which digit ?", []), (QUESTION, [an_image(2), an_image(3)])]
+    images = 0
+    for question, shown in turns:
+        before = talk.talk
+        answer = talk.ask(question, shown)
+        images += len(shown)
+        assert answer.visual_tokens == 16 * images
+        assert [len(k) for k in answer.kept] == ([share(16, k) * images for k in keep] if images else [])
+        if keep == (1.0, 1.0):
+            fresh = cascade.turn((*before, asked(question, shown)), max_new_tokens=3)
+            assert Stream(cascade.parts(fresh, keep, 1.0)).finish().tokens == answer.tokens

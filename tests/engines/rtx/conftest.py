@@ -75,16 +75,16 @@ def golden(folder: Path) -> list[Case]:
 
 
 def interpreted(
-    lowered: LoweredExport, cases: list[Case], work: Path, plugins: bool
+    lowered: LoweredExport, cases: list[Case], work: Path, plugins: bool, stage: str = "decoder"
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Golden cases of the decoder through the parsed network, in a process of its own."""
-    graph = ir.load(lowered.file("decoder")).graph
+    """Golden cases of a stage through the parsed network, in a process of its own."""
+    graph = ir.load(lowered.file(stage)).graph
     scale = {n.name: n.attributes.get_float("scale") if "scale" in n.attributes else None for n in graph if n.domain}
     ops = {n.name: (n.op_type, scale[n.name]) for n in graph if n.domain}
     files = {case.name: (str(work / f"{case.name}-in.npz"), str(work / f"{case.name}-out.npz")) for case in cases}
     for case in cases:
         np.savez(files[case.name][0], **feeds_of(lowered, case))  # type: ignore[arg-type]
-    job = {"onnx": str(lowered.file("decoder")), "ops": ops, "plugins": plugins, "cases": files}
+    job = {"onnx": str(lowered.file(stage)), "ops": ops, "plugins": plugins, "cases": files}
     (work / "job.json").write_text(json.dumps(job))
     command = [sys.executable, "-m", "tests.engines.rtx.interpreter", str(work / "job.json")]
     root = Path(__file__).parent.parent.parent.parent

@@ -13,7 +13,7 @@ from engines.manifest import Manifest, manifest_of
 from engines.trt import engine as builder
 from engines.trt.bounds import BODY_ROWS, Bounds, profiles_of
 from engines.trt.engine import engine_from_onnx
-from engines.trt.member import EngineOptions
+from engines.trt.member import EngineOptions, build_member
 from engines.trt.reading import reading_from
 from graphs.errors import BackendMissing, OperationFailed, UsageError
 from graphs.spec import spec_from_folder
@@ -141,7 +141,7 @@ def test_profiles_follow_the_bounds(exports: Exports) -> None:
     ("bounds", "sentence"),
     [
         (Bounds(max_prompt=1), "nothing fits"),
-        (Bounds(max_prompt=4000), "chunks of at most 3840 rows"),
+        (Bounds(max_prompt=4000), "chunks of at most 3840"),
         (Bounds(max_prompt=300), "beyond the model's 256 positions"),
         (Bounds(max_prompt=16, max_tail=17), "more than the 16 rows"),
         (Bounds(max_images=-1), "nothing fits"),
@@ -183,6 +183,14 @@ def test_a_build_that_memory_cannot_hold_is_refused_before_it_starts(
     monkeypatch.setattr(builder, "free_memory", lambda: 300 << 20)
     with pytest.raises(OperationFailed, match=r"takes about 0\.6 GB .* 0\.3 GB are free"):
         build_bundle(list(exports.values()), tmp_path / "b", target="rtx", engines=EngineOptions((89,)))
+    assert not any(tmp_path.iterdir())
+
+
+def test_heads_that_the_compiler_fails_on_are_refused(exports: Exports, tmp_path: Path) -> None:
+    spec = spec_from_folder(exports["small"])
+    odd = spec.model_copy(update={"language": spec.language.model_copy(update={"head_dim": 12})})
+    with pytest.raises(UsageError, match=r"heads are 12 wide, .* multiples of 8 only; build with --precision fp32"):
+        build_member("small", exports["small"], odd, tmp_path / "m", EngineOptions((89,), "fp16"))
     assert not any(tmp_path.iterdir())
 
 

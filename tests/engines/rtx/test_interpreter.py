@@ -49,3 +49,9 @@ def test_causality_left_to_the_flag_would_be_found_out(exports: Exports, lower: 
     finally:
         file.write_bytes(kept)
     assert np.abs(right - wrong).max() > 1e-3
+
+
+def test_a_layer_that_the_interpreter_does_not_know_is_an_error(exports: Exports, lower: Lower, tmp_path: Path) -> None:
+    cases = [case for case in golden(exports["small"]) if case.stage == "vision"]
+    with pytest.raises(AssertionError, match="is of kind CONVOLUTION, which this interpreter does not know"):
+        interpreted(lower("small"), cases, tmp_path, False, "vision")

@@ -17,6 +17,7 @@ from graphs.compare import TOLERANCES, compare
 from graphs.errors import OperationFailed
 from graphs.lowering import Lowering
 from graphs.lowering.attention import ExplicitMask
+from graphs.lowering.precision import FOLLOWS, WIDE_INPUTS_OF
 from graphs.lowering.weights import ConvertedWeights
 from graphs.ops import DOMAIN, OPS
 from tests.engines.rtx.conftest import Exports, Lower, golden, run_onnx
@@ -146,6 +147,20 @@ def test_a_weight_that_fp16_cannot_hold_is_named(tmp_path: Path) -> None:
         weights.write()
 
 
+def test_every_op_is_known_to_the_precision_pass() -> None:
+    """A score's input stays fp32, and the output that carries tokens has their type: read from the bodies' text."""
+    for name, op in OPS.items():
+        inputs = list(op.function.input)
+        wide = {i for i, given in enumerate(inputs) if given in ("score", "size", "weight")}
+        assert WIDE_INPUTS_OF.get(name, set()) == wide, name
+        carries = op.function.output[0] in ("compact", "tokens", "merged", "out")
+        assert FOLLOWS.get(name, {}) == ({0: 0} if carries else {}), name
+
+
+def test_no_body_that_a_decoder_has_holds_a_loop_when_lowered() -> None:
+    assert [name for name, op in OPS.items() if "Loop" in op.body and not op.flat_body] == ["BlockAttention"]
+
+
 @pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.flat_body])
 @pytest.mark.parametrize("guide", [1, 5, 67])
 def test_a_flat_body_means_what_the_body_means(name: str, guide: int) -> None:
@@ -154,7 +169,10 @@ def test_a_flat_body_means_what_the_body_means(name: str, guide: int) -> None:
     third = {
         "AttentionReceived": np.zeros(guide, np.int32),
         "RatedAttentionReceived": rng.random((1, guide), np.float32),
+        "ReceivedWithin": np.sort(rng.integers(0, 3, (1, 70))),
     }.get(name)
+    if name == "ReceivedWithin":
+        k = k[:, :, :70]
     feeds = {"q": q, "k": k} | ({} if third is None else {OPS[name].function.input[2]: third})
     got = [run_body(function, feeds) for function in (OPS[name].function, OPS[name].flat_function)]
     np.testing.assert_allclose(got[1], got[0], rtol=2e-5, atol=1e-6)
