@@ -2,7 +2,8 @@
 
 Weights as files, caches at the bounds, and the most that lives at once between the nodes of each stage's graph, every
 size at its bound. What a runtime packs or fuses is its own business, so these are estimates: of weights on a CPU by a
-measured factor, of attention as if no kernel were fused.
+measured factor, of attention as if no kernel were fused; the insides of bodies other than AttentionReceived's are left
+out.
 Legend: S rows of a chunk, T rows of a cache, G guide rows, H heads.
 """
 
