@@ -7,7 +7,7 @@ presence and size are checked.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +68,9 @@ def open_bundle(path: Path | str, *, target: str | None = None, check: Literal["
     if len(manifest.targets) > 1 and target is None:
         why = "; ".join(f"not {name}: {reasons}" for name, reasons in passed.items())
         say(f"{path} runs on target {chosen}" + (f" ({why})" if why else ""))
-    members = _checked(path, manifest, chosen, lambda file: check == "full" or _used(manifest, chosen, file))
-    return Bundle(path, manifest, chosen, members)
+    hashed = {file.path for file in manifest.files if check == "full" or _used(manifest, chosen, file.path)}
+    check_files(path, manifest, hashed)
+    return Bundle(path, manifest, chosen, _members(path, manifest, chosen, hashed))
 
 
 def checked_manifest(path: Path | str, check: Literal["full", "size"] = "full") -> Manifest:
@@ -79,17 +80,15 @@ def checked_manifest(path: Path | str, check: Literal["full", "size"] = "full") 
     """
     path = Path(path)
     manifest = manifest_of(path)
-    for i, target in enumerate(manifest.targets):
-        _checked(path, manifest, target, lambda f: check == "full" or not f.endswith(HEAVY), files=i == 0)
+    files = {file.path for file in manifest.files}
+    check_files(path, manifest, {file for file in files if check == "full" or not file.endswith(HEAVY)})
+    for target in manifest.targets:
+        _members(path, manifest, target, files)
     return manifest
 
 
-def _checked(
-    path: Path, manifest: Manifest, target: str, hashed: Callable[[str], bool], files: bool = True
-) -> dict[str, Member]:
-    """One target's members, checked; ``files``: those of the whole bundle too, ``hashed`` ones by digest."""
-    if files:
-        check_files(path, manifest, hashed)
+def _members(path: Path, manifest: Manifest, target: str, readable: set[str]) -> dict[str, Member]:
+    """One target's members; their stages, and what the graphs read, are among the files ``readable``."""
     members: dict[str, Member] = {}
     for name, entry in manifest.members.items():
         folder = path_inside(path, entry.folder)
@@ -99,7 +98,7 @@ def _checked(
         members[name] = Member(folder, spec_from_folder(spec_file.parent))
     if set(members) not in ({"small", "large"}, {"alone"}):
         raise BadArtefact(f"{path} holds {', '.join(members) or 'no model'}, not a pair or one; {REBUILD}")
-    _check_external_data(path, manifest, members)
+    _check_external_data(path, members, readable)
     return members
 
 
@@ -111,7 +110,7 @@ def _used(manifest: Manifest, target: str, file: str) -> bool:
     return not file.startswith(tuple(others)) and (not manifest.engines(target) or file.endswith(ENGINE_SUFFIX))
 
 
-def check_files(path: Path, manifest: Manifest, hashed: Callable[[str], bool]) -> None:
+def check_files(path: Path, manifest: Manifest, hashed: Container[str]) -> None:
     """Exactly the files of the manifest are there, none through a link, each with its size, those ``hashed`` as built.
 
     Errors: BadArtefact, with the file and what does not hold.
@@ -134,7 +133,7 @@ def check_files(path: Path, manifest: Manifest, hashed: Callable[[str], bool]) -
             raise BadArtefact(
                 f"{path}: {entry.path} was {what}: it has {size} bytes, the manifest says {entry.bytes}; {REBUILD}"
             )
-    entries = [entry for entry in manifest.files if hashed(entry.path)]
+    entries = [entry for entry in manifest.files if entry.path in hashed]
     with ThreadPoolExecutor(THREADS) as pool:
         for entry, digest in zip(entries, pool.map(lambda e: _digest(path, e), entries), strict=True):
             if digest != entry.sha256:
@@ -159,13 +158,12 @@ def _digest(path: Path, entry: FileEntry) -> str:
         raise unreadable(path / entry.path, e, REBUILD) from None
 
 
-def _check_external_data(path: Path, manifest: Manifest, members: dict[str, Member]) -> None:
-    """Stages lie in the bundle, and the graphs read no file that the manifest does not list."""
-    listed = {entry.path for entry in manifest.files}
+def _check_external_data(path: Path, members: dict[str, Member], readable: set[str]) -> None:
+    """Nothing is opened that was not checked: engines and the files that graphs read."""
     for member in members.values():
         for name, interface in member.spec.stages.items():
             if not interface.file.endswith(".onnx"):
-                if f"{member.folder.relative_to(path).as_posix()}/{interface.file}" not in listed:
+                if f"{member.folder.relative_to(path).as_posix()}/{interface.file}" not in readable:
                     raise BadArtefact(
                         f"{path}: stage {name} is said to lie at {interface.file!r}, which is no file of the bundle; "
                         f"do not use it, or {REBUILD}"
@@ -174,7 +172,7 @@ def _check_external_data(path: Path, manifest: Manifest, members: dict[str, Memb
             stage = stage_from_folder(member.folder, member.spec, name)
             for location in {c.location for c in constants_of(stage) if c.location is not None}:
                 at = path_inside(member.folder, location)
-                if at is None or at.relative_to(path).as_posix() not in listed:
+                if at is None or at.relative_to(path).as_posix() not in readable:
                     raise BadArtefact(
                         f"{member.folder / stage.interface.file} reads {location!r}, which is no file of the bundle; "
                         f"do not use it, or {REBUILD}"

@@ -37,7 +37,7 @@ def pack_bundle(bundle: Path | str, out: Path | str, *, overwrite: bool = False)
     """
     bundle, out = Path(bundle), Path(out)
     manifest = manifest_of(bundle)
-    check_files(bundle, manifest, lambda _: False)
+    check_files(bundle, manifest, ())  # digests are compared while it is written
     if out.exists() and not overwrite:
         raise UsageError(f"{out} exists; give another name, or --overwrite to replace it")
     if out.resolve().is_relative_to(bundle.resolve()):

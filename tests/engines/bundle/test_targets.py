@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,11 +15,12 @@ from engines.bundle import checked_manifest, open_bundle
 from engines.manifest import manifest_of
 from engines.targets import TABLE, TARGETS, checked_targets, cpu_reasons, why_not
 from graphs.errors import BackendMissing, BadArtefact, UsageError
+from graphs.spec import STAGES
 from tests.conftest import Outcome
 from tests.engines.bundle.conftest import edit_manifest
 from tests.engines.bundle.other_targets import DREAM, SECOND
-from tests.engines.bundle.test_open_bundle import flip
-from tests.hand_made import WEIGHTS
+from tests.engines.bundle.test_open_bundle import flip, relist
+from tests.hand_made import WEIGHTS, edit_model
 
 Exports = dict[str, Path]
 Cli = Callable[..., Outcome]
@@ -135,6 +137,32 @@ def test_what_the_target_does_not_use_is_not_hashed(bundle: Path, hashed: list[s
     flip(bundle / "small" / WEIGHTS)
     with pytest.raises(BadArtefact, match=WEIGHTS):
         open_bundle(bundle, target="cpu", check="used")
+
+
+def test_a_graph_that_reads_the_folder_of_another_target(bundle: Path) -> None:
+    """Such a file would be opened without its digest."""
+    (bundle / "small" / "rtx").mkdir()
+    (bundle / "small" / WEIGHTS).rename(bundle / "small" / "rtx" / WEIGHTS)
+    at = f"small/rtx/{WEIGHTS}"
+    for stage in STAGES:
+        edit_model(bundle / "small", stage, lambda m: [set_location(t) for t in m.graph.initializer])
+        relist(bundle, f"small/{stage}.onnx")
+
+    def move(document: dict) -> None:
+        document["targets"] = ["rtx", "cpu"]
+        for member in document["members"].values():
+            member["targets"]["rtx"] = member["targets"]["cpu"]
+        next(f for f in document["files"] if f["path"] == f"small/{WEIGHTS}")["path"] = at
+
+    edit_manifest(bundle, move)
+    assert open_bundle(bundle, target="cpu").target == "cpu", "where every file is hashed it is one as any other"
+    flip(bundle / at)
+    with pytest.raises(BadArtefact, match=r"reads 'rtx/model\.safetensors', which is no file of the bundle"):
+        open_bundle(bundle, target="cpu", check="used")
+
+
+def set_location(tensor: Any) -> None:
+    next(e for e in tensor.external_data if e.key == "location").value = f"rtx/{WEIGHTS}"
 
 
 @pytest.mark.parametrize("asked", ["abacus", ("cpu", "abacus"), ()])
