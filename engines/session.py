@@ -25,6 +25,7 @@ SESSIONS = {
     "cuda": "engines.ort_gpu:cuda_session",
     "ort-tensorrt": "engines.ort_gpu:tensorrt_session",
     "ort-rtx": "engines.ort_gpu:rtx_session",
+    "rtx": "engines.trt.session:rtx_session",
 }
 
 

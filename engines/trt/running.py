@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from engines.manifest import EngineEntry
+from graphs.errors import BackendMissing
 from graphs.versions import extras_of, installed_version
 
 DISTRIBUTION = "tensorrt-rtx"
 
 
 def reasons(engines: Sequence[EngineEntry] = ()) -> list[str]:
-    """Every reason, the missing driver and library first; never empty, for this release builds engines and runs none.
+    """Every reason, the missing driver and library first.
 
     engines: those of the bundle that is to be opened, by their manifest.
     """
@@ -26,4 +28,16 @@ def reasons(engines: Sequence[EngineEntry] = ()) -> list[str]:
         found.append(f"{DISTRIBUTION} is not installed (pip install {extras_of(DISTRIBUTION)})")
     others = sorted({engine.tensorrt for engine in engines} - {installed})
     found += [f"the engines are of {DISTRIBUTION} {v}" + (f", not {installed}" if installed else "") for v in others]
-    return [*found, "this release builds TensorRT-RTX engines and does not run them yet"]
+    if not find_spec("cuda"):
+        found.append(f"cuda-python is not installed (pip install {extras_of('cuda')})")
+    if found:
+        return found
+    from engines.trt.device import capability
+
+    try:
+        here = capability()
+    except BackendMissing as e:
+        return [str(e)]
+    if engines and any(here not in engine.sms for engine in engines):
+        return [f"the engines are for GPUs of SM {sms}, and this one is {here // 10}.{here % 10}"]
+    return []

@@ -1,0 +1,149 @@
+"""Device memory in the order of one CUDA stream, through cuda-python and numpy.
+
+Every model has its own ``Device``: work of the small and of the large model may overlap, and within a model a tensor
+that is dropped is freed behind the work that still reads it, without waiting. Memory comes from the device's pool,
+which is told to keep what is given back, so that a decode step asks the driver for nothing.
+"""
+
+from __future__ import annotations
+
+import weakref
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graphs.errors import BackendMissing, OperationFailed
+from graphs.versions import missing
+
+ROOM_BYTES = 256  # where empty tensors point: TensorRT wants an aligned address even for nothing
+KEEP_ALL = 2**64 - 1  # bytes the pool may hold on to
+
+_devices: weakref.WeakValueDictionary[Path, Device] = weakref.WeakValueDictionary()
+
+
+class DeviceTensor:
+    """A dense tensor on the device: pointer (an address), shape, dtype. Freed, in stream order, when it is dropped."""
+
+    def __init__(self, device: Device, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.device, self.shape, self.dtype = device, shape, dtype
+        self.nbytes = prod(shape) * dtype.itemsize
+        self.pointer = device.room
+        if self.nbytes:
+            self.pointer = device.allocated(self.nbytes)
+            # The finaliser holds the device, so a stream outlives its tensors; at exit the driver frees everything.
+            weakref.finalize(self, device.free, self.pointer).atexit = False
+
+
+class Device:
+    """One stream of the GPU that CUDA names first (CUDA_VISIBLE_DEVICES chooses), made on first use.
+
+    cuda: ``cuda.bindings.runtime``, or what stands in for it. Errors: BackendMissing where cuda-python is not installed
+    or CUDA has no device.
+    """
+
+    def __init__(self, cuda: Any = None) -> None:
+        self._cuda = cuda or cuda_runtime()
+        _refuse_no_device(self._cuda)
+        stream = self.ask("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
+        weakref.finalize(self, self._cuda.cudaStreamDestroy, stream).atexit = False
+        self._stream, self.stream = stream, int(stream)
+        pool = self.ask("cudaDeviceGetDefaultMemPool", self.ask("cudaGetDevice"))
+        threshold = self._cuda.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
+        self.ask("cudaMemPoolSetAttribute", pool, threshold, self._cuda.cuuint64_t(KEEP_ALL))
+        self.room = int(self.ask("cudaMalloc", ROOM_BYTES))
+        weakref.finalize(self, self._cuda.cudaFree, self.room).atexit = False
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceTensor:
+        """A tensor whose values are not set; OperationFailed where the device has no room for it."""
+        return DeviceTensor(self, shape, dtype)
+
+    def from_host(self, array: np.ndarray) -> DeviceTensor:
+        """A copy of an array on the device.
+
+        Pageable memory is staged before cudaMemcpyAsync returns, so the array may go at once.
+        """
+        array = np.ascontiguousarray(array)
+        tensor = self.empty(array.shape, array.dtype)
+        if tensor.nbytes:
+            kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+            self.ask("cudaMemcpyAsync", tensor.pointer, array.ctypes.data, tensor.nbytes, kind, self._stream)
+        return tensor
+
+    def to_host(self, *tensors: DeviceTensor) -> list[np.ndarray]:
+        """Copies of tensors as arrays, once everything before them on the stream is done: one wait for all."""
+        arrays = [np.empty(tensor.shape, tensor.dtype) for tensor in tensors]
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        for array, tensor in zip(arrays, tensors, strict=True):
+            if tensor.nbytes:
+                self.ask("cudaMemcpyAsync", array.ctypes.data, tensor.pointer, tensor.nbytes, kind, self._stream)
+        self.wait()
+        return arrays
+
+    def wait(self) -> None:
+        """Until everything on the stream is done; OperationFailed for what failed there."""
+        self.ask("cudaStreamSynchronize", self._stream)
+
+    def allocated(self, size: int) -> int:
+        """The address of ``size`` new bytes, in stream order."""
+        status, pointer = self._cuda.cudaMallocAsync(size, self._stream)
+        if int(status) == int(self._cuda.cudaError_t.cudaErrorMemoryAllocation):
+            free, total = self.ask("cudaMemGetInfo")
+            raise OperationFailed(
+                f"the GPU is out of memory: {size / 1e6:.1f} MB were wanted, {free / 1e6:.1f} of {total / 1e6:.0f} MB "
+                "are free; end what else runs there, keep fewer tokens (--keep), or build with a smaller --max-length"
+            )
+        self._check(status, "cudaMallocAsync")
+        return int(pointer)
+
+    def free(self, pointer: int) -> None:
+        """Give bytes back behind all work that was enqueued; a failure here follows one that was told already."""
+        self._cuda.cudaFreeAsync(pointer, self._stream)
+
+    def ask(self, call: str, *arguments: Any) -> Any:
+        """Call CUDA; its first result is the status, what follows is the answer. OperationFailed where it refuses."""
+        status, *answer = getattr(self._cuda, call)(*arguments)
+        self._check(status, call)
+        return answer[0] if len(answer) == 1 else tuple(answer)
+
+    def _check(self, status: Any, call: str) -> None:
+        if int(status):
+            said = self._cuda.cudaGetErrorString(status)[1]
+            words = said.decode() if isinstance(said, bytes) else said
+            raise OperationFailed(f"CUDA's {call} failed: {words}; CUDA_LAUNCH_BLOCKING=1 shows which kernel it was")
+
+
+def device_of(folder: Path) -> Device:
+    """The device of the model in a folder: its stages share a stream, so one's outputs are another's inputs."""
+    key = folder.resolve()
+    if (found := _devices.get(key)) is None:
+        found = _devices[key] = Device()
+    return found
+
+
+def capability(cuda: Any = None) -> int:
+    """The compute capability of the GPU that would be used, as 89; BackendMissing where there is none."""
+    cuda = cuda or cuda_runtime()
+    _refuse_no_device(cuda)
+    of = cuda.cudaDeviceAttr
+    major = cuda.cudaDeviceGetAttribute(of.cudaDevAttrComputeCapabilityMajor, 0)[1]
+    minor = cuda.cudaDeviceGetAttribute(of.cudaDevAttrComputeCapabilityMinor, 0)[1]
+    return 10 * int(major) + int(minor)
+
+
+def cuda_runtime() -> Any:
+    """``cuda.bindings.runtime``; BackendMissing where cuda-python is not installed."""
+    try:
+        from cuda.bindings import runtime
+    except ImportError as e:
+        raise missing("cuda") from e
+    return runtime
+
+
+def _refuse_no_device(cuda: Any) -> None:
+    status, count = cuda.cudaGetDeviceCount()
+    if int(status) or not count:
+        said = cuda.cudaGetErrorString(status)[1]
+        words = said.decode() if isinstance(said, bytes) else said
+        raise BackendMissing(f"CUDA finds no GPU here ({words}): install NVIDIA's driver, or run a bundle for cpu")

@@ -1,0 +1,153 @@
+"""A TensorRT engine as a session: device-resident values, one execution context per optimisation profile.
+
+Not yet run on a GPU. Values stay on the device from run to run; only ``host`` outputs are copied, with one wait for
+all. A model's stages share one stream, and two models have two, so a small and a large one may overlap. Decode steps
+are not captured in CUDA graphs: the lowered decoder concatenates its caches, so each has shapes of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from engines.session import Value
+from engines.trt.device import Device, DeviceTensor, device_of
+from graphs.errors import BadArtefact, OperationFailed, UsageError
+from graphs.spec import spec_from_folder
+
+# TensorRT's name of a type → numpy's; numpy itself has no bfloat16
+TYPES: dict[str, Any] = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "INT64": np.int64,
+    "INT32": np.int32,
+    "BOOL": np.bool_,
+}
+
+
+class TrtSession:
+    """An ``engines.session.Session`` over one engine file, whose digest the bundle has checked before.
+
+    trt: ``tensorrt`` or ``tensorrt_rtx``. Raises BadArtefact where TensorRT cannot read the file, BackendMissing
+    where a plugin it needs cannot be registered.
+    """
+
+    def __init__(self, file: Path, trt: Any, device: Device) -> None:
+        from plugins.registry import register
+
+        self._file, self._device = Path(file), device
+        register(trt)
+        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        try:
+            self._engine = self._runtime.deserialize_cuda_engine(self._file.read_bytes())
+        except OSError as e:
+            raise BadArtefact(f"{self._file} cannot be read ({e.strerror}); build the bundle again") from None
+        if self._engine is None:
+            raise BadArtefact(
+                f"TensorRT {trt.__version__} cannot open {self._file}, its own words stand above; "
+                "build the bundle again for this GPU and this version"
+            )
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        mode = trt.TensorIOMode.INPUT
+        self._inputs = [name for name in names if self._engine.get_tensor_mode(name) == mode]
+        self._outputs = [name for name in names if self._engine.get_tensor_mode(name) != mode]
+        self._dtype = {name: np.dtype(TYPES[self._engine.get_tensor_dtype(name).name]) for name in names}
+        # Of a carrier only the length is read, so its bytes are never copied.
+        stage = spec_from_folder(self._file.parent).stages[self._file.stem]
+        self._carriers = {tensor.name for tensor in stage.inputs if tensor.carrier}
+        self._bounds = [
+            {name: tuple(map(tuple, self._engine.get_tensor_profile_shape(name, i))) for name in self._inputs}
+            for i in range(self._engine.num_optimization_profiles)
+        ]
+        self._contexts: dict[int, Any] = {}
+
+    def run(
+        self, feeds: Mapping[str, Value], host: Collection[str] = (), device: Collection[str] = ()
+    ) -> dict[str, Value]:
+        """Run once; see ``engines.session.Session.run``. OperationFailed for a shape outside of every profile."""
+        if set(feeds) != set(self._inputs):
+            missing, unknown = sorted(set(self._inputs) - set(feeds)), sorted(set(feeds) - set(self._inputs))
+            raise OperationFailed(
+                f"{self._file.name} was fed wrongly: missing {missing}, unknown {unknown}; "
+                "spec.json and the engine disagree, build the bundle again"
+            )
+        context = self._context(self._profile({name: tuple(value.shape) for name, value in feeds.items()}))
+        # A tensor that is dropped is freed behind the work that reads it, so these may go when the run is enqueued.
+        held = {name: self._on_device(name, value) for name, value in feeds.items()}
+        for name, tensor in held.items():
+            self._ask(context.set_input_shape(name, tensor.shape), f"the shape {tensor.shape} of {name}")
+            self._ask(context.set_tensor_address(name, tensor.pointer), f"the address of {name}")
+        for name in self._outputs:
+            shape = tuple(context.get_tensor_shape(name))
+            if min(shape, default=0) < 0:
+                raise OperationFailed(
+                    f"{self._file.name}: the shape of {name} is not known before the run; report this"
+                )
+            held[name] = self._device.empty(shape, self._dtype[name])
+            self._ask(context.set_tensor_address(name, held[name].pointer), f"the address of {name}")
+        self._ask(context.execute_async_v3(self._device.stream), "the run")
+        copied = dict(zip(host, self._device.to_host(*(held[name] for name in host)), strict=True)) if host else {}
+        return {**copied, **{name: held[name] for name in device}}
+
+    def to_host(self, value: Value) -> np.ndarray:
+        """Copy a device tensor to numpy; arrays pass through."""
+        return value if isinstance(value, np.ndarray) else self._device.to_host(value)[0]
+
+    def _on_device(self, name: str, value: Value) -> DeviceTensor:
+        """The input on the device; floats of the host, such as pixels, become the engine's own."""
+        if isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating):
+            value = value.astype(self._dtype[name], copy=False)
+        if value.dtype != self._dtype[name]:
+            raise OperationFailed(
+                f"{self._file.name} takes {name} in {self._dtype[name]}, and got {value.dtype}; "
+                "spec.json and the engine disagree, build the bundle again"
+            )
+        if isinstance(value, DeviceTensor):
+            return value
+        if name in self._carriers:
+            return self._device.empty(value.shape, value.dtype)
+        return self._device.from_host(value)
+
+    def _profile(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The last profile that takes these shapes: decode, where it does."""
+        for i in reversed(range(len(self._bounds))):
+            if not any(_outside(shape, self._bounds[i][name]) for name, shape in shapes.items()):
+                return i
+        name = next(name for name, shape in shapes.items() if _outside(shape, self._bounds[0][name]))
+        least, _, most = self._bounds[0][name]
+        raise OperationFailed(
+            f"{self._file.name} takes {name} from {list(least)} to {list(most)}, and got {list(shapes[name])}; "
+            "ask less, or build with other bounds (--max-prompt, --max-length, --max-guide, --max-tail, --max-images)"
+        )
+
+    def _context(self, profile: int) -> Any:
+        if profile not in self._contexts:
+            context = self._engine.create_execution_context()
+            if context is None:
+                raise OperationFailed(f"TensorRT has no memory for running {self._file.name}; end what else runs there")
+            self._ask(context.set_optimization_profile_async(profile, self._device.stream), f"profile {profile}")
+            self._contexts[profile] = context
+        return self._contexts[profile]
+
+    def _ask(self, took: bool, what: str) -> None:
+        if not took:
+            raise OperationFailed(f"TensorRT refused {what} in {self._file.name}; its own words stand above")
+
+
+def rtx_session(file: Path, threads: int | None = None) -> TrtSession:
+    """Open an engine with TensorRT-RTX; the stages of one folder share a stream."""
+    from plugins.trt import load
+
+    if threads is not None:
+        raise UsageError("threads are a CPU runtime's, and the engine runs on the GPU; leave them out")
+    return TrtSession(file, load("tensorrt_rtx"), device_of(Path(file).parent))
+
+
+def _outside(shape: tuple[int, ...], bounds: tuple[tuple[int, ...], ...]) -> bool:
+    least, _, most = bounds
+    return len(shape) != len(least) or any(not a <= size <= b for a, size, b in zip(least, shape, most, strict=True))
