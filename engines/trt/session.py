@@ -42,6 +42,8 @@ class TrtSession:
 
         self._file, self._device = Path(file), device
         register(trt)
+        # The memory of a context is that of its profile, not of the largest.
+        self._strategy = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         try:
             self._engine = self._runtime.deserialize_cuda_engine(self._file.read_bytes())
@@ -127,7 +129,7 @@ class TrtSession:
 
     def _context(self, profile: int) -> Any:
         if profile not in self._contexts:
-            context = self._engine.create_execution_context()
+            context = self._engine.create_execution_context(self._strategy)
             if context is None:
                 raise OperationFailed(f"TensorRT has no memory for running {self._file.name}; end what else runs there")
             self._ask(context.set_optimization_profile_async(profile, self._device.stream), f"profile {profile}")

@@ -158,7 +158,7 @@ class Engine:
     def get_tensor_profile_shape(self, name: str, profile: int) -> Any:
         return self.profiles[profile][name]
 
-    def create_execution_context(self) -> Context:
+    def create_execution_context(self, strategy: str) -> Context:
         self.contexts.append(Context(self))
         return self.contexts[-1]
 
@@ -179,5 +179,6 @@ class Runtime:
         return Engine(file) if Path(file).is_file() else None
 
 
+ExecutionContextAllocationStrategy = SimpleNamespace(ON_PROFILE_CHANGE="on profile change")
 TensorIOMode = SimpleNamespace(INPUT="in", OUTPUT="out")
 __version__ = "stand-in"
