@@ -24,11 +24,15 @@ VERBS = {
     "build": ("engines.commands:build", "Turn one or two exports into a bundle for a target."),
     "lower": ("engines.commands:lower", "Write the ONNX files that TensorRT parses for an export."),
     "verify": ("engines.commands:verify", "Replay a bundle's golden tensors through its engines."),
+    "calibrate": ("engines.evaluation_commands:calibrate", "Find the exit threshold whose loss is bounded."),
     "run": ("engines.commands:run", "Ask a bundle a question about an image."),
     "chat": ("engines.commands:chat", "Talk with a bundle, turn after turn."),
     "show": ("engines.commands:show", "Show a bundle, kept tokens, policies, ops or this machine."),
     "demo": ("glyphs.demo:demo_command", "Export, build and run the shipped pair of small models."),
 }
+
+# built-in questions → the function of their number that makes them, as mappings with the keys of a JSONL line
+QUESTIONS = {"glyphs": "glyphs.data:held_out_records"}
 
 # public name → where it lives
 PUBLIC = {
@@ -139,7 +143,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
     try:
         result = cli.main(
-            args=None if arguments is None else list(arguments), prog_name="saccade", standalone_mode=False
+            args=None if arguments is None else list(arguments),
+            prog_name="saccade",
+            standalone_mode=False,
+            obj=QUESTIONS,
         )
         return result if isinstance(result, int) else 0
     except SaccadeError as error:

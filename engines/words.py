@@ -107,6 +107,7 @@ def bundle_in_words(bundle: Bundle) -> list[str]:
         f"{bundle.path}: for target {manifest.target}, exit threshold {manifest.threshold:g}, {len(manifest.files)} "
         f"files, {total:.1f} MB",
         f"made by {manifest.created_by} with " + ", ".join(f"{k} {v}" for k, v in manifest.tools.items()),
+        *(calibration.in_words() for calibration in manifest.calibrations),
         *(line for name, entry in manifest.members.items() for line in member_in_words(name, entry)),
     ]
 
