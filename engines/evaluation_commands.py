@@ -121,4 +121,6 @@ def in_words(document: dict[str, Any]) -> list[str]:
     if worth:
         systems = ", ".join(f"{name} {value:.1%}" for name, value in worth.items())
         lines.append(f"{found['metric']} on these questions: {systems} (baseline: the {found['baseline']} large model)")
+    if found["baseline"] == "full":
+        lines.append("what pruning loses where the large model answers is no part of the promise")
     return lines
