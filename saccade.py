@@ -25,6 +25,8 @@ VERBS = {
     "lower": ("engines.commands:lower", "Write the ONNX files that TensorRT parses for an export."),
     "verify": ("engines.commands:verify", "Replay a bundle's golden tensors through its engines."),
     "calibrate": ("engines.evaluation_commands:calibrate", "Find the exit threshold whose loss is bounded."),
+    "pack": ("engines.commands:pack", "Write a bundle as one file, every digest checked."),
+    "unpack": ("engines.commands:unpack", "Make a bundle of one file again, every digest checked."),
     "run": ("engines.commands:run", "Ask a bundle a question about an image."),
     "chat": ("engines.commands:chat", "Talk with a bundle, turn after turn."),
     "show": ("engines.commands:show", "Show a bundle, kept tokens, policies, ops or this machine."),

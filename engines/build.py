@@ -1,4 +1,4 @@
-"""One or two exports → a bundle for a target: check that they fit, copy, digest, write the manifest last."""
+"""One or two exports → a bundle for targets: check that they fit, copy, build, digest, write the manifest last."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines.bundle import files_below
-from engines.manifest import MANIFEST_FILE, EngineEntry, FileEntry, Manifest, MemberEntry, Served
+from engines.footprint import footprint_of
+from engines.manifest import MANIFEST_FILE, FileEntry, Manifest, MemberEntry, Served, TargetEntry
 from engines.pair import Source, members_from_sources, prunes_nothing
+from engines.targets import TARGETS, checked_targets
 from graphs.errors import UsageError
 from graphs.files import atomic_folder, clone_or_copy, path_inside, sha256_of
 from graphs.ops import DOMAIN
@@ -23,7 +25,6 @@ from graphs.versions import installed_version
 if TYPE_CHECKING:
     from engines.trt.member import EngineOptions
 
-TARGETS = ("cpu", "rtx")
 DEFAULT_THRESHOLD = 0.9  # none is published; ``calibrate`` finds one for a wanted agreement
 TOOLS = ("saccade", "onnx", "onnxruntime", "tensorrt-rtx", "transformers", "numpy")
 
@@ -32,21 +33,21 @@ def build_bundle(
     folders: Sequence[Path | str],
     out: Path | str,
     *,
-    target: str = "cpu",
+    target: str | Sequence[str] = "cpu",
     threshold: float | None = None,
     overwrite: bool = False,
     engines: EngineOptions | None = None,
 ) -> Manifest:
     """Build a bundle from one export, or from a small and a large one in any order; return its manifest.
 
+    target: one of ``engines.targets.TABLE``, or several: those that run graphs share the stages, engines lie beside.
     threshold: the score S above which the small model's answer stands, in [0, 1]. overwrite: replace an
-    older bundle at ``out``. engines: how a target's engines are built (``engines.trt.member.EngineOptions``), for rtx.
+    older bundle at ``out``. engines: how engines are built (``engines.trt.member.EngineOptions``), for rtx.
     Errors: BadArtefact for an export that breaks a rule, UsageError for a pair that does not fit,
     OperationFailed for a full disk or a failed build; nothing is left under the final name then.
     """
-    if target not in TARGETS:
-        raise UsageError(f"target {target!r} cannot be built for here; known are {', '.join(TARGETS)}")
-    options = _engine_options(target, engines)
+    targets = checked_targets(target)
+    options = _engine_options(targets, engines)
     chosen = DEFAULT_THRESHOLD if threshold is None else threshold
     if not 0 <= chosen <= 1:
         raise UsageError(f"threshold is {chosen:g}, but must lie in [0, 1]; 1 never exits early, 0 always")
@@ -58,26 +59,16 @@ def build_bundle(
         if name != "small" and prunes_nothing(source.spec):
             warn(f"the {name} model prunes nothing, as its plan {source.spec.plan.name} asks")
     with atomic_folder(Path(out), overwrite, holds=MANIFEST_FILE) as work:
-        entries: dict[str, MemberEntry] = {}
-        for name, source in members.items():
-            if options:
-                from engines.trt.member import build_member
-
-                built = build_member(name, source.folder, source.spec, work / name, options)
-                entries[name] = _entry(name, built.spec, built.ops, built.weight_bytes, built.engines)
-                continue
-            with step(f"copying the {name} model"):
-                how = copy_export(source, work / name)
-            say(f"{name}: {_in_words(how)} of {source.folder}")
-            export = by_folder[source.folder]
-            weight_bytes = sum(weight.bytes for weight in source.spec.weights)
-            entries[name] = _entry(name, source.spec, ops_served(export), weight_bytes)
+        entries = {
+            name: _member(name, by_folder[source.folder], work / name, targets, options)
+            for name, source in members.items()
+        }
         with step("computing digests"):
             manifest = Manifest(
                 schema="saccade.bundle/1",
                 created_by=f"saccade {installed_version('saccade') or '0+source'}",
                 tools=_tools(),
-                target=target,
+                targets=targets,
                 threshold=chosen,
                 members=entries,  # type: ignore[arg-type]
                 files=tuple(_file(work, path) for path in sorted(files_below(work))),
@@ -86,27 +77,74 @@ def build_bundle(
     return manifest
 
 
-def copy_export(source: Source, folder: Path) -> str:
-    """Copy what spec.json names, each weight file once; returns how: clone or copy."""
-    folder.mkdir()
-    names = [SPEC_FILE, GOLDEN_FILE, *(stage.file for stage in source.spec.stages.values())]
-    how = "clone"
-    for name in (*names, *(weight.name for weight in source.spec.weights)):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if clone_or_copy(_inside(source.folder, name), folder / name) == "copy":
-            how = "copy"
-    processor = _inside(source.folder, PROCESSOR_FOLDER)
+def copy_shared(source: Path, folder: Path) -> None:
+    """Copy what every target of a model needs: golden tensors, processor."""
+    clone_or_copy(_inside(source, GOLDEN_FILE), folder / GOLDEN_FILE)
+    processor = _inside(source, PROCESSOR_FOLDER)
     if not processor.is_dir():
         raise UsageError(f"{processor} is missing; export the checkpoint again")
     shutil.copytree(processor, folder / PROCESSOR_FOLDER, copy_function=shutil.copyfile)
+
+
+def copy_graphs(source: Path, spec: ExportSpec, folder: Path) -> str:
+    """Copy the stages that spec.json names, each weight file once; returns how: clone or copy."""
+    names = [SPEC_FILE, *(stage.file for stage in spec.stages.values()), *(weight.name for weight in spec.weights)]
+    how = "clone"
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if clone_or_copy(_inside(source, name), folder / name) == "copy":
+            how = "copy"
     return how
 
 
 def ops_served(export: Export) -> dict[str, Served]:
-    """Each op of ours in an export, and what serves it; on the CPU always its body."""
+    """Each op of ours in an export, and what serves it where graphs are run: always its body."""
     graphs = [stage.model.graph for stage in export.stages.values()]
     used = {node.op_type for graph in graphs for node in nodes_of(graph) if node.domain == DOMAIN}
     return dict.fromkeys(sorted(used), "body")
+
+
+def _member(
+    name: str, export: Export, folder: Path, targets: Sequence[str], options: EngineOptions | None
+) -> MemberEntry:
+    """One model in the new folder ``folder``, for every target."""
+    spec = export.spec
+    folder.mkdir()
+    with step(f"copying the {name} model"):
+        copy_shared(export.folder, folder)
+        how = "" if all(_has_engines(target) for target in targets) else copy_graphs(export.folder, spec, folder)
+    if how:
+        say(f"{name}: {_in_words(how)} of {export.folder}")
+    on = {target: _target(name, export, folder, target, options) for target in targets}
+    same = {k: getattr(spec, k) for k in ("family", "architecture", "role", "plan", "language", "grid")}
+    return MemberEntry(folder=name, targets=on, **same)
+
+
+def _target(name: str, export: Export, folder: Path, target: str, options: EngineOptions | None) -> TargetEntry:
+    """What a model is on one target; engines are built into a folder of the target's name."""
+    if not _has_engines(target):
+        weight_bytes = sum(weight.bytes for weight in export.spec.weights)
+        return TargetEntry(
+            spec=SPEC_FILE,
+            dtype=export.spec.dtype,
+            stages=export.spec.stages,
+            ops=ops_served(export),
+            weight_bytes=weight_bytes,
+            footprint=footprint_of(export, target, export.spec.dtype, weight_bytes, {}),
+        )
+    from engines.trt.member import build_member
+
+    assert options
+    built = build_member(name, export.folder, export.spec, folder / target, options)
+    return TargetEntry(
+        spec=f"{target}/{SPEC_FILE}",
+        dtype=built.spec.dtype,
+        stages=built.spec.stages,
+        ops=built.ops,
+        weight_bytes=built.weight_bytes,
+        engines=built.engines,
+        footprint=footprint_of(export, target, built.spec.dtype, built.weight_bytes, built.engines),
+    )
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -116,30 +154,22 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _engine_options(target: str, engines: EngineOptions | None) -> EngineOptions | None:
-    """Options for a target that has engines; UsageError for options that the target does not read."""
-    if target == "rtx":
+def _has_engines(target: str) -> bool:
+    return TARGETS[target].runs == "engines"
+
+
+def _engine_options(targets: Sequence[str], engines: EngineOptions | None) -> EngineOptions | None:
+    """Options for targets that have engines; UsageError for options that no target reads."""
+    if any(map(_has_engines, targets)):
         from engines.trt.member import EngineOptions
 
         return (engines or EngineOptions()).checked()
     if engines is not None:
         raise UsageError(
-            f"the target {target} has no engines to build, so options of engines do nothing; leave them out"
+            f"the target {' or '.join(targets)} has no engines to build, so options of engines do nothing; "
+            "leave them out"
         )
     return None
-
-
-def _entry(
-    name: str,
-    spec: ExportSpec,
-    ops: dict[str, Served],
-    weight_bytes: int,
-    engines: dict[str, EngineEntry] | None = None,
-) -> MemberEntry:
-    same = {
-        k: getattr(spec, k) for k in ("family", "architecture", "role", "dtype", "plan", "language", "grid", "stages")
-    }
-    return MemberEntry(folder=name, ops=ops, weight_bytes=weight_bytes, engines=engines or {}, **same)
 
 
 def _file(work: Path, path: str) -> FileEntry:

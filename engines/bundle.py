@@ -1,25 +1,29 @@
 """Opening a bundle: nothing of it is used before format, files, digests and paths are checked.
 
-All files are hashed on opening (about 1.5 GB/s on one core, several in parallel). ``check="size"``
-trusts the weights' sizes and hashes everything else, for a bundle that was opened fully before.
+What the chosen target uses is hashed on opening (about 1.5 GB/s on one core, several files in parallel); of the rest
+presence and size are checked.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from engines.manifest import MANIFEST_FILE, REBUILD, EngineEntry, FileEntry, Manifest, manifest_of
-from graphs.errors import BadArtefact, UsageError
+from engines.targets import choose
+from graphs.errors import BadArtefact
 from graphs.files import path_inside, sha256_of, unreadable
 from graphs.rules.rule import stage_from_folder
 from graphs.rules.tensors import constants_of
 from graphs.spec import ExportSpec, spec_from_folder
+from graphs.talk import say
 
-WEIGHT_SUFFIX = ".safetensors"
+ENGINE_SUFFIX = ".engine"
+HEAVY = (".safetensors", ENGINE_SUFFIX)  # what holds weights
 THREADS = 4
 
 
@@ -33,10 +37,11 @@ class Member:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle; ``members`` has the keys small and large, or alone."""
+    """An opened bundle on one of its targets; ``members`` has the keys small and large, or alone."""
 
     path: Path
     manifest: Manifest
+    target: str
     members: dict[str, Member]
 
     @property
@@ -46,42 +51,70 @@ class Bundle:
 
     @property
     def engines(self) -> list[EngineEntry]:
-        """The engines of all members; none for a target that runs the graphs themselves."""
-        return [engine for member in self.manifest.members.values() for engine in member.engines.values()]
-
-    @property
-    def target(self) -> str:
-        """What the bundle was built for."""
-        return self.manifest.target
+        """The engines of all members for the target; none where it runs the graphs themselves."""
+        return self.manifest.engines(self.target)
 
 
-def open_bundle(path: Path | str, *, target: str | None = None, check: Literal["full", "size"] = "full") -> Bundle:
-    """Open a bundle, or raise BadArtefact with the reason and the command that mends it.
+def open_bundle(path: Path | str, *, target: str | None = None, check: Literal["full", "used"] = "full") -> Bundle:
+    """Open a bundle on a target, or raise BadArtefact with the reason and the command that mends it.
 
-    target: refuse (UsageError) a bundle built for another one. check: ``size`` skips hashing the weights.
+    target: this one and no other; None: the best that this machine can run, named on stderr where there is a choice.
+    check: ``full`` hashes every file, ``used`` those that the target uses. Errors: UsageError for a target that the
+    bundle does not hold, BackendMissing with the reasons where it cannot be run here; both before a file is read.
     """
     path = Path(path)
     manifest = manifest_of(path)
-    if target is not None and target != manifest.target:
-        raise UsageError(
-            f"{path} was built for target {manifest.target}, not {target}; "
-            f"{REBUILD} SMALL LARGE -o OTHER --target {target}"
-        )
-    _check_files(path, manifest, hash_weights=check == "full")
+    chosen, passed = choose({name: manifest.engines(name) for name in manifest.targets}, target, str(path))
+    if len(manifest.targets) > 1 and target is None:
+        why = "; ".join(f"not {name}: {reasons}" for name, reasons in passed.items())
+        say(f"{path} runs on target {chosen}" + (f" ({why})" if why else ""))
+    hashed = {file.path for file in manifest.files if check == "full" or _used(manifest, chosen, file.path)}
+    check_files(path, manifest, hashed)
+    return Bundle(path, manifest, chosen, _members(path, manifest, chosen, hashed))
+
+
+def checked_manifest(path: Path | str, check: Literal["full", "size"] = "full") -> Manifest:
+    """The manifest of a bundle whose every target was checked as ``open_bundle`` does, whatever this machine can run.
+
+    check: ``size`` trusts the sizes of weights and engines and hashes everything else. Errors: BadArtefact.
+    """
+    path = Path(path)
+    manifest = manifest_of(path)
+    files = {file.path for file in manifest.files}
+    check_files(path, manifest, {file for file in files if check == "full" or not file.endswith(HEAVY)})
+    for target in manifest.targets:
+        _members(path, manifest, target, files)
+    return manifest
+
+
+def _members(path: Path, manifest: Manifest, target: str, readable: set[str]) -> dict[str, Member]:
+    """One target's members; their stages, and what the graphs read, are among the files ``readable``."""
     members: dict[str, Member] = {}
     for name, entry in manifest.members.items():
         folder = path_inside(path, entry.folder)
-        if folder is None:
+        spec_file = path_inside(path, f"{entry.folder}/{entry.targets[target].spec}")
+        if folder is None or spec_file is None:
             raise BadArtefact(f"{path}: model {name} lies at {entry.folder!r}, outside the bundle; do not use it")
-        members[name] = Member(folder, spec_from_folder(folder))
-    bundle = Bundle(path, manifest, members)
-    _check_roles(bundle)
-    _check_external_data(bundle)
-    return bundle
+        members[name] = Member(folder, spec_from_folder(spec_file.parent))
+    if set(members) not in ({"small", "large"}, {"alone"}):
+        raise BadArtefact(f"{path} holds {', '.join(members) or 'no model'}, not a pair or one; {REBUILD}")
+    _check_external_data(path, members, readable)
+    return members
 
 
-def _check_files(path: Path, manifest: Manifest, *, hash_weights: bool) -> None:
-    """Exactly the files of the manifest are there, none through a link, each with its size and digest."""
+def _used(manifest: Manifest, target: str, file: str) -> bool:
+    """Whether a target reads a file: its own engines, or the shared graphs and weights, and all that is small."""
+    if not file.endswith(HEAVY):
+        return True
+    others = [f"{m.folder}/{name}/" for m in manifest.members.values() for name in manifest.targets if name != target]
+    return not file.startswith(tuple(others)) and (not manifest.engines(target) or file.endswith(ENGINE_SUFFIX))
+
+
+def check_files(path: Path, manifest: Manifest, hashed: Container[str]) -> None:
+    """Exactly the files of the manifest are there, none through a link, each with its size, those ``hashed`` as built.
+
+    Errors: BadArtefact, with the file and what does not hold.
+    """
     if not all(path_inside(path, entry.path) for entry in manifest.files):
         escaping = next(entry.path for entry in manifest.files if not path_inside(path, entry.path))
         raise BadArtefact(
@@ -100,9 +133,9 @@ def _check_files(path: Path, manifest: Manifest, *, hash_weights: bool) -> None:
             raise BadArtefact(
                 f"{path}: {entry.path} was {what}: it has {size} bytes, the manifest says {entry.bytes}; {REBUILD}"
             )
-    hashed = [e for e in manifest.files if hash_weights or not e.path.endswith(WEIGHT_SUFFIX)]
+    entries = [entry for entry in manifest.files if entry.path in hashed]
     with ThreadPoolExecutor(THREADS) as pool:
-        for entry, digest in zip(hashed, pool.map(lambda e: _digest(path, e), hashed), strict=True):
+        for entry, digest in zip(entries, pool.map(lambda e: _digest(path, e), entries), strict=True):
             if digest != entry.sha256:
                 raise BadArtefact(
                     f"{path}: {entry.path} was changed after the build (its digest does not match); {REBUILD}"
@@ -125,24 +158,21 @@ def _digest(path: Path, entry: FileEntry) -> str:
         raise unreadable(path / entry.path, e, REBUILD) from None
 
 
-def _check_roles(bundle: Bundle) -> None:
-    if set(bundle.members) not in ({"small", "large"}, {"alone"}):
-        raise BadArtefact(
-            f"{bundle.path} holds {', '.join(bundle.members) or 'no model'}, not a pair or one; {REBUILD}"
-        )
-
-
-def _check_external_data(bundle: Bundle) -> None:
-    """The graphs read no file that the manifest does not list."""
-    listed = {entry.path for entry in bundle.manifest.files}
-    for member in bundle.members.values():
-        for name in member.spec.stages:
-            if not member.spec.stages[name].file.endswith(".onnx"):
+def _check_external_data(path: Path, members: dict[str, Member], readable: set[str]) -> None:
+    """Nothing is opened that was not checked: engines and the files that graphs read."""
+    for member in members.values():
+        for name, interface in member.spec.stages.items():
+            if not interface.file.endswith(".onnx"):
+                if f"{member.folder.relative_to(path).as_posix()}/{interface.file}" not in readable:
+                    raise BadArtefact(
+                        f"{path}: stage {name} is said to lie at {interface.file!r}, which is no file of the bundle; "
+                        f"do not use it, or {REBUILD}"
+                    )
                 continue  # an engine holds its weights
             stage = stage_from_folder(member.folder, member.spec, name)
             for location in {c.location for c in constants_of(stage) if c.location is not None}:
                 at = path_inside(member.folder, location)
-                if at is None or at.relative_to(bundle.path).as_posix() not in listed:
+                if at is None or at.relative_to(path).as_posix() not in readable:
                     raise BadArtefact(
                         f"{member.folder / stage.interface.file} reads {location!r}, which is no file of the bundle; "
                         f"do not use it, or {REBUILD}"

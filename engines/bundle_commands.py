@@ -1,13 +1,17 @@
-"""The verbs about artefacts: check, build, verify, and what show tells of bundles, ops, policies and machines."""
+"""The verbs about artefacts: check, build, verify, pack, unpack, and what show tells of bundles, ops and machines."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from engines.options import target_option
 from graphs.talk import emit_json, step
+
+if TYPE_CHECKING:
+    from engines.manifest import Manifest
 
 folder_type = click.Path(path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -52,7 +56,14 @@ def check(folder: Path, as_json: bool) -> None:
 @click.command()
 @click.argument("folders", metavar="SMALL [LARGE]", type=folder_type, nargs=-1, required=True)
 @click.option("-o", "--out", "out", type=folder_type, required=True, metavar="BUNDLE", help="The folder to write.")
-@click.option("--target", default="cpu", show_default=True, help="What the bundle is to run on.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    default=("cpu",),
+    metavar="NAME",
+    help="What the bundle is to run on, as cpu or rtx; repeatable, and graphs are shared. [cpu]",
+)
 @click.option("--threshold", type=float, help="Score above which the small model's answer stands. [default: 0.9]")
 @click.option("--overwrite", is_flag=True, help="Replace an older bundle.")
 @click.option("--sm", "sms", type=int, multiple=True, metavar="SM", help="rtx: compute capability, as 89; repeatable.")
@@ -67,21 +78,22 @@ def check(folder: Path, as_json: bool) -> None:
 def build(
     folders: tuple[Path, ...],
     out: Path,
-    target: str,
+    targets: tuple[str, ...],
     threshold: float | None,
     overwrite: bool,
     as_json: bool,
     **of_engines: Any,
 ) -> None:
-    """Turn a SMALL and a LARGE export (in any order), or one export alone, into a bundle for a target."""
+    """Turn a SMALL and a LARGE export (in any order), or one export alone, into a bundle for one target or several."""
     from engines.build import build_bundle
     from graphs.talk import say
 
     options = _engine_options(**of_engines)
-    manifest = build_bundle(folders, out, target=target, threshold=threshold, overwrite=overwrite, engines=options)
+    manifest = build_bundle(folders, out, target=targets, threshold=threshold, overwrite=overwrite, engines=options)
     for name, member in manifest.members.items():
-        for op, by in member.ops.items():
-            say(f"{name}: {op} is served by its {by}")
+        for target, entry in member.targets.items():
+            for op, by in entry.ops.items():
+                say(f"{name} on {target}: {op} is served by its {by}")
     if as_json:
         emit_json({**manifest.model_dump(mode="json", by_alias=True), "path": out})
     else:
@@ -121,19 +133,19 @@ def lower(
 
 @click.command()
 @click.argument("bundle", type=folder_type)
+@target_option
 @json_option
-def verify(bundle: Path, as_json: bool) -> None:
+def verify(bundle: Path, target: str | None, as_json: bool) -> None:
     """Replay a BUNDLE's golden tensors through its engines, after checking every file's digest."""
     from functools import partial
 
     from engines.bundle import open_bundle
     from engines.golden import refuse_disagreement, replay
-    from engines.session import open_session, refuse_unrunnable
+    from engines.session import open_session
     from engines.words import replays_in_words
 
     with step("checking digests"):
-        opened = open_bundle(bundle)
-    refuse_unrunnable(opened.target, opened.engines)
+        opened = open_bundle(bundle, target=target)
     open_stage = partial(open_session, target=opened.target)
     replays = {}
     for name, member in opened.members.items():
@@ -149,19 +161,51 @@ def verify(bundle: Path, as_json: bool) -> None:
         refuse_disagreement(of_one, f"{bundle}, {name} model")
 
 
+@click.command()
+@click.argument("bundle", type=folder_type)
+@click.option("-o", "--out", "out", type=folder_type, required=True, metavar="FILE", help="The file to write.")
+@click.option("--overwrite", is_flag=True, help="Replace an older file.")
+@json_option
+def pack(bundle: Path, out: Path, overwrite: bool, as_json: bool) -> None:
+    """Write a BUNDLE as one file, every digest checked on the way."""
+    from engines.pack import pack_bundle
+
+    _packed(pack_bundle(bundle, out, overwrite=overwrite), out, "saccade.packed/1", as_json)
+
+
+@click.command()
+@click.argument("file", type=folder_type)
+@click.option("-o", "--out", "out", type=folder_type, required=True, metavar="BUNDLE", help="The folder to write.")
+@click.option("--overwrite", is_flag=True, help="Replace an older bundle.")
+@json_option
+def unpack(file: Path, out: Path, overwrite: bool, as_json: bool) -> None:
+    """Make a bundle of a FILE that saccade pack wrote, every digest checked before the folder gets its name."""
+    from engines.pack import unpack_bundle
+
+    _packed(unpack_bundle(file, out, overwrite=overwrite), out, "saccade.unpacked/1", as_json)
+
+
+def _packed(manifest: Manifest, out: Path, schema: str, as_json: bool) -> None:
+    if as_json:
+        files = {"files": len(manifest.files), "content_bytes": sum(entry.bytes for entry in manifest.files)}
+        emit_json({"schema": schema, "path": out, "manifest_sha256": manifest.sha256, **files})
+    else:
+        click.echo(out)
+
+
 @click.command("bundle")
 @click.argument("bundle", type=folder_type)
 @json_option
 def show_bundle(bundle: Path, as_json: bool) -> None:
-    """Tell what a BUNDLE holds: models, plans, stages with their tensors, ops and what serves them."""
-    from engines.bundle import open_bundle
+    """Tell what a BUNDLE holds: models, plans, and per target stages, what serves the ops, and estimated memory."""
+    from engines.bundle import checked_manifest
     from engines.words import bundle_in_words
 
-    opened = open_bundle(bundle, check="size")
+    manifest = checked_manifest(bundle, check="size")
     if as_json:
-        emit_json({**opened.manifest.model_dump(mode="json", by_alias=True), "path": bundle})
+        emit_json({**manifest.model_dump(mode="json", by_alias=True), "path": bundle})
     else:
-        _print(bundle_in_words(opened))
+        _print(bundle_in_words(bundle, manifest))
 
 
 @click.command("ops")

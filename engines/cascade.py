@@ -28,6 +28,7 @@ from engines.sampling import OptionKeywords, Options
 from engines.stream import Stream, pieces_of
 from graphs.errors import BadArtefact, UsageError
 from graphs.spec import ExportSpec, spec_from_folder
+from graphs.talk import step
 
 if TYPE_CHECKING:
     from engines.calibration.promise import Promises
@@ -51,22 +52,27 @@ class Cascade:
         self.promises: Promises | None = None
 
     @classmethod
-    def open(cls, path: str | PathLike[str], target: str | None = None, threads: int | None = None) -> Cascade:
+    def open(
+        cls, path: str | PathLike[str], target: str | None = None, threads: int | None = None, preload: bool = False
+    ) -> Cascade:
         """Open a bundle; sessions open when a question needs them, and stay open.
 
-        target: refuse a bundle built for another one. threads: CPU threads of a run, None for the
-        runtime's choice. Raises BadArtefact for a bundle that is broken or tampered with, UsageError
-        for one that was built for another target, BackendMissing where the runtime is not installed.
+        target: this one of the bundle's; None: the best that this machine can run. threads: CPU threads of a run,
+        None for the runtime's choice. preload: open every session now, the large model's too. Raises BadArtefact for a
+        bundle that is broken or tampered with, UsageError for a target that it does not hold, BackendMissing where it
+        cannot be run here, OperationFailed where its weights are more than the memory that is free.
         """
         from engines.bundle import open_bundle
         from engines.calibration.promise import promises_of
-        from engines.session import refuse_unrunnable
+        from engines.footprint import refuse_what_cannot_fit
 
-        bundle = open_bundle(Path(path), target=target)
-        refuse_unrunnable(bundle.target, bundle.engines)
+        bundle = open_bundle(Path(path), target=target, check="used")
+        refuse_what_cannot_fit(bundle)
         members = {name: (member.folder, member.spec) for name, member in bundle.members.items()}
         opened = cls._of(members, bundle.threshold, bundle.target, threads)
         opened.promises = promises_of(bundle)
+        if preload:
+            opened.preload()
         return opened
 
     @classmethod
@@ -92,6 +98,13 @@ class Cascade:
             alone = models["alone"]
             return cls(alone, None) if alone.spec.role == "small" else cls(None, alone)
         return cls(models["small"], models["large"], threshold)
+
+    def preload(self) -> None:
+        """Open every session of every model, so that no question has to wait for one."""
+        models = {"small": self.small, "large": self.large}
+        for name, model in ((name, model) for name, model in models.items() if model):
+            with step(f"opening the {name} model" if self.small and self.large else "opening the model"):
+                model.open()
 
     def ask(
         self,

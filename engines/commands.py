@@ -1,6 +1,6 @@
 """The verbs of this room as a table; each command is thin and calls one function.
 
-``build``, ``verify``, ``check``, ``lower`` and what ``show`` tells about artefacts live in
+``build``, ``verify``, ``check``, ``lower``, ``pack``, ``unpack`` and what ``show`` tells about artefacts live in
 ``engines/bundle_commands.py``; importing this file imports no runtime.
 """
 
@@ -16,6 +16,7 @@ from engines.options import (
     bundle_argument,
     images_option,
     keep_option,
+    preload_option,
     target_option,
     threads_option,
     threshold_option,
@@ -34,7 +35,7 @@ SHOWS = {
     "machine": ("engines.bundle_commands:show_machine", "Tell what this machine can run."),
 }
 
-ELSEWHERE = ("build", "check", "lower", "verify")
+ELSEWHERE = ("build", "check", "lower", "verify", "pack", "unpack")
 
 
 def __getattr__(name: str) -> Any:
@@ -87,6 +88,7 @@ def show() -> None:
 @writing_options
 @click.option("--json", "as_json", is_flag=True, help="Print one document, saccade.answer/1.")
 @target_option
+@preload_option
 @threads_option
 def run(
     bundle: Path,
@@ -97,13 +99,14 @@ def run(
     as_json: bool,
     target: str | None,
     threads: int | None,
+    preload: bool,
     **options: Any,
 ) -> None:
     """Ask BUNDLE a QUESTION about an image, several, or none; the answer alone goes to stdout, as it is made."""
     from engines.cascade import Cascade
     from engines.chat import say
 
-    stream = Cascade.open(bundle, target, threads).stream(images, question, keep, threshold, **options)
+    stream = Cascade.open(bundle, target, threads, preload).stream(images, question, keep, threshold, **options)
     if as_json:
         emit_json(stream.finish().document())
         return
@@ -125,6 +128,7 @@ def run(
 @writing_options
 @click.option("--json", "as_json", is_flag=True, help="Print each answer as one line, saccade.answer/1.")
 @target_option
+@preload_option
 @threads_option
 def chat(
     bundle: Path,
@@ -136,6 +140,7 @@ def chat(
     as_json: bool,
     target: str | None,
     threads: int | None,
+    preload: bool,
     **options: Any,
 ) -> None:
     """Talk with BUNDLE, a line of standard input a turn; images given here come with the first.
@@ -148,7 +153,7 @@ def chat(
 
     said = [{"role": "system", "content": system}] if system else []
     said += documents_from_file(messages) if messages else []
-    conversation = Cascade.open(bundle, target, threads).chat(said, keep, threshold, **options)
+    conversation = Cascade.open(bundle, target, threads, preload).chat(said, keep, threshold, **options)
     talk_in_lines(conversation, images, as_json)
 
 

@@ -1,4 +1,4 @@
-"""What this machine and this Python can run, found out without touching a device."""
+"""What this machine and this Python can run, found out without taking any of a device's memory."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import platform
 from importlib.util import find_spec
 from pathlib import Path
 
-from engines.session import BUILT_ONLY, SESSIONS
+from engines.session import SESSIONS
+from engines.targets import TARGETS, why_not
 from graphs.versions import extras_of, installed_version
 
 # target → (the distribution that serves it, the module it brings)
 RUNTIMES = {
     "cpu": ("onnxruntime", "onnxruntime"),
-    "gpu": ("onnxruntime-gpu", "onnxruntime"),
+    "cuda": ("onnxruntime-gpu", "onnxruntime"),
+    "ort-tensorrt": ("onnxruntime-gpu", "onnxruntime"),
+    "ort-rtx": ("onnxruntime-gpu", "onnxruntime"),
     "rtx": ("tensorrt-rtx", "tensorrt_rtx"),
     "tensorrt": ("tensorrt", "tensorrt"),
     "openvino": ("openvino", "openvino"),
@@ -59,17 +62,17 @@ def machine_in_words(document: dict[str, object]) -> list[str]:
 
 def _runtime(target: str) -> dict[str, str | None]:
     distribution, module = RUNTIMES[target]
+    # The CPU is served by either distribution of onnxruntime.
+    if target == "cpu" and not installed_version(distribution) and installed_version("onnxruntime-gpu"):
+        distribution = "onnxruntime-gpu"
     version = installed_version(distribution) if find_spec(module) else None
-    if target in BUILT_ONLY:
-        state = (
-            f"builds with {distribution} {version}, is not run by this release"
-            if version
-            else f"{distribution} is not installed: pip install {extras_of(distribution)}"
-        )
-    elif target not in SESSIONS:
+    missing = f"{distribution} is not installed: pip install {extras_of(distribution)}"
+    if target not in TARGETS:
         state = "not driven by this release" + (f" (found {distribution} {version})" if version else "")
-    elif version is None:
-        state = f"{distribution} is not installed: pip install {extras_of(distribution)}"
+    elif target not in SESSIONS:
+        state = f"builds with {distribution} {version}, is not run by this release" if version else missing
+    elif reasons := why_not(target):
+        state = f"not here: {'; '.join(reasons)}"
     else:
         state = f"ready, {distribution} {version}"
     return {"distribution": distribution, "version": version, "state": state}

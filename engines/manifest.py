@@ -54,21 +54,53 @@ class EngineEntry(Record):
     weight_bytes: int
 
 
+class Footprint(Record):
+    """What a model takes on a target while it runs, in bytes: estimates, made at the build.
+
+    rows: length of the caches that are counted, and images: what the vision stage sees at once; the engines' bounds, or
+    for graphs those that engines have by default. cache_bytes: all layers, a step's old and new caches both, without
+    what pruning saves. activation_bytes: stage → the most that lives at once between its nodes.
+    """
+
+    rows: int
+    images: int
+    weight_bytes: int
+    cache_bytes: int
+    activation_bytes: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """The sum in bytes; the stages' activations are added up, for runtimes keep what they once took."""
+        return self.weight_bytes + self.cache_bytes + sum(self.activation_bytes.values())
+
+
+class TargetEntry(Record):
+    """One model on one target.
+
+    spec: its spec.json and stages[…].file: its stages, both below the model's folder; targets that run graphs share
+    them. ops: for each op of the plan whether a kernel or the body serves it.
+    """
+
+    spec: str
+    dtype: str
+    stages: dict[str, StageSpec]
+    ops: dict[str, Served]
+    weight_bytes: int
+    engines: dict[str, EngineEntry] = {}
+    footprint: Footprint
+
+
 class MemberEntry(Record):
-    """One model of the bundle, and for each op of its plan whether a kernel or the body serves it."""
+    """One model of the bundle, and what it is on each target."""
 
     folder: str
     family: str
     architecture: str
     role: Role
-    dtype: str
     plan: PruningPlan
     language: LanguageModel
     grid: VisualGrid
-    stages: dict[str, StageSpec]
-    ops: dict[str, Served]
-    weight_bytes: int
-    engines: dict[str, EngineEntry] = {}
+    targets: dict[str, TargetEntry]
 
 
 class Manifest(Record):
@@ -77,7 +109,7 @@ class Manifest(Record):
     schema_id: Literal["saccade.bundle/1"] = Field("saccade.bundle/1", alias="schema")
     created_by: str
     tools: dict[str, str]
-    target: str
+    targets: tuple[str, ...] = Field(min_length=1)
     threshold: float = Field(ge=0, le=1)
     members: dict[Literal["small", "large", "alone"], MemberEntry]
     files: tuple[FileEntry, ...]
@@ -89,6 +121,10 @@ class Manifest(Record):
     def signed(self) -> Manifest:
         """The same manifest with the digest of its own content filled in."""
         return self.model_copy(update={"sha256": digest_of(self.model_dump(mode="json", by_alias=True))})
+
+    def engines(self, target: str) -> list[EngineEntry]:
+        """The engines of all models for a target; none for one that runs graphs."""
+        return [engine for member in self.members.values() for engine in member.targets[target].engines.values()]
 
     def dumps(self) -> str:
         """The file's text."""
@@ -110,20 +146,30 @@ def manifest_of(bundle: Path) -> Manifest:
     if not path.exists():
         raise BadArtefact(f"{bundle} is no bundle: {MANIFEST_FILE} is missing; {REBUILD} SMALL LARGE -o {bundle}")
     try:
-        document = json.loads(path.read_text("utf-8"))
+        return manifest_from(path.read_bytes(), path)
     except OSError as e:
         raise unreadable(path, e, REBUILD) from None
+
+
+def manifest_from(text: bytes, path: Path) -> Manifest:
+    """Check a manifest's content; ``path`` is how messages call it."""
+    try:
+        document = json.loads(text.decode("utf-8"))
     except (UnicodeDecodeError, ValueError, RecursionError):
         raise BadArtefact(f"{path} is no JSON, so it is damaged or truncated; {REBUILD}") from None
     _check_format(path, document)
     if digest_of(document) != document.get("sha256"):
         raise BadArtefact(f"{path} was changed after it was written (its digest does not match); {REBUILD}")
     try:
-        return Manifest.model_validate(document)
+        manifest = Manifest.model_validate(document)
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the document"
         raise BadArtefact(f"{path}: {where}: {first['msg']}; {REBUILD}") from None
+    for name, member in manifest.members.items():
+        if set(member.targets) != set(manifest.targets):
+            raise BadArtefact(f"{path}: model {name} has not the bundle's targets; {REBUILD}")
+    return manifest
 
 
 def _check_format(path: Path, document: Any) -> None:

@@ -1,4 +1,4 @@
-"""A graph in ONNX Runtime on the CPU, bound by name so that device values are handed on without copies."""
+"""A graph in ONNX Runtime, bound by name so that device values are handed on without copies; here on the CPU."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ import numpy as np
 import onnxruntime as ort
 
 from engines.session import Value
-from graphs.errors import BadArtefact, OperationFailed
+from graphs.errors import BadArtefact, OperationFailed, SaccadeError
 
 ERRORS_ONLY = 3
 
 
 class OrtSession:
-    """An ``engines.session.Session`` over onnxruntime.InferenceSession."""
+    """An ``engines.session.Session`` over onnxruntime.InferenceSession.
+
+    device: where outputs named as ``device`` stay, as IOBinding calls it.
+    """
+
+    device = "cpu"
 
     def __init__(self, file: Path, threads: int | None = None) -> None:
         self._file = Path(file)
@@ -28,13 +33,18 @@ class OrtSession:
         # Six sessions take turns: one that spins after its run takes the cores of the next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            self._session = ort.InferenceSession(str(self._file), options, providers=["CPUExecutionProvider"])
+            self._session = self._opened(options)
+        except SaccadeError:
+            raise
         except Exception as e:  # the binding's exceptions share no base class
             raise BadArtefact(
                 f"ONNX Runtime cannot open {self._file} ({_first_line(e)}); "
                 "replay its golden tensors with: saccade verify, or build the bundle again"
             ) from None
         self._inputs = {i.name for i in self._session.get_inputs()}
+
+    def _opened(self, options: ort.SessionOptions) -> ort.InferenceSession:
+        return ort.InferenceSession(str(self._file), options, providers=["CPUExecutionProvider"])
 
     def run(
         self, feeds: Mapping[str, Value], host: Collection[str] = (), device: Collection[str] = ()
@@ -52,12 +62,14 @@ class OrtSession:
         try:
             for name, value in values.items():
                 binding.bind_ortvalue_input(name, value)
-            for name in (*host, *device):
+            for name in host:
                 binding.bind_output(name, "cpu")
+            for name in device:
+                binding.bind_output(name, self.device)
             self._session.run_with_iobinding(binding)
         except Exception as e:
             raise OperationFailed(
-                f"ONNX Runtime failed in {self._file.name} ({_first_line(e)}); check the bundle with: saccade verify"
+                f"ONNX Runtime failed in {self._file.name} ({_first_line(e)}); {_remedy(e)}"
             ) from None
         results = dict(zip((*host, *device), binding.get_outputs(), strict=True))
         return {name: value.numpy() if name in host else value for name, value in results.items()}
@@ -71,6 +83,12 @@ def _value_of(value: Value) -> ort.OrtValue:
     if isinstance(value, ort.OrtValue):
         return value
     return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
+
+
+def _remedy(error: Exception) -> str:
+    if "allocate memory" in str(error):
+        return "memory is full: keep fewer visual tokens, give smaller images, or begin a new conversation"
+    return "check the bundle with: saccade verify"
 
 
 def _first_line(error: Exception) -> str:

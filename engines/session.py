@@ -20,10 +20,12 @@ from graphs.errors import BackendMissing, UsageError
 Value: TypeAlias = Any
 
 # target → the class that serves it
-SESSIONS = {"cpu": "engines.ort_session:OrtSession"}
-
-# target → what says why its engines cannot be run here; building them needs no GPU, running them does
-BUILT_ONLY = {"rtx": "engines.trt.running:reasons"}
+SESSIONS = {
+    "cpu": "engines.ort_session:OrtSession",
+    "cuda": "engines.ort_gpu:cuda_session",
+    "ort-tensorrt": "engines.ort_gpu:tensorrt_session",
+    "ort-rtx": "engines.ort_gpu:rtx_session",
+}
 
 
 class Session(Protocol):
@@ -70,9 +72,10 @@ def refuse_unrunnable(target: str, engines: Sequence[Any] = ()) -> None:
 
     engines: the ``EngineEntry`` of a bundle, so that its SM and version can be told.
     """
-    if target in BUILT_ONLY:
-        module, _, name = BUILT_ONLY[target].partition(":")
-        reasons: list[str] = getattr(import_module(module), name)(engines)
+    from engines.targets import TARGETS, why_not
+
+    reasons = why_not(target, engines) if target in TARGETS else []
+    if reasons:
         raise BackendMissing(
             f"target {target} cannot be run here: {'; '.join(reasons)}; build the pair for --target cpu too"
         )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, get_args
 
-from engines.bundle import Bundle
+from engines.footprint import footprint_in_words
 from engines.golden import Replay
-from engines.manifest import MemberEntry
+from engines.manifest import Manifest, MemberEntry, TargetEntry
 from graphs.errors import UsageError
 from graphs.ops import DOMAIN, OPS
 from graphs.plan import Budget, PruningPlan, Role, retention_of
@@ -87,25 +88,45 @@ def grid_in_words(grid: VisualGrid) -> str:
 
 
 def member_in_words(name: str, member: MemberEntry) -> list[str]:
-    """A model of a bundle: size, plan, ops and stages."""
+    """A model of a bundle: size, plan, and for each target its precision, memory, ops and stages."""
     language, grid = member.language, member.grid
-    served = ", ".join(f"{op} by its {by}" for op, by in member.ops.items()) or "none of ours"
-    return [
-        f"{name}: {member.architecture} ({member.family}), {member.dtype}, {language.layers} layers of width "
-        f"{language.width}, {grid_in_words(grid)}, {member.weight_bytes / MB:.1f} MB of weights",
+    lines = [
+        f"{name}: {member.architecture} ({member.family}), {language.layers} layers of width {language.width}, "
+        f"{grid_in_words(grid)}",
         *(f"  plan {member.plan.name}: {line}" for line in plan_in_words(member.plan, language.layers)),
-        f"  ops: {served}",
-        *(line for stage, spec in member.stages.items() for line in stage_in_words(stage, spec)),
+    ]
+    shown: list[dict[str, StageSpec]] = []
+    for target, entry in member.targets.items():
+        lines += target_in_words(target, entry)
+        if entry.stages not in shown:
+            lines += [line for stage, spec in entry.stages.items() for line in stage_in_words(stage, spec)]
+        shown.append(entry.stages)
+    return lines
+
+
+def target_in_words(target: str, entry: TargetEntry) -> list[str]:
+    """What a model is on one target, its stages left out."""
+    served = ", ".join(f"{op} by its {by}" for op, by in entry.ops.items()) or "none of ours"
+    return [
+        f"  on {target}: {entry.dtype}, {entry.weight_bytes / MB:.1f} MB of weights{_engines_in_words(entry)}",
+        f"  on {target}: memory, estimated: {footprint_in_words(entry.footprint)}",
+        f"  on {target}: ops: {served}",
     ]
 
 
-def bundle_in_words(bundle: Bundle) -> list[str]:
+def _engines_in_words(entry: TargetEntry) -> str:
+    made = {(engine.tensorrt, engine.sms) for engine in entry.engines.values()}
+    return "".join(
+        f", engines of {version} for SM {', '.join(f'{sm // 10}.{sm % 10}' for sm in sms)}" for version, sms in made
+    )
+
+
+def bundle_in_words(path: Path, manifest: Manifest) -> list[str]:
     """What ``show BUNDLE`` prints."""
-    manifest = bundle.manifest
     total = sum(entry.bytes for entry in manifest.files) / MB
     return [
-        f"{bundle.path}: for target {manifest.target}, exit threshold {manifest.threshold:g}, {len(manifest.files)} "
-        f"files, {total:.1f} MB",
+        f"{path}: for target {' and '.join(manifest.targets)}, exit threshold {manifest.threshold:g}, "
+        f"{len(manifest.files)} files, {total:.1f} MB",
         f"made by {manifest.created_by} with " + ", ".join(f"{k} {v}" for k, v in manifest.tools.items()),
         *(calibration.in_words() for calibration in manifest.calibrations),
         *(line for name, entry in manifest.members.items() for line in member_in_words(name, entry)),

@@ -12,11 +12,11 @@ from engines.trt.bounds import BODY_ROWS, Bounds, profiles_of
 from engines.trt.engine import SMS, checked_sms, engine_from_onnx, refuse_too_large
 from engines.trt.reading import Reading, reading_from
 from graphs.errors import OperationFailed, UsageError
-from graphs.files import atomic_folder, path_inside
+from graphs.files import atomic_folder
 from graphs.lowering import PARSERS, Lowering
 from graphs.lowering.export import LoweredExport, lowered_export
 from graphs.rules import refuse_findings
-from graphs.spec import GOLDEN_FILE, PROCESSOR_FOLDER, SPEC_FILE, ExportSpec, FloatType
+from graphs.spec import SPEC_FILE, ExportSpec, FloatType
 from graphs.talk import say, step, warn
 
 PRECISIONS: dict[str, FloatType] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -96,7 +96,9 @@ class BuiltMember:
 
 
 def build_member(name: str, source: Path, spec: ExportSpec, out: Path, options: EngineOptions) -> BuiltMember:
-    """Build the engines of the export ``source`` into the new folder ``out``.
+    """Build the engines of the export ``source`` into the new folder ``out``, which lies in the model's.
+
+    The spec's files are told from the model's folder, where golden tensors and processor lie.
 
     Errors: UsageError for an option that does not fit the model, BackendMissing where a library is missing,
     OperationFailed where memory is short, fp16 overflows, or TensorRT refuses.
@@ -123,11 +125,6 @@ def build_member(name: str, source: Path, spec: ExportSpec, out: Path, options: 
     stages = {s: i.model_copy(update={"file": engines[s].file}) for s, i in lowered.spec.stages.items()}
     built = lowered.spec.model_copy(update={"stages": stages, "weights": ()})
     (out / SPEC_FILE).write_text(built.dumps(), "utf-8")
-    shutil.copyfile(source / GOLDEN_FILE, out / GOLDEN_FILE)
-    processor = path_inside(source, PROCESSOR_FOLDER)
-    if processor is None or not processor.is_dir():
-        raise UsageError(f"{source / PROCESSOR_FOLDER} is missing; export the checkpoint again")
-    shutil.copytree(processor, out / PROCESSOR_FOLDER, copy_function=shutil.copyfile)
     served: dict[str, Served] = {}
     for stage, entry in engines.items():
         for node, by in entry.served.items():
@@ -162,7 +159,7 @@ def _engine(
     if answer["bytes"] > SIZE_LIMIT * weights + EMPTY_ENGINE_BYTES:
         warn(f"{name}: {file.name} has {answer['bytes'] / 1e6:.0f} MB for {weights / 1e6:.0f} MB of weights")
     return EngineEntry(
-        file=file.name,
+        file=f"{out.name}/{file.name}",
         target="rtx",
         tensorrt=answer["tensorrt"],
         sms=tuple(sms),

@@ -60,7 +60,7 @@ def test_build_verify_show(saccade_cli, exports, tmp_path):
     out = tmp_path / "b"
     done = saccade_cli("build", exports["small"], exports["large"], "-o", out, "--threshold", "0.7")
     assert (done.code, done.stdout) == (0, f"{out}\n")
-    assert "large: KeepTopK is served by its body" in done.stderr
+    assert "large on cpu: KeepTopK is served by its body" in done.stderr
     done = saccade_cli("verify", out)
     assert done.code == 0
     assert "large decoder/prefill" in done.stdout

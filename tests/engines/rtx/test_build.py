@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engines.build import build_bundle
-from engines.bundle import open_bundle
+from engines.bundle import checked_manifest, open_bundle
 from engines.manifest import Manifest, manifest_of
 from engines.trt import engine as builder
 from engines.trt.bounds import BODY_ROWS, Bounds, profiles_of
@@ -21,44 +21,45 @@ from tests.conftest import Outcome
 from tests.engines.rtx.conftest import Exports, Lower
 
 pytest.importorskip("tensorrt_rtx")
+TARGETS = {"plugin": ("rtx",), "body": ("rtx", "cpu")}
 BOUNDS = Bounds(max_prompt=128, max_length=192, max_tail=8, max_images=2)
 
 
 @pytest.fixture(scope="session")
 def bundles(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """fp16 with plugins; fp32 with bodies."""
+    """fp16 with plugins, for rtx alone; fp32 with bodies, for cpu too."""
     home = tmp_path_factory.mktemp("rtx-bundles")
     for ops, precision in (("plugin", "fp16"), ("body", "fp32")):
         options = EngineOptions((89,), precision, ops, BOUNDS)
-        build_bundle([exports["small"], exports["large"]], home / ops, target="rtx", engines=options)
+        build_bundle([exports["small"], exports["large"]], home / ops, target=TARGETS[ops], engines=options)
     return {ops: home / ops for ops in ("plugin", "body")}
 
 
 @pytest.mark.parametrize(("ops", "by", "dtype"), [("plugin", "kernel", "float16"), ("body", "body", "float32")])
 def test_the_manifest_says_what_serves_and_for_what(bundles: dict[str, Path], ops: str, by: str, dtype: str) -> None:
     manifest = manifest_of(bundles[ops])
-    assert manifest.target == "rtx"
+    assert manifest.targets == TARGETS[ops]
     assert manifest.tools["tensorrt-rtx"] == "1.7.1.116"
-    small, large = manifest.members["small"], manifest.members["large"]
+    small, large = (manifest.members[role].targets["rtx"] for role in ("small", "large"))
     assert small.ops == {"AttentionReceived": by}
     assert large.ops == {"CompactRows": by, "KeepTopK": by}
-    for member in (small, large):
+    for role, member in (("small", small), ("large", large)):
         assert set(member.engines) == {"vision", "embed", "decoder"}
         for stage, entry in member.engines.items():
             assert (entry.tensorrt, entry.sms, entry.precision) == ("1.7.1.116", (89,), dtype)
             assert list(entry.profiles) == (["prefill", "decode"] if stage == "decoder" else ["any"])
-            file = bundles[ops] / member.folder / entry.file
+            file = bundles[ops] / role / entry.file
             assert file.stat().st_size == entry.bytes > entry.weight_bytes
         assert set(member.engines["decoder"].served.values()) == {by}
         types = {t.name: t.dtype for t in member.stages["decoder"].inputs}
         assert types["past_k_0"] == types["inputs_embeds"] == dtype
-    assert len(small.engines["decoder"].served) == small.language.layers
+    assert len(small.engines["decoder"].served) == manifest.members["small"].language.layers
 
 
 def test_nothing_but_engines_and_what_the_host_needs_is_in_the_bundle(bundles: dict[str, Path]) -> None:
-    opened = open_bundle(bundles["plugin"])
-    names = {entry.path for entry in opened.manifest.files if "/processor/" not in entry.path}
-    per_member = {"decoder.engine", "embed.engine", "vision.engine", "golden.safetensors", "spec.json"}
+    manifest = checked_manifest(bundles["plugin"])
+    names = {entry.path for entry in manifest.files if "/processor/" not in entry.path}
+    per_member = {"golden.safetensors", "rtx/spec.json", *(f"rtx/{s}.engine" for s in ("decoder", "embed", "vision"))}
     assert names == {f"{role}/{name}" for role in ("small", "large") for name in per_member}
 
 
@@ -66,12 +67,35 @@ def test_it_is_refused_before_anything_is_deserialised(
     bundles: dict[str, Path], saccade_cli: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     image = tmp_path / "image.png"
-    for arguments in (("verify", bundles["body"]), ("run", bundles["body"], "what ?", "--image", image)):
+    alone, beside_cpu = bundles["plugin"], (bundles["body"], "--target", "rtx")
+    question = ("what ?", "--image", image)
+    for arguments in (("verify", alone), ("run", alone, *question), ("run", *beside_cpu, *question)):
         outcome = saccade_cli(*arguments)
         assert outcome.code == 4
         assert "target rtx cannot be run here" in outcome.stderr
         assert "GPUs of SM 8.9" in outcome.stderr
-    assert saccade_cli("show", bundles["body"]).code == 0
+    assert saccade_cli("show", alone).code == 0
+
+
+def test_beside_rtx_the_cpu_is_chosen_here_and_named(
+    exports: Exports, bundles: dict[str, Path], saccade_cli: Callable[..., Outcome]
+) -> None:
+    if open_bundle(bundles["body"]).target == "rtx":
+        pytest.skip("this machine runs rtx")
+    outcome = saccade_cli("verify", bundles["body"])
+    assert outcome.code == 0
+    assert "runs on target cpu (not rtx: " in outcome.stderr
+    assert "large decoder/prefill" in outcome.stdout
+    manifest = manifest_of(bundles["body"])
+    for role, member in manifest.members.items():
+        rtx, cpu = member.targets["rtx"], member.targets["cpu"]
+        assert (rtx.spec, cpu.spec) == ("rtx/spec.json", "spec.json")
+        assert cpu.stages == spec_from_folder(exports[role]).stages
+        assert rtx.footprint.rows == BOUNDS.max_length
+        assert rtx.footprint.weight_bytes == sum(engine.bytes for engine in rtx.engines.values())
+    shown = saccade_cli("show", bundles["body"]).stdout
+    assert "on rtx: memory, estimated" in shown
+    assert "SM 8.9" in shown
 
 
 @pytest.mark.parametrize("role", ["small", "large"])
@@ -188,4 +212,4 @@ def test_a_missing_library_is_exit_code_4(exports: Exports, tmp_path: Path, monk
 
 def test_a_cpu_bundle_has_no_engines(exports: Exports, tmp_path: Path) -> None:
     manifest: Manifest = build_bundle(list(exports.values()), tmp_path / "b", target="cpu")
-    assert [member.engines for member in manifest.members.values()] == [{}, {}]
+    assert [member.targets["cpu"].engines for member in manifest.members.values()] == [{}, {}]

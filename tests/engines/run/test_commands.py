@@ -10,6 +10,7 @@ from PIL import Image
 
 from engines.cascade import Cascade
 from engines.commands import SHOWS
+from graphs.spec import STAGES
 from tests.engines.run.conftest import IMAGE_SIZE, TinyPair, picture_of
 
 QUESTION = "what colour is the 3 ?"
@@ -40,6 +41,21 @@ def test_run_json_is_one_document_with_everything(saccade_cli: Cli, tiny_bundle:
     stages = ("open", "prepare", "vision", "embed", "prefill", "decode")
     assert set(times) == {f"{m}_{s}" for m in ("small", "large") for s in stages} | {"small_consistency", "total"}
     assert times["total"] == pytest.approx(sum(v for k, v in times.items() if k != "total"), abs=0.01)
+
+
+def test_preload_opens_every_model_before_the_first_question(
+    saccade_cli: Cli, tiny_bundle: Path, calls: list[Path]
+) -> None:
+    every = {tiny_bundle / role / f"{stage}.onnx" for role in ("small", "large") for stage in STAGES}
+    Cascade.open(tiny_bundle)
+    assert calls == []
+    Cascade.open(tiny_bundle, preload=True)
+    assert (len(calls), set(calls)) == (6, every)
+    calls.clear()
+    told = saccade_cli("run", tiny_bundle, QUESTION, "--preload", "--threshold", 0, "--max-new-tokens", 1)
+    assert told.code == 0, told.stderr
+    assert (len(calls), set(calls)) == (6, every)
+    assert "opening the large model" in told.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,128 @@
+"""Estimated memory: the parts against formulas written here, and what is said when memory is short."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import onnx.parser
+import pytest
+
+from engines import footprint as footprint_module
+from engines.bundle import open_bundle
+from engines.footprint import free_bytes, live_bytes, refuse_what_cannot_fit
+from engines.manifest import manifest_of
+from engines.trt.bounds import Bounds
+from graphs.errors import OperationFailed
+from graphs.rules.rule import Stage
+from tests.conftest import Outcome
+
+# y is a graph's output and w a weight with its transpose: neither is counted.
+CHAIN = """<ir_version: 11, opset_import: ["" : 23]>
+chain (float[1,S,8] x) => (float[1,S,16] y) <float[16,8] w = {%s}> {
+  a = Relu (x)
+  b = Neg (a)
+  c = Add (a, b)
+  wt = Transpose <perm: ints = [1, 0]> (w)
+  d = MatMul (c, wt)
+  e = Cast <to: int = 7> (d)
+  f = Cast <to: int = 1> (e)
+  y = Neg (f)
+}"""
+ATTENTION = """<ir_version: 11, opset_import: ["" : 23]>
+attend (float[1,S,8] q, float[1,S,4] k, float[1,S,4] v, float[1,1,P_0,4] pk, float[1,1,P_0,4] pv)
+  => (float[1,S,8] y, float[1,1,T,4] ok, float[1,1,T,4] ov) {
+  q2 = Neg (q)
+  y, ok, ov = Attention <is_causal: int = 1, q_num_heads: int = 2, kv_num_heads: int = 1> (q2, k, v, , pk, pv)
+}"""
+
+
+def stage(text: str) -> Stage:
+    return Stage("decoder", onnx.parser.parse_model(text), None, Path())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_what_lives_at_once(width: int) -> None:
+    rows = 10
+    model = stage(CHAIN % ", ".join(["0.5"] * 128))
+    at_add = 3 * rows * 8 * width  # a, b and c
+    at_cast = rows * 16 * (width + 8)  # d and its integers
+    assert live_bytes(model, {"S": rows, "T": rows}, width) == max(at_add, at_cast)
+
+
+def test_an_attention_takes_its_map() -> None:
+    rows, keys = 6, 20
+    sizes = {"S": rows, "T": keys, "P": keys - rows}
+    assert live_bytes(stage(ATTENTION), sizes, 4) == 4 * (rows * 8 + 2 * rows * keys)
+
+
+@pytest.mark.parametrize(
+    ("dimension", "wanted"),
+    [("S", 6), ("S_1", 6), ("P_0 + S", 20), ("4*V", 24), ("S - 1", 5), ("2*N + 3", 7), ("(S//2)", 6), ("unheard", 20)],
+)
+def test_a_dimension_at_its_bound(dimension: str, wanted: int) -> None:
+    sizes = {"S": 6, "P": 14, "T": 20, "V": 6, "N": 2}
+    assert footprint_module._size(dimension, sizes) == wanted
+
+
+def test_the_parts_of_a_bundle(pair: Path) -> None:
+    for member in manifest_of(pair).members.values():
+        entry = member.targets["cpu"]
+        found = entry.footprint
+        rows = Bounds().fitted(open_bundle(pair).members["small"].spec, None).max_length
+        assert found.rows == rows == 64, "the model has no more positions"
+        layers, heads, width = 2, 1, 4
+        assert found.cache_bytes == 2 * (2 * layers * heads * width * rows * 4)
+        assert found.weight_bytes == int(footprint_module.ON_A_CPU["float32"] * entry.weight_bytes)
+        assert set(found.activation_bytes) == {"vision", "embed", "decoder"}
+        assert found.activation_bytes["decoder"] >= 2 * 64 * 64 * 4, "at least one attention's map"
+        assert found.total == found.weight_bytes + found.cache_bytes + sum(found.activation_bytes.values())
+
+
+def test_show_calls_it_an_estimate(pair: Path, saccade_cli: Callable[..., Outcome]) -> None:
+    told = saccade_cli("show", pair)
+    [line] = [line for line in told.stdout.splitlines() if "memory, estimated" in line][:1]
+    assert all(part in line for part in ("on cpu", "weights", "caches of 64 rows", "activations of vision"))
+
+
+def test_memory_that_is_short(pair: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = open_bundle(pair)
+    entries = [m.targets["cpu"] for m in bundle.manifest.members.values()]
+    weights, whole = sum(e.weight_bytes for e in entries), sum(e.footprint.total for e in entries)
+
+    def with_free(free: int | None) -> str:
+        monkeypatch.setattr(footprint_module, "free_bytes", lambda target: free)
+        refuse_what_cannot_fit(bundle)
+        return capsys.readouterr().err
+
+    with pytest.raises(OperationFailed, match=r"its weights alone take .* of host memory, and .* are free"):
+        with_free(weights - 1)
+    assert "warning: " in with_free(weights)
+    assert "caches of 64 rows" in with_free(whole - 1)
+    assert with_free(whole) == ""
+    assert "host memory is free cannot be told" in with_free(None)
+
+
+def test_a_bundle_that_cannot_fit_ends_a_run(
+    pair: Path, monkeypatch: pytest.MonkeyPatch, saccade_cli: Callable[..., Outcome]
+) -> None:
+    monkeypatch.setattr(footprint_module, "free_bytes", lambda target: 10)
+    told = saccade_cli("run", pair, "what ?")
+    assert (told.code, "cannot be opened on target cpu" in told.stderr) == (1, True)
+
+
+def test_free_memory_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's answer, or None where it has none; the stand-in is cuda-python's cudaMemGetInfo."""
+
+    def no_driver() -> None:
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+    for answer, wanted in ((lambda: (0, 5, 9), 5), (lambda: (35, 0, 0), None), (no_driver, None)):
+        runtime = SimpleNamespace(cudaMemGetInfo=answer)
+        monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(runtime=runtime))
+        assert free_bytes("rtx") == wanted
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    assert free_bytes("rtx") is None
+    assert (free_bytes("cpu") or 0) > 0
