@@ -27,6 +27,10 @@ VERBS = {
     "calibrate": ("engines.evaluation_commands:calibrate", "Find the exit threshold whose loss is bounded."),
     "pack": ("engines.commands:pack", "Write a bundle as one file, every digest checked."),
     "unpack": ("engines.commands:unpack", "Make a bundle of one file again, every digest checked."),
+    "eval": (
+        "engines.evaluation_commands:evaluate",
+        "Ask every question under every setting, and tell what each is worth.",
+    ),
     "run": ("engines.commands:run", "Ask a bundle a question about an image."),
     "chat": ("engines.commands:chat", "Talk with a bundle, turn after turn."),
     "show": ("engines.commands:show", "Show a bundle, kept tokens, policies, ops or this machine."),

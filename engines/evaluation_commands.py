@@ -1,4 +1,4 @@
-"""The verbs that ask many questions: calibrate."""
+"""The verbs that ask many questions: calibrate and eval."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engines.options import bundle_argument, keep_option, target_option, threads_option, tokens_option
+from engines.options import KeepRatios, bundle_argument, keep_option, target_option, threads_option, tokens_option
 from graphs.talk import emit_json, warn
 
 if TYPE_CHECKING:
@@ -124,3 +124,88 @@ def in_words(document: dict[str, Any]) -> list[str]:
     if found["baseline"] == "full":
         lines.append("what pruning loses where the large model answers is no part of the promise")
     return lines
+
+
+class Several(click.ParamType):
+    """Values separated by commas; ``of`` reads each."""
+
+    def __init__(self, of: click.ParamType, name: str) -> None:
+        self.of, self.name = of, name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        """Return the values."""
+        return [self.of.convert(part.strip().replace(":", ","), param, ctx) for part in str(value).split(",")]
+
+
+@click.command("eval")
+@bundle_argument
+@click.argument("data", metavar="DATA")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Where results go.")
+@click.option(
+    "--keep",
+    "keeps",
+    type=Several(KeepRatios(), "R"),
+    default=None,
+    metavar="R[,R…]",
+    help="Shares of visual tokens to try; one that has several prune points is written 0.5:0.25. [the export's]",
+)
+@click.option(
+    "--policy",
+    "policies",
+    type=Several(click.STRING, "P"),
+    default=None,
+    metavar="P[,P…]",
+    help="The bundle's own by its name, and random. [the bundle's own]",
+)
+@click.option(
+    "--threshold",
+    "thresholds",
+    type=Several(click.FloatRange(0, 1), "S"),
+    default=None,
+    metavar="S[,S…]",
+    help="Exit thresholds to try. [the bundle's own]",
+)
+@click.option(
+    "--metric", type=click.Choice(METRIC_NAMES), default="exact", show_default=True, help="An answer's worth."
+)
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the random tokens.")
+@tokens_option
+@click.option(
+    "--questions", type=click.IntRange(min=1), metavar="N", help="Only the first. [all; 1000 of a built-in set]"
+)
+@click.option("--skip-bad", is_flag=True, help="Leave bad lines out and list them, instead of stopping.")
+@click.option("--json", "as_json", is_flag=True, help="Print one document, saccade.eval/1.")
+@target_option
+@threads_option
+@click.pass_context
+def evaluate(
+    ctx: click.Context,
+    /,
+    bundle: Path,
+    data: str,
+    out: Path,
+    metric: str,
+    questions: int | None,
+    skip_bad: bool,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    """Ask BUNDLE every question of DATA under every keep ratio, policy and threshold, and tell what each is worth.
+
+    DATA is as for `calibrate`, with answers. DIR gets results.json, results.csv and answers.jsonl, from which a run
+    that was interrupted goes on when the same command is given again.
+    """
+    from engines.evaluation.results import evaluate_bundle, table_of
+    from graphs.errors import UsageError
+
+    read = questions_from(data, ctx.obj or {}, metric, questions, skip_bad)
+    if not read.answered:
+        raise UsageError(f"{data} has no answers, so nothing can be said about accuracy; add them to every line")
+    for line in read.bad:
+        warn(f"left out: {line}")
+    document = evaluate_bundle(bundle, read, out, metric, **asked)
+    if as_json:
+        emit_json(document)
+    else:
+        for line in table_of(document):
+            click.echo(line)
