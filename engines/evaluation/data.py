@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from engines.evaluation.metrics import METRICS, plain
+from engines.evaluation.metrics import METRICS
 from engines.images import image_from
 from graphs.errors import BadArtefact, SaccadeError
 from graphs.files import unreadable
@@ -160,12 +160,6 @@ def _refuse_unreachable(example: Example, metric: str | None) -> None:
         raise BadArtefact(
             f"{example.where}: metric {metric} cannot give a full mark with {len(example.answers)} answer(s), it needs "
             f"those of {needs} people; add them or choose another metric"
-        )
-    value = METRICS[metric].value
-    if max(value(answer, example.answers) for answer in example.answers) == 0:
-        raise BadArtefact(
-            f"{example.where}: metric {metric} gives no answer a mark here, not even {plain(example.answers[0])!r}; "
-            "mend the answers or choose another metric"
         )
 
 

@@ -8,6 +8,7 @@ question.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,14 +115,15 @@ def opened_journal(path: Path, plan: Plan) -> list[Row]:
         content = path.read_bytes()
     except OSError as e:
         raise unreadable(path, e, "give another folder") from None
-    lines = content[: content.rfind(b"\n") + 1].splitlines()
+    whole = content.rfind(b"\n") + 1
+    lines = content[:whole].splitlines()
     try:
         first, *rows = [json.loads(line) for line in lines] or [None]
     except ValueError:
         raise BadArtefact(f"{path} is no journal of an evaluation; remove it or give another folder") from None
     if first != plan.header():
         raise UsageError(f"{path} is of another bundle, data or settings; give another folder, or remove that one")
-    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    os.truncate(path, whole)
     return list(rows)
 
 

@@ -201,7 +201,8 @@ def test_the_old_manifest_stays_whole(
         (bundle / MANIFEST_FILE).write_text(manifest_of(bundle).model_copy(update={"threshold": 0.8}).signed().dumps())
         return outcome
 
-    def full(*_: object, **__: object) -> None:
+    def full(partial: Path, *_: object) -> None:
+        assert partial.parent == tmp_path  # a bundle with a file that is not listed cannot be opened
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
