@@ -24,13 +24,21 @@ VERBS = {
     "build": ("engines.commands:build", "Turn one or two exports into a bundle for a target."),
     "lower": ("engines.commands:lower", "Write the ONNX files that TensorRT parses for an export."),
     "verify": ("engines.commands:verify", "Replay a bundle's golden tensors through its engines."),
+    "calibrate": ("engines.evaluation_commands:calibrate", "Find the exit threshold whose loss is bounded."),
     "pack": ("engines.commands:pack", "Write a bundle as one file, every digest checked."),
     "unpack": ("engines.commands:unpack", "Make a bundle of one file again, every digest checked."),
+    "eval": (
+        "engines.evaluation_commands:evaluate",
+        "Ask every question under every setting, and tell what each is worth.",
+    ),
     "run": ("engines.commands:run", "Ask a bundle a question about an image."),
     "chat": ("engines.commands:chat", "Talk with a bundle, turn after turn."),
     "show": ("engines.commands:show", "Show a bundle, kept tokens, policies, ops or this machine."),
     "demo": ("glyphs.demo:demo_command", "Export, build and run the shipped pair of small models."),
 }
+
+# built-in questions → the function of their number that makes them, as mappings with the keys of a JSONL line
+QUESTIONS = {"glyphs": "glyphs.data:held_out_records"}
 
 # public name → where it lives
 PUBLIC = {
@@ -141,7 +149,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
     try:
         result = cli.main(
-            args=None if arguments is None else list(arguments), prog_name="saccade", standalone_mode=False
+            args=None if arguments is None else list(arguments),
+            prog_name="saccade",
+            standalone_mode=False,
+            obj=QUESTIONS,
         )
         return result if isinstance(result, int) else 0
     except SaccadeError as error:

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from engines.calibration.record import Calibration
 from engines.confidence import Confidence
 from engines.decoder import Keep, keep_ratios
 from engines.generate import Generation
@@ -63,7 +64,8 @@ class Answer:
     were asked for, or those of earlier turns where no image is new. average_retention: of the visual tokens over
     the layers of the model that was pruned, None without an image. prompt_tokens: of the whole conversation, of
     which cached_tokens were there already. seed: of the draws, None where greedy. milliseconds: stage → what it
-    took; a stage whose result was shared is counted with the time it took once.
+    took; a stage whose result was shared is counted with the time it took once. calibration: whose threshold it is,
+    None where it was given or is the bundle's own.
     """
 
     text: str
@@ -82,6 +84,7 @@ class Answer:
     cached_tokens: int
     visual_tokens: int
     milliseconds: dict[str, float]
+    calibration: Calibration | None = None
 
     @property
     def score(self) -> float | None:
@@ -100,6 +103,7 @@ class Answer:
             "consistency": scores.consistency if scores else None,
             "score": self.score,
             "threshold": self.threshold,
+            "calibration": self.calibration.model_dump(mode="json") if self.calibration else None,
             "keep": list(self.keep),
             "average_retention": self.average_retention,
             "kept": None if self.kept is None else [k.tolist() for k in self.kept],

@@ -31,6 +31,7 @@ from graphs.spec import ExportSpec, spec_from_folder
 from graphs.talk import step
 
 if TYPE_CHECKING:
+    from engines.calibration.promise import Promises
     from engines.conversation import Conversation
 
 
@@ -48,6 +49,7 @@ class Cascade:
             )
         self.small, self.large = small, large
         self.threshold = checked_threshold(threshold)
+        self.promises: Promises | None = None
 
     @classmethod
     def open(
@@ -61,12 +63,14 @@ class Cascade:
         cannot be run here, OperationFailed where its weights are more than the memory that is free.
         """
         from engines.bundle import open_bundle
+        from engines.calibration.promise import promises_of
         from engines.footprint import refuse_what_cannot_fit
 
         bundle = open_bundle(Path(path), target=target, check="used")
         refuse_what_cannot_fit(bundle)
         members = {name: (member.folder, member.spec) for name, member in bundle.members.items()}
         opened = cls._of(members, bundle.threshold, bundle.target, threads)
+        opened.promises = promises_of(bundle)
         if preload:
             opened.preload()
         return opened
@@ -115,9 +119,10 @@ class Cascade:
 
         question: text, or parts as in a chat message, where text may stand between images. keep: share of
         visual tokens the large model keeps at its prune point, in (0, 1], None for its plan's. threshold: exit
-        when the small model's S is above it, None for the bundle's; 1 never exits. guidance: [V] scores to
-        prune the large model by instead of the small model's, for comparisons. options: the fields of
-        ``engines.sampling.Options``. Raises UsageError and BadArtefact, each naming what to change.
+        when the small model's S is above it; 1 never exits, None for the bundle's: the calibrated one where it
+        holds. guidance: [V] scores to prune the large model by instead of the small model's, for comparisons.
+        options: the fields of ``engines.sampling.Options``. Raises UsageError and BadArtefact, each naming what
+        to change.
         """
         return self.stream(image, question, keep, threshold, guidance, **options).finish()
 
@@ -137,6 +142,8 @@ class Cascade:
         """
         bar = self.checked(keep, threshold)
         turn = self.turn((asked(question, image),), **options)
+        if threshold is None and self.promises:
+            return Stream(self.promises.parts(self, turn, keep, guidance))
         return Stream(self.parts(turn, keep, bar, guidance))
 
     def chat(

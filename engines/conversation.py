@@ -34,6 +34,8 @@ class Conversation:
         """Take what was said before; UsageError for a message or an option that cannot be."""
         self._cascade, self._keep = cascade, keep
         self._threshold = cascade.checked(keep, threshold)
+        if threshold is None and cascade.promises:
+            cascade.promises.note("calibrated thresholds hold for single questions, not for a conversation's turns")
         Options(**options)
         self._options = options
         self._talk = talk_from(messages)

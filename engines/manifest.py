@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from engines.calibration.record import Calibration
 from graphs.errors import BadArtefact
 from graphs.files import unreadable
 from graphs.plan import PruningPlan, Record, Role
@@ -112,6 +113,7 @@ class Manifest(Record):
     threshold: float = Field(ge=0, le=1)
     members: dict[Literal["small", "large", "alone"], MemberEntry]
     files: tuple[FileEntry, ...]
+    calibrations: tuple[Calibration, ...] = ()
     sha256: str = ""
 
     model_config = {**Record.model_config, "populate_by_name": True}

@@ -128,6 +128,7 @@ def bundle_in_words(path: Path, manifest: Manifest) -> list[str]:
         f"{path}: for target {' and '.join(manifest.targets)}, exit threshold {manifest.threshold:g}, "
         f"{len(manifest.files)} files, {total:.1f} MB",
         f"made by {manifest.created_by} with " + ", ".join(f"{k} {v}" for k, v in manifest.tools.items()),
+        *(calibration.in_words() for calibration in manifest.calibrations),
         *(line for name, entry in manifest.members.items() for line in member_in_words(name, entry)),
     ]
 

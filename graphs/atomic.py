@@ -49,12 +49,16 @@ def atomic_folder(target: Path, overwrite: bool = False, *, holds: str | None = 
 
 
 @contextmanager
-def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a path beside ``target`` to write to; on success it replaces ``target``, else it is removed."""
+def atomic_file(target: Path, *, beside: Path | None = None) -> Iterator[Path]:
+    """Yield a path beside ``target`` to write to; on success it replaces ``target``, else it is removed.
+
+    beside: write beside this one instead, on the same disk; for a target whose folder may hold no other file.
+    """
     target = Path(os.path.abspath(target))  # noqa: PTH100 (resolve() would follow a link at the target)
     if target.is_dir():
         raise UsageError(f"{target} is a folder; give a file name to write to")
-    with _partial_of(target) as partial, _disk_full_in_words(target), _signals_raise():
+    near = Path(os.path.abspath(beside)) if beside else target  # noqa: PTH100
+    with _partial_of(near) as partial, _disk_full_in_words(target), _signals_raise():
         partial.touch()
         with _locked(partial):
             yield partial

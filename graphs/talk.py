@@ -84,7 +84,14 @@ class _Bar:
 
     def __init__(self, title: str, total: int | None) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self._title = title
         self._progress = Progress(
@@ -92,6 +99,7 @@ class _Bar:
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             TextColumn("{task.fields[remark]}", style="dim"),
             console=Console(stderr=True),
             transient=True,
@@ -116,14 +124,21 @@ class _Lines:
 
     def __init__(self, title: str, total: int | None) -> None:
         self._title, self._total, self._done = title, total, 0
-        self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+        self._started = time.monotonic()
+        self._next_line = self._started + SECONDS_BETWEEN_LINES
         say(f"{title} …")
 
     def advance(self, count: int = 1) -> None:
         self._done += count
         if time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
-            say(f"{self._title}: {self._done}" + (f" of {self._total}" if self._total else ""))
+            said = f"{self._title}: {self._done}" + (f" of {self._total}" if self._total else "")
+            say(said + (f", about {self._left():.0f} s left" if self._total and self._done else ""))
+
+    def _left(self) -> float:
+        """Seconds, at the pace so far."""
+        assert self._total
+        return (time.monotonic() - self._started) * (self._total - self._done) / self._done
 
     def note(self, text: str) -> None:
         """Leave remarks out of a log."""

@@ -34,7 +34,7 @@ def test_in_a_log_a_step_is_two_lines(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_long_step_counts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(talk, "SECONDS_BETWEEN_LINES", 0.0)
     list(talk.track([1, 2], "asking"))
-    assert "asking: 1 of 2\n" in capsys.readouterr().err
+    assert "asking: 1 of 2, about 0 s left\n" in capsys.readouterr().err
 
 
 def test_on_a_terminal_a_bar_is_drawn_and_closed(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -31,3 +32,17 @@ def test_a_python_without_torch_gives_the_same_answer(
     answer = Cascade.open(tiny_bundle).ask(image_file, QUESTION, threshold=1).document()
     same = ("answer", "tokens", "kept", "model", "prompt_tokens", "average_retention")
     assert {key: document[key] for key in same} == {key: answer[key] for key in same}
+
+
+def test_a_python_without_torch_calibrates_and_evaluates(
+    torchless_python: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "pair.bundle")
+    common = ["glyphs", "--questions", "8", "--max-new-tokens", "2", "--threads", "1"]
+    for verb in (["calibrate", bundle, *common, "--max-loss", "0.3", "--confidence", "0.8"],
+                 ["eval", bundle, *common, "-o", tmp_path / "out", "--policy", "sgl,random"]):  # fmt: skip
+        told = subprocess.run(
+            [torchless_python, "-c", ASK, *verb], capture_output=True, text=True, check=False, cwd=tmp_path
+        )
+        assert told.returncode == 0, told.stderr
+    assert (tmp_path / "out" / "results.csv").exists()

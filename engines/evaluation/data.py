@@ -1,0 +1,200 @@
+"""Questions from a JSONL file, or from a built-in set that the front door hands in; each checked before any is asked.
+
+A line is {"image": …, "question": "…", "answers": ["…", …]}. image: a file's path, relative ones from the file's
+folder, a data URI (data:image/png;base64,…), or a list of these; left out for text alone. answers: texts that are
+right, or "answer" for one; left out where nobody knows. Other keys are the user's own. Nothing is ever downloaded.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from engines.evaluation.metrics import METRICS
+from engines.images import image_from
+from graphs.errors import BadArtefact, SaccadeError
+from graphs.files import unreadable
+
+DATA_URI = "data:image/"
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A question that can be asked. where: its line, for messages. sources: paths, encoded images, Pillow images.
+
+    digest: SHA-256 of the images' bytes, the question and the answers. answers: () where none are known.
+    """
+
+    where: str
+    sources: tuple[Path | bytes | Image.Image, ...]
+    question: str
+    answers: tuple[str, ...]
+    digest: str
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The images, decoded now."""
+        return [image_from(image_of_bytes(s, self.where) if isinstance(s, bytes) else s) for s in self.sources]
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """What was read: the examples in their order, and for each bad line what is wrong with it."""
+
+    examples: tuple[Example, ...]
+    bad: tuple[str, ...]
+
+    @property
+    def answered(self) -> bool:
+        """Whether right answers are known."""
+        return bool(self.examples[0].answers)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the examples in their order; where the files lie does not matter."""
+        return hashlib.sha256("".join(example.digest for example in self.examples).encode()).hexdigest()
+
+
+def data_from_file(path: Path, metric: str | None = None, limit: int | None = None, skip_bad: bool = False) -> Data:
+    """Read a JSONL file.
+
+    metric: its answers must allow a full mark under this one. limit: only the first lines. skip_bad: leave bad lines
+    out and list them, instead of BadArtefact, which names the line. A file without a good line is always refused.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise BadArtefact(f"{path} is no text in UTF-8; give a JSONL file, one question a line") from None
+    except OSError as e:
+        raise unreadable(path, e, "give a JSONL file, one question a line") from None
+    numbered = [(f"{path}, line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
+    return _data(numbered[:limit], path.parent, str(path), metric, skip_bad)
+
+
+def data_from_records(records: Iterable[Mapping[str, Any]], name: str, metric: str | None = None) -> Data:
+    """The same from mappings with the keys of a line, whose images may be Pillow's too."""
+    numbered = [(f"{name}, question {i}", record) for i, record in enumerate(records, 1)]
+    return _data(numbered, Path(), name, metric, skip_bad=False)
+
+
+def _data(
+    lines: Sequence[tuple[str, str | Mapping[str, Any]]], folder: Path, name: str, metric: str | None, skip_bad: bool
+) -> Data:
+    examples: list[Example] = []
+    bad: list[str] = []
+    for where, line in lines:
+        try:
+            example = _example(where, line, folder)
+            if examples and bool(example.answers) != bool(examples[0].answers):
+                known, other = ("no answers", "has") if examples[0].answers else ("answers", "has none")
+                raise BadArtefact(
+                    f"{where}: there are {known}, but {examples[0].where} {other}; all or no line has them"
+                )
+            _refuse_unreachable(example, metric)
+            examples.append(example)
+        except SaccadeError as e:
+            if not skip_bad:
+                raise BadArtefact(f"{e} (--skip-bad goes on without such lines)") from None
+            bad.append(str(e))
+    if not examples:
+        what = f"{len(bad)} lines and all are bad, the first: {bad[0]}" if bad else "no lines"
+        raise BadArtefact(f"{name} has {what}; give a JSONL file, one question a line")
+    return Data(tuple(examples), tuple(bad))
+
+
+def _example(where: str, line: str | Mapping[str, Any], folder: Path) -> Example:
+    record = _record(where, line)
+    question = record.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise BadArtefact(f'{where}: there is no question; write "question": "…"')
+    answers = _answers(where, record)
+    given = record.get("image")
+    several = given if isinstance(given, list) else [] if given is None else [given]
+    sources = tuple(_source(where, image, folder) for image in several)
+    digest = hashlib.sha256(json.dumps([question.strip(), answers]).encode())
+    for source in sources:
+        digest.update(_pixels_checked(where, source))
+    return Example(where, sources, question.strip(), answers, digest.hexdigest())
+
+
+def _record(where: str, line: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(line, Mapping):
+        return line
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise BadArtefact(f"{where}: this is no JSON ({e}); write one object a line") from None
+    if not isinstance(record, dict):
+        raise BadArtefact(f"{where}: this is {type(record).__name__}, not an object; write one object a line")
+    return record
+
+
+def _answers(where: str, record: Mapping[str, Any]) -> tuple[str, ...]:
+    if "answer" in record and "answers" in record:
+        raise BadArtefact(f"{where}: there are both answer and answers; keep one of them")
+    given = record.get("answers", record.get("answer"))
+    if given is None:
+        return ()
+    answers = given if isinstance(given, list) else [given]
+    if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+        raise BadArtefact(f"{where}: answers must be texts that are not empty, got {given!r:.60}; quote numbers too")
+    return tuple(a.strip() for a in answers)
+
+
+def _refuse_unreachable(example: Example, metric: str | None) -> None:
+    """A full mark must be possible."""
+    if metric is None or not example.answers:
+        return
+    needs = METRICS[metric].needs
+    if len(example.answers) < needs:
+        raise BadArtefact(
+            f"{example.where}: metric {metric} cannot give a full mark with {len(example.answers)} answer(s), it needs "
+            f"those of {needs} people; add them or choose another metric"
+        )
+
+
+def _source(where: str, image: Any, folder: Path) -> Path | bytes | Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    if not isinstance(image, str) or not image:
+        raise BadArtefact(f"{where}: an image is a path or a data URI, got {type(image).__name__}; write one of them")
+    if image.startswith(DATA_URI):
+        kind, _, payload = image.partition(",")
+        try:
+            return base64.b64decode(payload if kind.endswith(";base64") else "?", validate=True)
+        except binascii.Error:
+            raise BadArtefact(f"{where}: the data URI is no base64; write data:image/png;base64,…") from None
+    if "://" in image[:12]:
+        raise BadArtefact(f"{where}: {image[:60]!r} is an address, and nothing is downloaded; give a file")
+    return folder / image
+
+
+def _pixels_checked(where: str, source: Path | bytes | Image.Image) -> bytes:
+    """A digest of an image that can be read; BadArtefact where it cannot."""
+    try:
+        seen = image_from(image_of_bytes(source, where) if isinstance(source, bytes) else source)
+    except SaccadeError as e:
+        raise BadArtefact(str(e) if str(e).startswith(where) else f"{where}: {e}") from None
+    return hashlib.sha256(repr(seen.size).encode() + seen.tobytes()).digest()
+
+
+def image_of_bytes(encoded: bytes, where: str) -> Image.Image:
+    """Decode the bytes of a data URI; BadArtefact where they are no image."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(encoded))
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except Exception as e:  # Pillow's decoders raise what they like
+        raise BadArtefact(f"{where}: the data URI holds no image that Pillow can read ({type(e).__name__})") from None
