@@ -24,11 +24,11 @@ VERBS = {
     "build": ("engines.commands:build", "Turn one or two exports into a bundle for a target."),
     "lower": ("engines.commands:lower", "Write the ONNX files that TensorRT parses for an export."),
     "verify": ("engines.commands:verify", "Replay a bundle's golden tensors through its engines."),
-    "calibrate": ("engines.evaluation_commands:calibrate", "Find the exit threshold whose loss is bounded."),
+    "calibrate": ("engines.evaluation.commands:calibrate", "Find the exit threshold whose loss is bounded."),
     "pack": ("engines.commands:pack", "Write a bundle as one file, every digest checked."),
     "unpack": ("engines.commands:unpack", "Make a bundle of one file again, every digest checked."),
     "eval": (
-        "engines.evaluation_commands:evaluate",
+        "engines.evaluation.commands:evaluate",
         "Ask every question under every setting, and tell what each is worth.",
     ),
     "run": ("engines.commands:run", "Ask a bundle a question about an image."),
@@ -44,7 +44,7 @@ QUESTIONS = {"glyphs": "glyphs.data:held_out_records"}
 PUBLIC = {
     "Cascade": "engines.cascade:Cascade",
     "export": "exporter.export:export_checkpoint",
-    "build": "engines.build:build_bundle",
+    "build": "engines.bundles.build:build_bundle",
     "show_kept_tokens": "engines.picture:show_kept_tokens",
     "Reference": "exporter.reference:Reference",
     "SaccadeError": "graphs.errors:SaccadeError",

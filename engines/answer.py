@@ -11,11 +11,11 @@ from engines.calibration.record import Calibration
 from engines.confidence import Confidence
 from engines.decoder import Keep, keep_ratios
 from engines.generate import Generation
-from engines.memory import Memory
-from engines.messages import Talk
 from engines.model import Model
-from engines.prompt import Prompt
 from engines.sampling import Options
+from engines.talk.memory import Memory
+from engines.talk.messages import Talk
+from engines.talk.prompt import Prompt
 from graphs.plan import retention_of
 
 SCHEMA = "saccade.answer/1"

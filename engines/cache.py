@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engines.session import Value
+from engines.sessions.session import Value
 from graphs.spec import ExportSpec, past_names, present_names
 
 

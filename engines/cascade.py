@@ -20,19 +20,19 @@ from engines.confidence import Confidence, confidence_of, consistency_of
 from engines.decoder import Keep, keep_ratios
 from engines.guidance import drawn_priority, priority_of
 from engines.images import Picture
-from engines.memory import Memory
-from engines.messages import Content, Talk, asked
 from engines.model import Model
-from engines.prompt import Prompt
 from engines.sampling import OptionKeywords, Options
 from engines.stream import Stream, pieces_of
+from engines.talk.memory import Memory
+from engines.talk.messages import Content, Talk, asked
+from engines.talk.prompt import Prompt
 from graphs.errors import BadArtefact, UsageError
 from graphs.spec import ExportSpec, spec_from_folder
 from graphs.talk import step
 
 if TYPE_CHECKING:
     from engines.calibration.promise import Promises
-    from engines.conversation import Conversation
+    from engines.talk.conversation import Conversation
 
 
 class Cascade:
@@ -62,9 +62,9 @@ class Cascade:
         bundle that is broken or tampered with, UsageError for a target that it does not hold, BackendMissing where it
         cannot be run here, OperationFailed where its weights are more than the memory that is free.
         """
-        from engines.bundle import open_bundle
+        from engines.bundles.bundle import open_bundle
+        from engines.bundles.footprint import refuse_what_cannot_fit
         from engines.calibration.promise import promises_of
-        from engines.footprint import refuse_what_cannot_fit
 
         bundle = open_bundle(Path(path), target=target, check="used")
         refuse_what_cannot_fit(bundle)
@@ -83,7 +83,7 @@ class Cascade:
 
         For what has no bundle yet: nothing is checked against a manifest.
         """
-        from engines.pair import Source, members_from_sources
+        from engines.bundles.pair import Source, members_from_sources
 
         sources = [Source(Path(folder), spec_from_folder(Path(folder))) for folder in folders]
         members = {name: (s.folder, s.spec) for name, s in members_from_sources(sources).items()}
@@ -157,7 +157,7 @@ class Cascade:
 
         keep, threshold and options hold for every answer; see ``ask``.
         """
-        from engines.conversation import Conversation
+        from engines.talk.conversation import Conversation
 
         return Conversation(self, messages, keep, threshold, **options)
 

@@ -1,7 +1,7 @@
 """The verbs of this room as a table; each command is thin and calls one function.
 
 ``build``, ``verify``, ``check``, ``lower``, ``pack``, ``unpack`` and what ``show`` tells about artefacts live in
-``engines/bundle_commands.py``; importing this file imports no runtime.
+``engines/bundles/bundle_commands.py``; importing this file imports no runtime.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from graphs.talk import emit_json
 # subcommand of show → where its click command lives, its line in `saccade show --help`
 SHOWS = {
     "kept": ("engines.commands:show_kept", "Draw what the large model keeps of an image, and the guidance."),
-    "bundle": ("engines.bundle_commands:show_bundle", "Tell what a bundle holds (also: saccade show BUNDLE)."),
-    "families": ("engines.bundle_commands:show_families", "List the model families and what is not taken."),
-    "policies": ("engines.bundle_commands:show_policies", "List the pruning policies."),
-    "ops": ("engines.bundle_commands:show_ops", "List the ops of domain saccade."),
-    "machine": ("engines.bundle_commands:show_machine", "Tell what this machine can run."),
+    "bundle": ("engines.bundles.bundle_commands:show_bundle", "Tell what a bundle holds (also: saccade show BUNDLE)."),
+    "families": ("engines.bundles.bundle_commands:show_families", "List the model families and what is not taken."),
+    "policies": ("engines.bundles.bundle_commands:show_policies", "List the pruning policies."),
+    "ops": ("engines.bundles.bundle_commands:show_ops", "List the ops of domain saccade."),
+    "machine": ("engines.bundles.bundle_commands:show_machine", "Tell what this machine can run."),
 }
 
 ELSEWHERE = ("build", "check", "lower", "verify", "pack", "unpack")
@@ -41,7 +41,7 @@ ELSEWHERE = ("build", "check", "lower", "verify", "pack", "unpack")
 def __getattr__(name: str) -> Any:
     """Find the verbs that live in ``bundle_commands`` on first use (PEP 562)."""
     if name in ELSEWHERE:
-        return getattr(import_module("engines.bundle_commands"), name)
+        return getattr(import_module("engines.bundles.bundle_commands"), name)
     raise AttributeError(f"module 'engines.commands' has no attribute {name!r}")
 
 
@@ -104,7 +104,7 @@ def run(
 ) -> None:
     """Ask BUNDLE a QUESTION about an image, several, or none; the answer alone goes to stdout, as it is made."""
     from engines.cascade import Cascade
-    from engines.chat import say
+    from engines.talk.chat import say
 
     stream = Cascade.open(bundle, target, threads, preload).stream(images, question, keep, threshold, **options)
     if as_json:
@@ -148,8 +148,8 @@ def chat(
     A line /image FILE shows an image with the next question, /reset begins anew, /quit ends.
     """
     from engines.cascade import Cascade
-    from engines.chat import talk_in_lines
-    from engines.messages import documents_from_file
+    from engines.talk.chat import talk_in_lines
+    from engines.talk.messages import documents_from_file
 
     said = [{"role": "system", "content": system}] if system else []
     said += documents_from_file(messages) if messages else []

@@ -23,7 +23,7 @@ from engines.guidance import top_visual
 
 if TYPE_CHECKING:
     from engines.model import Model
-    from engines.prompt import Prompt
+    from engines.talk.prompt import Prompt
 
 CONSISTENCY_KEEP = 0.05
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from engines.budgets import Cut, cuts_of, image_index
 from engines.cache import Cache, empty_cache, grown, present_outputs
-from engines.session import Session, Value
+from engines.sessions.session import Session, Value
 from graphs.errors import OperationFailed, UsageError
 from graphs.plan import PruningPlan, kept_count
 from graphs.spec import ExportSpec, deepstack_names

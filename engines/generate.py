@@ -19,7 +19,7 @@ from engines.sampling import Options, Sampler
 if TYPE_CHECKING:
     from engines.cache import Cache
     from engines.model import Model
-    from engines.prompt import Prompt
+    from engines.talk.prompt import Prompt
 
 
 DEFAULT_NEW_TOKENS = 128

@@ -16,7 +16,7 @@ from graphs.errors import OperationFailed, UsageError
 from graphs.plan import PruningPlan, kept_count
 
 if TYPE_CHECKING:
-    from engines.prompt import Prompt
+    from engines.talk.prompt import Prompt
 
 
 class GuidanceSum:

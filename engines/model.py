@@ -13,12 +13,12 @@ import numpy as np
 
 from engines.decoder import Decoder, Keep
 from engines.generate import Generation
-from engines.memory import Memory
-from engines.messages import Talk
 from engines.processing import Processor
-from engines.prompt import Prompt
 from engines.sampling import Options
-from engines.session import Session, Value, open_session
+from engines.sessions.session import Session, Value, open_session
+from engines.talk.memory import Memory
+from engines.talk.messages import Talk
+from engines.talk.prompt import Prompt
 from graphs.spec import ExportSpec, deepstack_names, visual_names
 
 

@@ -16,7 +16,7 @@ from engines.answer import Answer
 from engines.cascade import Cascade
 from engines.decoder import Keep
 from engines.images import Picture
-from engines.messages import asked
+from engines.talk.messages import asked
 from graphs.atomic import atomic_file
 from graphs.errors import UsageError
 

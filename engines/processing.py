@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from engines.families import FAMILIES, HostFamily, Seen, expanded
-from engines.messages import Talk
+from engines.talk.messages import Talk
 from graphs.errors import BadArtefact, UsageError
 from graphs.spec import PROCESSOR_FOLDER, ExportSpec
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from engines.families import Seen
 from engines.policies import chosen
-from engines.session import Value
+from engines.sessions.session import Value
 from graphs.layouts.budgets import vision_feeds
 from graphs.spec import visual_names
 

@@ -7,9 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
-from engines.footprint import footprint_in_words
-from engines.golden import Replay
-from engines.manifest import Manifest, MemberEntry, TargetEntry
+from engines.bundles.footprint import footprint_in_words
+from engines.bundles.golden import Replay
+from engines.bundles.manifest import Manifest, MemberEntry, TargetEntry
 from graphs.errors import UsageError
 from graphs.ops import DOMAIN, OPS
 from graphs.plan import Budget, PruningPlan, Role, retention_of

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from engines.bundles.manifest import manifest_of
 from engines.calibration.learn import Walk, checked_promise, needed_questions, walk
 from engines.calibration.promise import Promises, tied_keep
 from engines.calibration.record import Baseline, Calibration
@@ -20,7 +21,6 @@ from engines.cascade import Cascade
 from engines.decoder import Keep
 from engines.evaluation.data import Data, Example
 from engines.evaluation.metrics import METRICS
-from engines.manifest import manifest_of
 from graphs.errors import UsageError
 from graphs.talk import track
 

@@ -16,7 +16,7 @@ from graphs.plan import PruningPlan
 from graphs.talk import say
 
 if TYPE_CHECKING:
-    from engines.bundle import Bundle
+    from engines.bundles.bundle import Bundle
     from engines.cascade import Cascade
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from engines.bundles.manifest import MANIFEST_FILE, Manifest, manifest_of
 from engines.calibration.record import Calibration
-from engines.manifest import MANIFEST_FILE, Manifest, manifest_of
 from graphs.errors import OperationFailed
 from graphs.files import atomic_file
 

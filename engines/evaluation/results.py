@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from engines.bundles.manifest import manifest_of
 from engines.cascade import Cascade, checked_threshold
 from engines.evaluation.data import Data
 from engines.evaluation.metrics import METRICS
 from engines.evaluation.sweep import RANDOM, Plan, Row, Setting, rows_of, settings_of
-from engines.manifest import manifest_of
 from engines.model import Model
 from engines.words import columns
 from graphs.errors import UsageError

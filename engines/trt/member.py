@@ -6,8 +6,8 @@ import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from engines.manifest import EngineEntry, Served
-from engines.overflow import guard_against_overflow
+from engines.bundles.manifest import EngineEntry, Served
+from engines.bundles.overflow import guard_against_overflow
 from engines.trt.bounds import BODY_ROWS, Bounds, profiles_of
 from engines.trt.engine import SMS, checked_sms, engine_from_onnx, refuse_too_large
 from engines.trt.reading import Reading, reading_from

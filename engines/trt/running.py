@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from engines.manifest import EngineEntry
+from engines.bundles.manifest import EngineEntry
 from graphs.errors import BackendMissing
 from graphs.versions import extras_of, installed_version
 
@@ -17,7 +17,7 @@ def reasons(engines: Sequence[EngineEntry] = ()) -> list[str]:
 
     engines: those of the bundle that is to be opened, by their manifest.
     """
-    from engines.machine import driver_version
+    from engines.sessions.machine import driver_version
 
     found = []
     sms = " and ".join(f"{sm // 10}.{sm % 10}" for sm in sorted({sm for engine in engines for sm in engine.sms}))

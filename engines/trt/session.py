@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from engines.session import Value
+from engines.sessions.session import Value
 from engines.trt.device import Device, DeviceTensor, device_of
 from graphs.errors import BadArtefact, OperationFailed, UsageError
 from graphs.spec import spec_from_folder
@@ -31,7 +31,7 @@ TYPES: dict[str, Any] = {
 
 
 class TrtSession:
-    """An ``engines.session.Session`` over one engine file, whose digest the bundle has checked before.
+    """An ``engines.sessions.session.Session`` over one engine file, whose digest the bundle has checked before.
 
     trt: ``tensorrt`` or ``tensorrt_rtx``. Raises BadArtefact where TensorRT cannot read the file, BackendMissing
     where a plugin it needs cannot be registered.
@@ -71,7 +71,7 @@ class TrtSession:
     def run(
         self, feeds: Mapping[str, Value], host: Collection[str] = (), device: Collection[str] = ()
     ) -> dict[str, Value]:
-        """Run once; see ``engines.session.Session.run``. OperationFailed for a shape outside of every profile."""
+        """Run once, as ``engines.sessions.session.Session``; OperationFailed for a shape outside of every profile."""
         if set(feeds) != set(self._inputs):
             missing, unknown = sorted(set(self._inputs) - set(feeds)), sorted(set(feeds) - set(self._inputs))
             raise OperationFailed(

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from engines.families import FAMILIES, Seen, expanded
-from engines.session import Session, open_session
+from engines.sessions.session import Session, open_session
 from graphs.spec import ExportSpec, past_names, present_names, visual_names
 
 

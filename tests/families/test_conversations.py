@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from engines.cascade import Cascade
-from engines.messages import Message, Talk, asked
 from engines.model import Model
 from engines.stream import Stream
+from engines.talk.messages import Message, Talk, asked
 from tests.families.cases import pictures
 from tests.families.conftest import Sample
 from tests.families.reference import pruned_forward

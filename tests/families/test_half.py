@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engines.golden import replay
+from engines.bundles.golden import replay
 from graphs.compare import TOLERANCES
 from tests.families.cases import CASES, PROMPTS, conversation, pictures
 from tests.families.conftest import Sample, sample_of

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from engines.messages import asked
 from engines.model import Model
 from engines.sampling import Options
+from engines.talk.messages import asked
 from engines.vision import features_of
 from graphs.compare import TOLERANCES
 from graphs.plan import VisionPoint

@@ -13,7 +13,7 @@ PEAK_OF = """
 import sys
 from pathlib import Path
 import numpy as np
-from engines.session import open_session
+from engines.sessions.session import open_session
 from graphs.layouts.patches import patch_feeds
 from graphs.spec import spec_from_folder
 folder, side = Path(sys.argv[1]), int(sys.argv[2])

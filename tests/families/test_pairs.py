@@ -13,7 +13,7 @@ import torch
 
 from engines.cascade import Cascade
 from engines.confidence import consistency_of
-from engines.messages import asked
+from engines.talk.messages import asked
 from exporter.export import export_checkpoint
 from graphs.compare import TOLERANCES
 from graphs.errors import UsageError

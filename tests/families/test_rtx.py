@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from engines.golden import cases_of
-from engines.session import open_session
+from engines.bundles.golden import cases_of
+from engines.sessions.session import open_session
 from engines.trt.bounds import Bounds, profiles_of
 from engines.trt.engine import engine_from_onnx
 from engines.trt.reading import reading_from

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from engines.build import build_bundle
+from engines.bundles.build import build_bundle
+from engines.bundles.golden import refuse_disagreement, replay
+from engines.bundles.targets import why_not
 from engines.cascade import Cascade
-from engines.golden import refuse_disagreement, replay
-from engines.session import SESSIONS, open_session
-from engines.targets import why_not
+from engines.sessions.session import SESSIONS, open_session
 from exporter.export import export_checkpoint
 from glyphs.checkpoint import PAIR
 from graphs.spec import spec_from_folder

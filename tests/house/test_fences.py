@@ -110,7 +110,7 @@ def test_the_front_door_loads_the_rooms_lazily() -> None:
         ("graphs/plan.py", "import torch"),
         ("graphs/plan.py", "def f():\n    import torch"),
         ("graphs/ops/keep.py", "import torch"),
-        ("exporter/a.py", "from engines.bundle import open_bundle"),
+        ("exporter/a.py", "from engines.bundles.bundle import open_bundle"),
         ("exporter/a.py", "import onnxruntime"),
         ("engines/a.py", "from exporter import families"),
         ("engines/a.py", "import importlib\nimportlib.import_module('exporter.families')"),

@@ -171,7 +171,7 @@ def test_keeping_all_merges_nothing(family):
 
 
 def test_graph_rules_hold_and_golden_tensors_replay(family):
-    from engines.golden import replay
+    from engines.bundles.golden import replay
 
     for stages in (family.each, family.merging):
         assert not findings_in(export_from_folder(stages.folder))

@@ -10,10 +10,10 @@ from PIL import Image
 
 from engines.cascade import Cascade
 from engines.guidance import random_guidance
-from engines.messages import asked
 from engines.model import Model
 from engines.policies import cdpruner, divprune
 from engines.stream import Stream
+from engines.talk.messages import asked
 from graphs.errors import UsageError
 from graphs.plan import PrunePoint, PruningPlan, VisionPoint
 from tests.policies.plain import PlainDecoder, share

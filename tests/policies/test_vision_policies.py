@@ -165,7 +165,7 @@ def test_graph_rules_hold(exported, name):
 
 
 def test_golden_tensors_replay(exported):
-    from engines.golden import replay
+    from engines.bundles.golden import replay
 
     for plan in PLANS.values():
         stages = exported(*plan)

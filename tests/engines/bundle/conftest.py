@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from engines.build import build_bundle
-from engines.manifest import MANIFEST_FILE, digest_of
+from engines.bundles.build import build_bundle
+from engines.bundles.manifest import MANIFEST_FILE, digest_of
 from tests.hand_made import write_export
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from engines.targets import Target
+from engines.bundles.targets import Target
 
 ASKED: list[Sequence[Any]] = []
 

@@ -9,9 +9,9 @@ import textwrap
 
 import pytest
 
-from engines import build as build_module
-from engines.build import build_bundle
-from engines.bundle import open_bundle
+from engines.bundles import build as build_module
+from engines.bundles.build import build_bundle
+from engines.bundles.bundle import open_bundle
 from graphs.errors import BadArtefact, OperationFailed, UsageError
 from graphs.plan import PrunePoint, PruningPlan
 from graphs.spec import PROCESSOR_FOLDER
@@ -186,7 +186,7 @@ def test_a_full_disk(exports, tmp_path, monkeypatch, broken):
 KILLED = textwrap.dedent(
     """
     import sys, time
-    from engines import build
+    from engines.bundles import build
     copy, done = build.clone_or_copy, 0
     def slowly(source, target):
         global done

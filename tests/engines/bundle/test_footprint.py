@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import onnx.parser
 import pytest
 
-from engines import footprint as footprint_module
-from engines.bundle import open_bundle
-from engines.footprint import free_bytes, live_bytes, refuse_what_cannot_fit
-from engines.manifest import manifest_of
+from engines.bundles import footprint as footprint_module
+from engines.bundles.bundle import open_bundle
+from engines.bundles.footprint import free_bytes, live_bytes, refuse_what_cannot_fit
+from engines.bundles.manifest import manifest_of
 from engines.trt.bounds import Bounds
 from graphs.errors import OperationFailed
 from graphs.rules.rule import Stage

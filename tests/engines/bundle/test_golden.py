@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from engines.golden import cases_of, refuse_disagreement, replay
+from engines.bundles.golden import cases_of, refuse_disagreement, replay
 from graphs.errors import BadArtefact, OperationFailed
 from graphs.spec import GOLDEN_FILE, spec_from_folder
 from tests.hand_made import edit_spec

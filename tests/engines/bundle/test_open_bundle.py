@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from engines.bundle import checked_manifest, open_bundle
+from engines.bundles.bundle import checked_manifest, open_bundle
 from graphs.errors import BadArtefact, UsageError
 from graphs.files import sha256_of
 from tests.engines.bundle.conftest import edit_manifest

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from engines import pack as pack_module
-from engines.bundle import open_bundle
-from engines.manifest import MANIFEST_FILE, digest_of
-from engines.pack import pack_bundle, unpack_bundle
+from engines.bundles import pack as pack_module
+from engines.bundles.bundle import open_bundle
+from engines.bundles.manifest import MANIFEST_FILE, digest_of
+from engines.bundles.pack import pack_bundle, unpack_bundle
 from graphs.errors import BadArtefact, OperationFailed, UsageError
 from tests.conftest import Outcome
 from tests.engines.bundle.test_open_bundle import flip

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from engines.evaluation.commands import METRIC_NAMES
 from engines.evaluation.metrics import METRICS, distance
-from engines.evaluation_commands import METRIC_NAMES
 
 TEN = ["yes"] * 6 + ["no"] * 3 + ["maybe"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import onnxruntime
 import pytest
 
-from engines import ort_gpu
+from engines.sessions import ort_gpu
 from tests.hand_made import write_export
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"

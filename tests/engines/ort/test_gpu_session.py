@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.golden import cases_of, refuse_disagreement, replay
-from engines.ort_gpu import cuda_session, rtx_session, tensorrt_session
-from engines.placement import inlined, shape_nodes
+from engines.bundles.golden import cases_of, refuse_disagreement, replay
+from engines.sessions.ort_gpu import cuda_session, rtx_session, tensorrt_session
+from engines.sessions.placement import inlined, shape_nodes
 from graphs.errors import BackendMissing, OperationFailed
 from graphs.rules.rule import nodes_of
 from graphs.spec import spec_from_folder

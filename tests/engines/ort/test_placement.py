@@ -7,7 +7,7 @@ from collections import Counter
 import onnx.parser
 import pytest
 
-from engines.placement import inlined, placement_of, shape_nodes
+from engines.sessions.placement import inlined, placement_of, shape_nodes
 from graphs.errors import BadArtefact
 from graphs.rules.rule import nodes_of
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from engines import machine, ort_providers
-from engines.nvidia import driver_reasons, library_reasons
-from engines.ort_providers import CUDA, CUDA_LIBRARIES, PROVIDERS, RTX, TENSORRT, reasons
-from engines.session import SESSIONS
-from engines.targets import TABLE, why_not
+from engines.bundles.targets import TABLE, why_not
+from engines.sessions import machine, ort_providers
+from engines.sessions.nvidia import driver_reasons, library_reasons
+from engines.sessions.ort_providers import CUDA, CUDA_LIBRARIES, PROVIDERS, RTX, TENSORRT, reasons
+from engines.sessions.session import SESSIONS
 
 ALL = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
 

@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from engines.golden import Case, cases_of
-from engines.session import open_session
+from engines.bundles.golden import Case, cases_of
+from engines.sessions.session import open_session
 from graphs.lowering import Lowering
 from graphs.lowering.export import LoweredExport, lowered_export
 from graphs.spec import spec_from_folder

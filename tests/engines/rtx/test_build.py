@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from engines.build import build_bundle
-from engines.bundle import checked_manifest, open_bundle
-from engines.manifest import Manifest, manifest_of
+from engines.bundles.build import build_bundle
+from engines.bundles.bundle import checked_manifest, open_bundle
+from engines.bundles.manifest import Manifest, manifest_of
 from engines.trt import engine as builder
 from engines.trt.bounds import BODY_ROWS, Bounds, profiles_of
 from engines.trt.engine import engine_from_onnx

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from engines.session import open_session
+from engines.sessions.session import open_session
 from graphs.compare import TOLERANCES, compare
 from graphs.errors import OperationFailed
 from graphs.lowering import Lowering

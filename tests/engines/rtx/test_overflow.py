@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from engines.overflow import LARGEST, guard_against_overflow, near_overflow
+from engines.bundles.overflow import LARGEST, guard_against_overflow, near_overflow
 from graphs.errors import OperationFailed
 from graphs.lowering import Lowering
 from graphs.lowering.export import LoweredExport, lowered_export

@@ -78,7 +78,7 @@ def question_of(seed: int) -> str:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The graph files that ONNX Runtime opened during the test."""
-    from engines import ort_session
+    from engines.sessions import ort_session
 
     opened: list[Path] = []
     real: Callable[..., Any] = ort_session.OrtSession.__init__
@@ -93,7 +93,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from engines.build import build_bundle
+    from engines.bundles.build import build_bundle
 
     out = tmp_path_factory.mktemp("bundles") / "pair.bundle"
     build_bundle([tiny_pair.exports["small"], tiny_pair.exports["large"]], out)

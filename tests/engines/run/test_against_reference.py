@@ -10,8 +10,8 @@ import pytest
 from engines.cascade import Cascade
 from engines.confidence import consistency_of
 from engines.guidance import priority_of_rows, random_guidance
-from engines.messages import asked
 from engines.sampling import Options
+from engines.talk.messages import asked
 from graphs.errors import UsageError
 from graphs.plan import kept_count
 from tests.engines.run.conftest import NEW_TOKENS, TinyPair, picture_of, question_of

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engines import session
 from engines.cascade import Cascade
 from engines.images import image_from
-from engines.messages import asked
 from engines.processing import Processor
+from engines.sessions import session
+from engines.talk.messages import asked
 from graphs.errors import BackendMissing, BadArtefact, OperationFailed, SaccadeError, UsageError
 from graphs.spec import spec_from_folder
 from tests.engines.run.conftest import TinyPair, picture_of
@@ -205,7 +205,7 @@ def test_a_missing_runtime_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_
     import sys
 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.delitem(sys.modules, "engines.ort_session", raising=False)
+    monkeypatch.delitem(sys.modules, "engines.sessions.ort_session", raising=False)
     with pytest.raises(BackendMissing, match=r"saccade\[cpu\]"):
         session.open_session(tmp_path / "vision.onnx")
 

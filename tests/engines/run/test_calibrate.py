@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.build import build_bundle
-from engines.bundle import open_bundle
+from engines.bundles.build import build_bundle
+from engines.bundles.bundle import open_bundle
+from engines.bundles.manifest import MANIFEST_FILE, manifest_of
 from engines.calibration import calibrate as calibration
 from engines.calibration.learn import grid
 from engines.cascade import Cascade
-from engines.manifest import MANIFEST_FILE, manifest_of
 from tests.conftest import Outcome
 from tests.engines.run.conftest import TinyPair, picture_of, question_of
 

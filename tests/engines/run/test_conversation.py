@@ -14,7 +14,7 @@ from PIL import Image
 
 from engines.answer import Answer
 from engines.cascade import Cascade
-from engines.conversation import Conversation
+from engines.talk.conversation import Conversation
 from graphs.errors import BadArtefact, UsageError
 from tests.engines.run.conftest import NEW_TOKENS, TinyPair, picture_of, question_of
 from tests.reference_sgl import Reference, best_visual

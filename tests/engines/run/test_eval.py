@@ -152,7 +152,7 @@ def test_data_without_answers_is_refused(saccade_cli: Cli, tiny_bundle: Path, tm
 def test_a_model_alone_and_its_own_pruning(
     saccade_cli: Cli, tiny_pair: TinyPair, tmp_path: Path, truths: list[str]
 ) -> None:
-    from engines.build import build_bundle
+    from engines.bundles.build import build_bundle
 
     build_bundle([tiny_pair.exports["alone"]], tmp_path / "one")
     ask = ("eval", tmp_path / "one", data_of(tmp_path, truths), "-o", tmp_path / "out", *COMMON)
@@ -170,7 +170,7 @@ def test_a_model_alone_and_its_own_pruning(
 def test_settings_of_the_vision_stage_do_not_meet_in_the_cache(
     saccade_cli: Cli, tiny_pair: TinyPair, tmp_path: Path, truths: list[str]
 ) -> None:
-    from engines.build import build_bundle
+    from engines.bundles.build import build_bundle
     from exporter.export import export_checkpoint
 
     large = tmp_path / "large"

@@ -51,7 +51,7 @@ def pair() -> Path:
 def run(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     import torch
 
-    from engines.build import build_bundle
+    from engines.bundles.build import build_bundle
     from exporter.export import export_checkpoint
     from glyphs.data import held_out_questions
 

@@ -3,9 +3,9 @@
 import pytest
 from PIL import Image
 
-from engines.build import build_bundle
+from engines.bundles.build import build_bundle
+from engines.bundles.golden import refuse_disagreement, replay
 from engines.cascade import Cascade
-from engines.golden import refuse_disagreement, replay
 from graphs.rules import export_from_folder, findings_in
 from tests.tiny import tiny_llava
 

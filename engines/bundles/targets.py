@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Literal
 
-from engines.manifest import EngineEntry
+from engines.bundles.manifest import EngineEntry
 from graphs.errors import BackendMissing, UsageError
 from graphs.versions import extras_of
 
@@ -33,10 +33,10 @@ class Target:
 
 TABLE = (
     Target("rtx", "engines", "device", "engines.trt.running:reasons"),
-    Target("ort-tensorrt", "graphs", "device", "engines.ort_providers:tensorrt_reasons"),
-    Target("ort-rtx", "graphs", "device", "engines.ort_providers:rtx_reasons"),
-    Target("cuda", "graphs", "device", "engines.ort_providers:cuda_reasons"),
-    Target("cpu", "graphs", "host", "engines.targets:cpu_reasons"),
+    Target("ort-tensorrt", "graphs", "device", "engines.sessions.ort_providers:tensorrt_reasons"),
+    Target("ort-rtx", "graphs", "device", "engines.sessions.ort_providers:rtx_reasons"),
+    Target("cuda", "graphs", "device", "engines.sessions.ort_providers:cuda_reasons"),
+    Target("cpu", "graphs", "host", "engines.bundles.targets:cpu_reasons"),
 )
 TARGETS = {target.name: target for target in TABLE}
 

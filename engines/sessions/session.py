@@ -21,10 +21,10 @@ Value: TypeAlias = Any
 
 # target → the class that serves it
 SESSIONS = {
-    "cpu": "engines.ort_session:OrtSession",
-    "cuda": "engines.ort_gpu:cuda_session",
-    "ort-tensorrt": "engines.ort_gpu:tensorrt_session",
-    "ort-rtx": "engines.ort_gpu:rtx_session",
+    "cpu": "engines.sessions.ort_session:OrtSession",
+    "cuda": "engines.sessions.ort_gpu:cuda_session",
+    "ort-tensorrt": "engines.sessions.ort_gpu:tensorrt_session",
+    "ort-rtx": "engines.sessions.ort_gpu:rtx_session",
     "rtx": "engines.trt.session:rtx_session",
 }
 
@@ -73,7 +73,7 @@ def refuse_unrunnable(target: str, engines: Sequence[Any] = ()) -> None:
 
     engines: the ``EngineEntry`` of a bundle, so that its SM and version can be told.
     """
-    from engines.targets import TARGETS, why_not
+    from engines.bundles.targets import TARGETS, why_not
 
     reasons = why_not(target, engines) if target in TARGETS else []
     if reasons:

@@ -19,8 +19,8 @@ from engines.cache import Cache, cut
 from engines.clock import Clock
 from engines.decoder import Chunk, Keep, keep_ratios
 from engines.families import Seen
-from engines.messages import Talk
-from engines.prompt import Prompt
+from engines.talk.messages import Talk
+from engines.talk.prompt import Prompt
 from engines.vision import Features, features_of
 from graphs.spec import visual_names
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from engines.ort_providers import CUDA, RTX, TENSORRT, Provider
-from engines.ort_session import ERRORS_ONLY, OrtSession
-from engines.placement import Placement, inlined, placement_of, shape_nodes
+from engines.sessions.ort_providers import CUDA, RTX, TENSORRT, Provider
+from engines.sessions.ort_session import ERRORS_ONLY, OrtSession
+from engines.sessions.placement import Placement, inlined, placement_of, shape_nodes
 from graphs.errors import BackendMissing
 from graphs.talk import warn
 
@@ -21,7 +21,7 @@ DECODER_OUTPUT = "logits"  # the stage that gives it runs once per token
 
 
 class GpuSession(OrtSession):
-    """An ``engines.session.Session`` on the first visible GPU.
+    """An ``engines.sessions.session.Session`` on the first visible GPU.
 
     placement: where the nodes went. Raises BackendMissing where the provider is not loaded, or leaves work of the
     decoder to the CPU; work of another stage there is warned of.

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from engines.golden import cases_of
+from engines.bundles.golden import cases_of
 from graphs.errors import OperationFailed
 from graphs.lowering.export import LoweredExport
 from graphs.talk import warn

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engines.manifest import MANIFEST_FILE, REBUILD, EngineEntry, FileEntry, Manifest, manifest_of
-from engines.targets import choose
+from engines.bundles.manifest import MANIFEST_FILE, REBUILD, EngineEntry, FileEntry, Manifest, manifest_of
+from engines.bundles.targets import choose
 from graphs.errors import BadArtefact
 from graphs.files import path_inside, sha256_of, unreadable
 from graphs.rules.rule import stage_from_folder

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from engines.nvidia import driver_reasons, library_reasons
+from engines.sessions.nvidia import driver_reasons, library_reasons
 from graphs.versions import RIVALS, extras_of, installed_version
 
 DISTRIBUTION = "onnxruntime-gpu"

@@ -12,7 +12,7 @@ import numpy as np
 
 from engines.cache import Cache
 from engines.decoder import Chunk
-from engines.session import Value
+from engines.sessions.session import Value
 from graphs.layouts.budgets import image_of
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from engines.conversation import Conversation
 from engines.images import image_from
 from engines.stream import Stream
+from engines.talk.conversation import Conversation
 from graphs.errors import SaccadeError, UsageError
 from graphs.talk import emit_json
 

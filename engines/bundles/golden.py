@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.session import Session, open_session
+from engines.sessions.session import Session, open_session
 from graphs.compare import TOLERANCES, Comparison, compare
 from graphs.errors import BadArtefact, OperationFailed
 from graphs.spec import GOLDEN_FILE, ExportSpec, StageSpec

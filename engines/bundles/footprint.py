@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from engines.manifest import EngineEntry, Footprint
-from engines.targets import TARGETS
+from engines.bundles.manifest import EngineEntry, Footprint
+from engines.bundles.targets import TARGETS
 from engines.trt.bounds import Bounds
 from graphs.errors import OperationFailed
 from graphs.ops import DOMAIN
@@ -24,7 +24,7 @@ from graphs.spec import ExportSpec
 from graphs.talk import say, warn
 
 if TYPE_CHECKING:
-    from engines.bundle import Bundle
+    from engines.bundles.bundle import Bundle
 
 # Bytes in memory per byte of weights: a decoder of 8 layers of width 768, ONNX Runtime 1.31.1 on x86-64. Its whole
 # estimate was 0.84 (fp32) and 0.99 (fp16) of what a prefill of 2,000 rows and three steps took at their peak.

@@ -7,8 +7,8 @@ import platform
 from importlib.util import find_spec
 from pathlib import Path
 
-from engines.session import SESSIONS
-from engines.targets import TARGETS, why_not
+from engines.bundles.targets import TARGETS, why_not
+from engines.sessions.session import SESSIONS
 from graphs.versions import extras_of, installed_version
 
 # target → (the distribution that serves it, the module it brings)

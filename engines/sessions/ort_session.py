@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from engines.session import Value
+from engines.sessions.session import Value
 from graphs.errors import BadArtefact, OperationFailed, SaccadeError
 
 ERRORS_ONLY = 3
 
 
 class OrtSession:
-    """An ``engines.session.Session`` over onnxruntime.InferenceSession.
+    """An ``engines.sessions.session.Session`` over onnxruntime.InferenceSession.
 
     device: where outputs named as ``device`` stay, as IOBinding calls it.
     """
@@ -49,7 +49,7 @@ class OrtSession:
     def run(
         self, feeds: Mapping[str, Value], host: Collection[str] = (), device: Collection[str] = ()
     ) -> dict[str, Value]:
-        """Run once; see ``engines.session.Session.run``."""
+        """Run once; see ``engines.sessions.session.Session.run``."""
         if set(feeds) != self._inputs:
             missing, unknown = sorted(self._inputs - set(feeds)), sorted(set(feeds) - self._inputs)
             raise OperationFailed(

@@ -11,7 +11,7 @@ from engines.options import target_option
 from graphs.talk import emit_json, step
 
 if TYPE_CHECKING:
-    from engines.manifest import Manifest
+    from engines.bundles.manifest import Manifest
 
 folder_type = click.Path(path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -22,7 +22,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 @json_option
 def check(folder: Path, as_json: bool) -> None:
     """Run the graph rules over the export in DIR and replay its golden tensors on the CPU."""
-    from engines.golden import refuse_disagreement, replay
+    from engines.bundles.golden import refuse_disagreement, replay
     from engines.words import replays_in_words
     from graphs.errors import BadArtefact
     from graphs.rules import RULES, export_from_folder, findings_in
@@ -85,7 +85,7 @@ def build(
     **of_engines: Any,
 ) -> None:
     """Turn a SMALL and a LARGE export (in any order), or one export alone, into a bundle for one target or several."""
-    from engines.build import build_bundle
+    from engines.bundles.build import build_bundle
     from graphs.talk import say
 
     options = _engine_options(**of_engines)
@@ -139,9 +139,9 @@ def verify(bundle: Path, target: str | None, as_json: bool) -> None:
     """Replay a BUNDLE's golden tensors through its engines, after checking every file's digest."""
     from functools import partial
 
-    from engines.bundle import open_bundle
-    from engines.golden import refuse_disagreement, replay
-    from engines.session import open_session
+    from engines.bundles.bundle import open_bundle
+    from engines.bundles.golden import refuse_disagreement, replay
+    from engines.sessions.session import open_session
     from engines.words import replays_in_words
 
     with step("checking digests"):
@@ -168,7 +168,7 @@ def verify(bundle: Path, target: str | None, as_json: bool) -> None:
 @json_option
 def pack(bundle: Path, out: Path, overwrite: bool, as_json: bool) -> None:
     """Write a BUNDLE as one file, every digest checked on the way."""
-    from engines.pack import pack_bundle
+    from engines.bundles.pack import pack_bundle
 
     _packed(pack_bundle(bundle, out, overwrite=overwrite), out, "saccade.packed/1", as_json)
 
@@ -180,7 +180,7 @@ def pack(bundle: Path, out: Path, overwrite: bool, as_json: bool) -> None:
 @json_option
 def unpack(file: Path, out: Path, overwrite: bool, as_json: bool) -> None:
     """Make a bundle of a FILE that saccade pack wrote, every digest checked before the folder gets its name."""
-    from engines.pack import unpack_bundle
+    from engines.bundles.pack import unpack_bundle
 
     _packed(unpack_bundle(file, out, overwrite=overwrite), out, "saccade.unpacked/1", as_json)
 
@@ -198,7 +198,7 @@ def _packed(manifest: Manifest, out: Path, schema: str, as_json: bool) -> None:
 @json_option
 def show_bundle(bundle: Path, as_json: bool) -> None:
     """Tell what a BUNDLE holds: models, plans, and per target stages, what serves the ops, and estimated memory."""
-    from engines.bundle import checked_manifest
+    from engines.bundles.bundle import checked_manifest
     from engines.words import bundle_in_words
 
     manifest = checked_manifest(bundle, check="size")
@@ -260,7 +260,7 @@ def show_policies(layers: int, as_json: bool) -> None:
 @json_option
 def show_machine(as_json: bool) -> None:
     """Tell what this machine can run and what is not installed."""
-    from engines.machine import machine_document, machine_in_words
+    from engines.sessions.machine import machine_document, machine_in_words
 
     document = machine_document()
     if as_json:

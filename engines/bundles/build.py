@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.bundle import files_below
-from engines.footprint import footprint_of
-from engines.manifest import MANIFEST_FILE, FileEntry, Manifest, MemberEntry, Served, TargetEntry
-from engines.pair import Source, members_from_sources, prunes_nothing
-from engines.targets import TARGETS, checked_targets
+from engines.bundles.bundle import files_below
+from engines.bundles.footprint import footprint_of
+from engines.bundles.manifest import MANIFEST_FILE, FileEntry, Manifest, MemberEntry, Served, TargetEntry
+from engines.bundles.pair import Source, members_from_sources, prunes_nothing
+from engines.bundles.targets import TARGETS, checked_targets
 from graphs.errors import UsageError
 from graphs.files import atomic_folder, clone_or_copy, path_inside, sha256_of
 from graphs.ops import DOMAIN
@@ -40,7 +40,8 @@ def build_bundle(
 ) -> Manifest:
     """Build a bundle from one export, or from a small and a large one in any order; return its manifest.
 
-    target: one of ``engines.targets.TABLE``, or several: those that run graphs share the stages, engines lie beside.
+    target: one of ``engines.bundles.targets.TABLE``, or several: those that run graphs share the stages, engines lie
+    beside.
     threshold: the score S above which the small model's answer stands, in [0, 1]. overwrite: replace an
     older bundle at ``out``. engines: how engines are built (``engines.trt.member.EngineOptions``), for rtx.
     Errors: BadArtefact for an export that breaks a rule, UsageError for a pair that does not fit,

@@ -1,6 +1,6 @@
 """A conversation with a cascade: each model's cache stays, and is brought up to what was shown when it is needed.
 
-A turn that the other model answered is prefilled as text before the next; see ``engines/memory.py``.
+A turn that the other model answered is prefilled as text before the next; see ``engines/talk/memory.py``.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 from engines.answer import Answer
 from engines.decoder import Keep
 from engines.images import Picture
-from engines.messages import Content, Message, Talk, asked, talk_from
 from engines.sampling import OptionKeywords, Options
 from engines.stream import Stream
+from engines.talk.messages import Content, Message, Talk, asked, talk_from
 from graphs.errors import UsageError
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO
 
-from engines.bundle import check_files
-from engines.manifest import MANIFEST_FILE, REBUILD, FileEntry, Manifest, manifest_from, manifest_of
+from engines.bundles.bundle import check_files
+from engines.bundles.manifest import MANIFEST_FILE, REBUILD, FileEntry, Manifest, manifest_from, manifest_of
 from graphs.errors import BadArtefact, UsageError
 from graphs.files import atomic_file, atomic_folder, path_inside, unreadable
 from graphs.talk import step

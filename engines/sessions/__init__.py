@@ -1,0 +1,1 @@
+"""Runtimes behind one protocol, and what this machine has for them."""

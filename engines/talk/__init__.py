@@ -1,0 +1,1 @@
+"""Conversations: messages, what each model holds of them, and the command line's chat."""
