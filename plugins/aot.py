@@ -195,14 +195,14 @@ def split_attention(model: Any) -> int:
             nodes.append(node)
             continue
         split += 1
-        [scale] = [a for a in node.attribute if a.name == "scale"]
         sums = [f"{node.output[0]}_peak", f"{node.output[0]}_total"]
         first = make_node("AttentionRowSums", list(node.input), sums, domain=DOMAIN, name=f"{node.name}_sums")
         second = make_node(
             "AttentionShares", [*node.input, *sums], list(node.output), domain=DOMAIN, name=f"{node.name}_shares"
         )
         for made in (first, second):
-            made.attribute.append(scale)
+            # All of them: without plugin_namespace the parser would look for a body, and these have none.
+            made.attribute.extend(node.attribute)
             nodes.append(made)
     del model.graph.node[:]
     model.graph.node.extend(nodes)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, Tuple, Union  # noqa: UP035
 
 import pytest
-from onnx.helper import make_graph, make_model, make_node
+from onnx.helper import get_attribute_value, make_graph, make_model, make_node
 
 from graphs.errors import UsageError
 from plugins import aot
@@ -135,13 +135,18 @@ def test_ptx_that_drivers_do_not_read_is_not_offered():
 
 
 def test_an_attention_node_becomes_the_two_plugins_nodes():
-    node = make_node("AttentionReceived", ["q", "k", "guide"], ["r"], domain="saccade", name="n", scale=0.5)
+    asked = {"scale": 0.5, "plugin_namespace": "saccade"}
+    node = make_node("AttentionReceived", ["q", "k", "guide"], ["r"], domain="saccade", name="n", **asked)
     after = make_node("Identity", ["r"], ["out"])
     model = make_model(make_graph([node, after], "g", [], []))
     assert aot.split_attention(model) == 1
-    made = [(n.op_type, list(n.input), list(n.output), [a.f for a in n.attribute]) for n in model.graph.node]
+    kept = {"scale": 0.5, "plugin_namespace": b"saccade"}
+    made = [
+        (n.op_type, list(n.input), list(n.output), {a.name: get_attribute_value(a) for a in n.attribute})
+        for n in model.graph.node
+    ]
     assert made == [
-        ("AttentionRowSums", ["q", "k", "guide"], ["r_peak", "r_total"], [0.5]),
-        ("AttentionShares", ["q", "k", "guide", "r_peak", "r_total"], ["r"], [0.5]),
-        ("Identity", ["r"], ["out"], []),
+        ("AttentionRowSums", ["q", "k", "guide"], ["r_peak", "r_total"], kept),
+        ("AttentionShares", ["q", "k", "guide", "r_peak", "r_total"], ["r"], kept),
+        ("Identity", ["r"], ["out"], {}),
     ]
