@@ -1,7 +1,7 @@
 """The verbs of this room as a table; each command is thin and calls one function.
 
 ``build``, ``verify``, ``check``, ``lower``, ``pack``, ``unpack`` and what ``show`` tells about artefacts live in
-``engines/bundles/bundle_commands.py``; importing this file imports no runtime.
+``engines/bundles/commands.py``; importing this file imports no runtime.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from graphs.talk import emit_json
 # subcommand of show → where its click command lives, its line in `saccade show --help`
 SHOWS = {
     "kept": ("engines.commands:show_kept", "Draw what the large model keeps of an image, and the guidance."),
-    "bundle": ("engines.bundles.bundle_commands:show_bundle", "Tell what a bundle holds (also: saccade show BUNDLE)."),
-    "families": ("engines.bundles.bundle_commands:show_families", "List the model families and what is not taken."),
-    "policies": ("engines.bundles.bundle_commands:show_policies", "List the pruning policies."),
-    "ops": ("engines.bundles.bundle_commands:show_ops", "List the ops of domain saccade."),
-    "machine": ("engines.bundles.bundle_commands:show_machine", "Tell what this machine can run."),
+    "bundle": ("engines.bundles.commands:show_bundle", "Tell what a bundle holds (also: saccade show BUNDLE)."),
+    "families": ("engines.bundles.commands:show_families", "List the model families and what is not taken."),
+    "policies": ("engines.bundles.commands:show_policies", "List the pruning policies."),
+    "ops": ("engines.bundles.commands:show_ops", "List the ops of domain saccade."),
+    "machine": ("engines.bundles.commands:show_machine", "Tell what this machine can run."),
 }
 
 ELSEWHERE = ("build", "check", "lower", "verify", "pack", "unpack")
 
 
 def __getattr__(name: str) -> Any:
-    """Find the verbs that live in ``bundle_commands`` on first use (PEP 562)."""
+    """Find the verbs that live in ``bundles.commands`` on first use (PEP 562)."""
     if name in ELSEWHERE:
-        return getattr(import_module("engines.bundles.bundle_commands"), name)
+        return getattr(import_module("engines.bundles.commands"), name)
     raise AttributeError(f"module 'engines.commands' has no attribute {name!r}")
 
 
