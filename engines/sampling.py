@@ -74,7 +74,7 @@ class Sampler:
         """Start behind a prompt; ``penalty`` is the checkpoint's own, used where the options name none."""
         self._options = options
         self._penalty = options.repetition_penalty or penalty or 1.0
-        self._said = set(prompt_ids)
+        self._said = set(prompt_ids) if self._penalty != 1 else set()
         self.seed: int | None = None
         if options.temperature:
             self.seed = secrets.randbits(32) if options.seed is None else options.seed
@@ -88,7 +88,8 @@ class Sampler:
             token = int(np.searchsorted(share_V.cumsum(), self._draw.random() * share_V.sum(), side="right"))
         else:
             token = int(scores_V.argmax())
-        self._said.add(token)
+        if self._penalty != 1:
+            self._said.add(token)
         return token
 
 

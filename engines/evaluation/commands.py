@@ -20,6 +20,12 @@ METRIC_NAMES = ("exact", "contains", "vqa", "anls", "relaxed")
 BUILT_IN_QUESTIONS = 1000
 
 
+questions_option = click.option(
+    "--questions", type=click.IntRange(min=1), metavar="N", help="Only the first. [all; 1000 of a built-in set]"
+)
+skip_option = click.option("--skip-bad", is_flag=True, help="Leave bad lines out and list them, instead of stopping.")
+
+
 @click.command()
 @bundle_argument
 @click.argument("data", metavar="DATA")
@@ -37,10 +43,8 @@ BUILT_IN_QUESTIONS = 1000
 )
 @keep_option
 @tokens_option
-@click.option(
-    "--questions", type=click.IntRange(min=1), metavar="N", help="Only the first. [all; 1000 of a built-in set]"
-)
-@click.option("--skip-bad", is_flag=True, help="Leave bad lines out and list them, instead of stopping.")
+@questions_option
+@skip_option
 @click.option("--json", "as_json", is_flag=True, help="Print one document, saccade.calibration/1.")
 @target_option
 @threads_option
@@ -170,10 +174,8 @@ class Several(click.ParamType):
 )
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the random tokens.")
 @tokens_option
-@click.option(
-    "--questions", type=click.IntRange(min=1), metavar="N", help="Only the first. [all; 1000 of a built-in set]"
-)
-@click.option("--skip-bad", is_flag=True, help="Leave bad lines out and list them, instead of stopping.")
+@questions_option
+@skip_option
 @click.option("--json", "as_json", is_flag=True, help="Print one document, saccade.eval/1.")
 @target_option
 @threads_option

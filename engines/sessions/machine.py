@@ -8,8 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from engines.bundles.targets import TARGETS, why_not
-from engines.sessions.session import SESSIONS
-from graphs.versions import extras_of, installed_version
+from graphs.versions import installed_version
 
 # target → (the distribution that serves it, the module it brings)
 RUNTIMES = {
@@ -66,11 +65,8 @@ def _runtime(target: str) -> dict[str, str | None]:
     if target == "cpu" and not installed_version(distribution) and installed_version("onnxruntime-gpu"):
         distribution = "onnxruntime-gpu"
     version = installed_version(distribution) if find_spec(module) else None
-    missing = f"{distribution} is not installed: pip install {extras_of(distribution)}"
     if target not in TARGETS:
         state = "not driven by this release" + (f" (found {distribution} {version})" if version else "")
-    elif target not in SESSIONS:
-        state = f"builds with {distribution} {version}, is not run by this release" if version else missing
     elif reasons := why_not(target):
         state = f"not here: {'; '.join(reasons)}"
     else:

@@ -176,10 +176,10 @@ class Memory:
                 deepstack[name] = [held.deepstack[name][:, :before], *map(np.zeros_like, between), *parts]
         past = prompt.is_visual[:0] if prompt.past_visual is None else prompt.past_visual
         return Chunk(
-            inputs_embeds=np.concatenate(embeds, axis=1),
+            inputs_embeds=_in_row(embeds),
             is_visual=np.concatenate([past, prompt.is_visual]),
             positions=positions[..., np.flatnonzero(prompt.there)],
-            deepstack={name: np.concatenate(parts, axis=1) for name, parts in deepstack.items()},
+            deepstack={name: _in_row(parts) for name, parts in deepstack.items()},
         )
 
 
@@ -206,3 +206,8 @@ def image_groups(is_visual_L: np.ndarray, seen: Sequence[Seen]) -> list[Group]:
 def squeezed(positions: np.ndarray) -> np.ndarray:
     """Positions without the batch axis: [1, S] → [S], [3, 1, S] → [3, S]."""
     return positions[0] if positions.ndim == 2 else positions[:, 0]
+
+
+def _in_row(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows [1, S_i, D] behind each other; a first turn has one part, which is not copied."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
