@@ -81,9 +81,13 @@ class Model:
         options: Options | None = None,
         keep: Keep = None,
         priority_S: np.ndarray | None = None,
+        draft: Sequence[int] = (),
     ) -> Generation:
-        """Return a generation that has not begun; greedy, and as long as the checkpoint asks, where nothing is said."""
-        return Generation(self, prompt, options or Options(), keep, priority_S)
+        """Return a generation that has not begun; greedy, and as long as the checkpoint asks, where nothing is said.
+
+        draft: tokens that the answer may begin with (see ``engines/draft.py``); none for a plan whose chunk guides.
+        """
+        return Generation(self, prompt, options or Options(), keep, priority_S, draft)
 
     def to_host(self, value: Value) -> np.ndarray:
         """Copy a device value to the host."""

@@ -143,7 +143,9 @@ def row_of(cascade: Cascade, example: Example, plan: Plan, i: int) -> Row:
             if cascade.large.spec.plan.vision:  # what an earlier setting left in the cache was seen otherwise
                 looked = replace(looked, turn=cascade.turn(looked.turn.talk, **options), shared={})  # type: ignore[arg-type]
             drawn = random_guidance(len(looked.guidance), plan.seed + i) if setting.policy == RANDOM else None
-            answer = cascade.answer_large(looked, setting.keep or None, drawn)
+            # What the small model said may shorten only a run that waits for its pass anyway.
+            draft = setting.policy not in (None, RANDOM)
+            answer = cascade.answer_large(looked, setting.keep or None, drawn, **options, draft=draft)  # type: ignore[arg-type]
         else:
             answer = cascade.ask(images, example.question, setting.keep or None, max_new_tokens=plan.max_new_tokens)
         row["large"][setting.name] = _answer_row(answer, model)

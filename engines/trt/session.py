@@ -100,6 +100,10 @@ class TrtSession:
         """Copy a device tensor to numpy; arrays pass through."""
         return value if isinstance(value, np.ndarray) else self._device.to_host(value)[0]
 
+    def largest(self, name: str) -> tuple[int, ...]:
+        """The largest shape of an input that any profile takes."""
+        return self._bounds[0][name][2]
+
     def _on_device(self, name: str, value: Value) -> DeviceTensor:
         """The input on the device; floats of the host, such as pixels, become the engine's own."""
         if isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating):
