@@ -153,6 +153,20 @@ def test_pruned_rows_and_tokens_are_the_formulas(
     assert [i for i, a in enumerate(answers) if list(a.tokens) != scored.best[i]] == []
 
 
+def test_the_small_answer_saves_decode_steps(run: Run) -> None:
+    """The tokens above were all made with drafts; here is what without makes of some of them."""
+    for keep, answers in run.pruned.items():
+        drafted = [a.draft for a in answers if a.draft]
+        assert len(drafted) > 0.9 * QUESTIONS
+        assert sum(d.steps_saved for d in drafted) > 0.5 * sum(len(a.tokens) - 1 for a in answers)
+        for looked, answer in list(zip(run.looked, answers, strict=True))[:25]:
+            plain = run.cascade.answer_large(looked, keep=keep, max_new_tokens=NEW_TOKENS, draft=False)
+            assert (plain.tokens, plain.draft) == (answer.tokens, None)
+            assert answer.kept is not None
+            assert plain.kept is not None
+            assert plain.kept[0].tolist() == answer.kept[0].tolist()
+
+
 def is_tie(mine: np.ndarray, theirs: np.ndarray, guidance: np.ndarray) -> bool:
     """Whether two choices differ only in tokens whose guidance fp32 cannot tell apart."""
     differs = np.setxor1d(mine, theirs)
