@@ -28,7 +28,7 @@ class Model:
     def __init__(self, folder: Path, spec: ExportSpec, target: str = "cpu", threads: int | None = None) -> None:
         self.folder, self.spec = Path(folder), spec
         self.processor = Processor(folder, spec)
-        self.target, self._threads = target, threads
+        self.target, self.threads = target, threads
         self._sessions: dict[str, Session] = {}
 
     @property
@@ -40,7 +40,7 @@ class Model:
         """Return a stage's session, opening it the first time."""
         if stage not in self._sessions:
             file = self.folder / self.spec.stages[stage].file
-            self._sessions[stage] = open_session(file, self.target, self._threads)
+            self._sessions[stage] = open_session(file, self.target, self.threads)
         return self._sessions[stage]
 
     def open(self) -> None:
