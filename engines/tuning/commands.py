@@ -30,7 +30,7 @@ from graphs.talk import emit_json, warn
     type=Several(KeepRatios(), "R"),
     default=None,
     metavar="R[,R…]",
-    help="Shares of visual tokens to walk; one that has several prune points is written 0.5:0.25. [0.64 to 0.05]",
+    help="Shares of visual tokens to walk; one that has several prune points is written 0.5:0.25. [0.8 to 0.05]",
 )
 @click.option(
     "--checkpoint",

@@ -27,7 +27,7 @@ from graphs.talk import say, track
 
 SCHEMA = "saccade.tune/1"
 PLAN_FILE, DOCUMENT = "plan.toml", "tune.json"
-KEEPS = (0.64, 0.35, 0.2, 0.1, 0.05)
+KEEPS = (0.8, 0.64, 0.35, 0.2, 0.1, 0.05)
 
 
 @dataclass(frozen=True)
