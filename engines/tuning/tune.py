@@ -1,7 +1,6 @@
 """The plan search: every layer, keep ratio and threshold on one part of the data, the choice on the other part.
 
-Source of the split: a choice among many looks better on the questions it was made on than it is. A question's part
-follows from its digest and a seed, so it stays in it whatever else the data hold.
+A choice among many looks better on the questions it was made on than it is, so it is reported on others.
 """
 
 from __future__ import annotations
@@ -185,15 +184,13 @@ def pruned_settings(cascade: Cascade, keeps: Sequence[tuple[float, ...]]) -> tup
 
 
 def halves(data: Data, seed: int) -> tuple[Data, Data]:
-    """Return the questions to tune on and those to report on: which a question is in, its digest and the seed say."""
-    first = [_first_half(example.digest, seed) for example in data.examples]
-    parts = (tuple(e for e, f in zip(data.examples, first, strict=True) if f is wanted) for wanted in (True, False))
-    tuned_on, reported_on = (replace(data, examples=part) for part in parts)
-    return tuned_on, reported_on
-
-
-def _first_half(digest: str, seed: int) -> bool:
-    return hashlib.sha256(f"{seed} {digest}".encode()).digest()[0] % 2 == 0
+    """Return the questions to tune on and those to report on, whatever their order; one that stands twice is in one."""
+    drawn = sorted({e.digest for e in data.examples}, key=lambda d: hashlib.sha256(f"{seed} {d}".encode()).digest())
+    first = set(drawn[: (len(drawn) + 1) // 2])
+    return (
+        replace(data, examples=tuple(e for e in data.examples if e.digest in first)),
+        replace(data, examples=tuple(e for e in data.examples if e.digest not in first)),
+    )
 
 
 def refuse_too_few(tuned_on: Data, reported_on: Data, max_loss: float) -> None:
@@ -205,8 +202,8 @@ def refuse_too_few(tuned_on: Data, reported_on: Data, max_loss: float) -> None:
     if min(sizes) < least:
         raise UsageError(
             f"{sizes[0]} questions to tune on and {sizes[1]} to report on are too few for a loss of at most "
-            f"{max_loss:g}: one answer is more than that below {least} in each part; nothing was asked; give about "
-            f"{2 * least + 20} questions or more, or a larger --max-loss"
+            f"{max_loss:g}: below {least} in each part one answer is more than that; nothing was asked; give at least "
+            f"{2 * least} questions or a larger --max-loss"
         )
 
 

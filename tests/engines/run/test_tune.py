@@ -22,7 +22,7 @@ from engines.model import Model
 from engines.tuning import layers
 from engines.tuning.front import BARS, Asked, cheapest, front_of, systems_of
 from engines.tuning.tune import doubts, halves
-from graphs.errors import BadArtefact, BackendMissing, SaccadeError, UsageError
+from graphs.errors import BackendMissing, BadArtefact, SaccadeError, UsageError
 from graphs.plan import PrunePoint, PruningPlan
 from graphs.plan_file import plan_from_file
 from graphs.spec import spec_from_folder
@@ -37,12 +37,24 @@ COMMON = ("--max-loss", 0.3, "--max-new-tokens", 2, "--threads", 1)
 
 @pytest.fixture(scope="module")
 def truths(tiny_bundle: Path) -> list[str]:
-    """The large model that sees everything is right on three questions in four, the small one on some others."""
+    """The small model is right on one question in four, the large one pruned to a half on the others."""
     cascade = Cascade.open(tiny_bundle, threads=1)
     asked = [(picture_of(i), question_of(i)) for i in range(QUESTIONS)]
-    large = [cascade.ask(*one, keep=1.0, threshold=1, max_new_tokens=2).text for one in asked]
+    large = [cascade.ask(*one, keep=0.5, threshold=1, max_new_tokens=2).text for one in asked]
     small = [cascade.ask(*one, threshold=0, max_new_tokens=2).text for one in asked]
     return [small[i] if i % 4 == 0 else large[i] for i in range(QUESTIONS)]
+
+
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small pass takes 1 ms, a large one 10 ms times the retention, whatever the machine does."""
+    real = sweep._answer_row
+
+    def row(answer: Any, model: str) -> dict[str, Any]:
+        ms = 1.0 if model == "small" else 10.0 * answer.average_retention
+        return {**real(answer, model), "milliseconds": {f"{model}_prefill": ms}}
+
+    monkeypatch.setattr(sweep, "_answer_row", row)
 
 
 def by_hand(folder: Path, journals: list[str], data: Path) -> dict[tuple[Any, ...], tuple[float, float]]:
@@ -90,6 +102,7 @@ def check_choice(
         assert systems[key_of(document["chosen"])][1] == pytest.approx(fast, abs=1e-3)
 
 
+@pytest.mark.usefixtures("steady")
 def test_the_front_and_the_choice_are_those_of_a_search_by_hand(
     saccade_cli: Cli, tiny_bundle: Path, tmp_path: Path, truths: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +133,7 @@ def test_the_front_and_the_choice_are_those_of_a_search_by_hand(
     assert len(asked) == 3 + 1 + document["tuned_on"] - 3 + (document["reported_on"] if document["chosen"] else 0)
     assert f"on {document['tuned_on']} questions" in again.stdout
     chosen = document["chosen"]
-    assert chosen, "the small model's pass alone is faster than both, and its answers are within the loss"
+    assert chosen, "half of the tokens and the small pass take 7.7 ms of 10, and are worth no less"
     plan = plan_from_file(out / "plan.toml").resolved(3)
     assert [(p.layer, p.score, p.keep) for p in plan.points] == [(1, "priority", chosen["keep"][0])]
     reported = document["reported"]
@@ -128,6 +141,7 @@ def test_the_front_and_the_choice_are_those_of_a_search_by_hand(
     assert saccade_cli(*ask[:5], "--keep", "0.3", *COMMON).code == 2, "the journal is of other shares"
 
 
+@pytest.mark.usefixtures("steady")
 def test_another_layer_is_another_export(
     saccade_cli: Cli, tiny_bundle: Path, tiny_pair: TinyPair, tmp_path: Path, truths: list[str]
 ) -> None:
@@ -143,7 +157,7 @@ def test_another_layer_is_another_export(
     for layer in (1, 2):
         rows = [json.loads(line) for line in (out / f"layer-{layer}.jsonl").read_text().splitlines()[1:]]
         assert {row["large"]["0.25 sgl"]["retention"] for row in rows} == {(layer + (3 - layer) * 0.25) / 3}
-    assert told.stderr.count("exporting") == 2 + 2 * (document["chosen"]["layer"] == 2)
+    assert told.stderr.count("exporting") == 2 + 2 * ((document["chosen"] or {}).get("layer") == 2)
 
 
 def test_a_model_alone_has_no_threshold(
@@ -189,14 +203,14 @@ def test_what_the_other_part_says_against_a_choice_is_said(loss: float | None, e
     assert [words in doubt for doubt in found] == ([True] if words else [])  # type: ignore[operator]
 
 
-def test_a_question_stays_in_its_part(tmp_path: Path, truths: list[str]) -> None:
+def test_the_halves_are_drawn_by_digest(tmp_path: Path, truths: list[str]) -> None:
     data = data_from_file(data_of(tmp_path, truths))
-    one, other = halves(data, 0)
-    fewer = replace(data, examples=data.examples[5:])
-    for whole, part in zip((one, other), halves(fewer, 0), strict=True):
-        assert [e for e in whole.examples if e in fewer.examples] == list(part.examples)
-    assert sorted(e.digest for half in (one, other) for e in half.examples) == sorted(e.digest for e in data.examples)
-    assert halves(data, 1)[0].digest != one.digest
+    parts = [[e.digest for e in half.examples] for half in halves(data, 0)]
+    assert sorted(parts[0] + parts[1]) == sorted(e.digest for e in data.examples)
+    assert [len(part) for part in parts] == [QUESTIONS // 2] * 2
+    turned = replace(data, examples=(*data.examples[::-1], *data.examples[:3]))
+    assert [{e.digest for e in half.examples} for half in halves(turned, 0)] == [set(part) for part in parts]
+    assert [e.digest for e in halves(data, 1)[0].examples] != parts[0]
 
 
 @pytest.mark.parametrize(
@@ -258,7 +272,7 @@ def test_another_checkpoint_is_refused(tiny_pair: TinyPair, tiny_bundle: Path, t
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(BadArtefact, match="the weights model.safetensors differ"):
+    with pytest.raises(BadArtefact, match=r"the weights model\.safetensors differ"):
         layers.refuse_another(Path("x"), trained_on, own, own, manifest)
 
 
@@ -272,5 +286,5 @@ def test_what_ends_the_export_ends_the_search(
     monkeypatch.setattr(layers, "EXPORT", ("-c", script))
     like: Any = SimpleNamespace(role="large", dtype="float32")
     plan: Any = SimpleNamespace(dumps=lambda: "")
-    with pytest.raises(kind, match="^it is so$"):
+    with pytest.raises(kind, match=r"^it is so$"):
         layers.export(tmp_path, tmp_path / "out", plan, like, tmp_path / "plan.toml")
