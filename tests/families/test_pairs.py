@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from engines.answer import SmallPass
 from engines.cascade import Cascade
 from engines.confidence import consistency_of
+from engines.guidance import priority_of
+from engines.sampling import Options
 from engines.talk.messages import asked
 from exporter.export import export_checkpoint
 from graphs.compare import TOLERANCES
@@ -107,6 +110,38 @@ def test_a_follow_up_of_the_cascade_is_that_of_a_fresh_run(pair: dict[str, Any])
     assert late.kept is not None
     assert at_once.kept is not None
     assert late.kept[0].tolist() == at_once.kept[0].tolist()
+
+
+def test_a_draft_changes_no_token_and_no_kept_one(pair: dict[str, Any]) -> None:
+    """Any draft: its rows are text, trimmed from every segment's cache, and a follow-up goes on behind the answer."""
+    cascade = Cascade.from_exports(pair["small_export"], pair["large_export"], threshold=1, threads=1)
+    assert cascade.large
+    assert cascade.drafts
+    looked = cascade.look(pictures(PROMPTS[2]), QUESTION, max_new_tokens=6)
+    prompt = cascade.large.prompt(looked.turn.talk)
+    priority_S = priority_of(prompt, looked.guidance)
+    plain = cascade.large.generate(prompt, Options(6), 0.3, priority_S).finish()
+    said = [t for t in plain.tokens if t not in cascade.large.spec.tokens.eos]
+    for draft in (said, said[:2] + looked_tokens(looked, 4), looked.tokens):
+        got = cascade.large.generate(prompt, Options(6), 0.3, priority_S, draft).finish()
+        assert got.tokens == plain.tokens
+        assert [k.tolist() for k in got.kept] == [k.tolist() for k in plain.kept]
+        assert got.cache
+        assert plain.cache
+        assert [p.tolist() for p in got.cache.positions] == [p.tolist() for p in plain.cache.positions]
+        for name, value in plain.cache.values.items():
+            mine, theirs = (cascade.large.to_host(v) for v in (got.cache.values[name], value))
+            np.testing.assert_allclose(mine, theirs, atol=1e-4)
+    talks = [cascade.chat(keep=0.3, max_new_tokens=4, draft=draft) for draft in (True, False)]
+    for question, shown in ((QUESTION, pictures(PROMPTS[0])), ("and what colour ?", [])):
+        drafted, alone = (talk.ask(question, shown) for talk in talks)
+        assert drafted.tokens == alone.tokens
+        assert alone.draft is None
+
+
+def looked_tokens(looked: SmallPass, count: int) -> list[int]:
+    """The small model's first tokens, over and over, as a draft that is wrong somewhere."""
+    return (list(looked.tokens) * count)[:count]
 
 
 def test_unequal_grids_are_refused(pair: dict[str, Any], tmp_path: Path) -> None:
