@@ -164,7 +164,7 @@ def test_named_plans_are_plan_files(name, role):
     assert plan.prunes == (name != "none" and not (name == "sgl" and role == "small"))
 
 
-@pytest.mark.parametrize("name", [*POLICIES, "visionzip+fastv"])
+@pytest.mark.parametrize("name", [*POLICIES, "visionzip+random"])
 @pytest.mark.parametrize("role", ["small", "large", "alone"])
 def test_a_fitted_plan_becomes_a_file_with_other_shares(name, role):
     plan = plan_of_policy(name, role, 32)
