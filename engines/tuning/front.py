@@ -1,7 +1,8 @@
 """From answers to systems: what each layer, keep ratio and threshold is worth and takes, and which are worth having.
 
 Milliseconds are what a system would take alone, sessions open: a guided large model's include the small one's pass, a
-cascade's the large one's only where it does not exit. Thresholds cost nothing to try: they choose between answers that
+cascade's the large one's only where it does not exit. A large model that sees everything is timed without the small
+answer as a draft. Thresholds cost nothing to try: they choose between answers that
 are there.
 Legend: N questions.
 """

@@ -170,7 +170,7 @@ def test_the_small_answer_saves_decode_steps(run: Run) -> None:
 
 
 def test_a_plan_is_found_on_few_questions(run: Run, tmp_path: Path) -> None:
-    """The verb on built-in questions; with time for no more than the small model's pass and a fifth of the tokens."""
+    """The verb on built-in questions: what is chosen depends on the machine's speed, but it is within the loss."""
     import saccade
     from graphs.plan_file import plan_from_file
 
