@@ -137,8 +137,8 @@ def cost_of(stage: Stage) -> StageCost:
     places: dict[str, tuple[str, int, int]] = {}
     for tensor in stage.interface.inputs:
         for axis, dim in enumerate(tensor.shape):
-            if isinstance(dim, str) and (found := MULTIPLE.fullmatch(dim)):
-                places.setdefault(found["symbol"], (tensor.name, axis, int(found["times"] or 1)))
+            if isinstance(dim, str) and (whole := MULTIPLE.fullmatch(dim)):
+                places.setdefault(whole["symbol"], (tensor.name, axis, int(whole["times"] or 1)))
     # Tracing leaves one length without a name: the tokens of Qwen2.5-VL, merged in the order of its windows.
     if stage.name == "vision" and "V" in places:
         places |= dict.fromkeys(used - places.keys(), places["V"])
