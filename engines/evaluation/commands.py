@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 @click.pass_context
 def calibrate(
     ctx: click.Context,
+    /,
     bundle: Path,
     data: str,
     max_loss: float,

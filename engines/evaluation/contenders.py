@@ -6,7 +6,7 @@ files say so, what both would compute is computed once: the small model's pass, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from engines.bundles.targets import TARGETS
 from engines.cascade import Cascade
 from engines.evaluation.flops import Meter, Metered, StageCost, costs_of
 from engines.model import Model
+from engines.sessions.session import Session
 from graphs.plan import PruningPlan
 from graphs.spec import PROCESSOR_FOLDER
 from graphs.talk import say
@@ -124,4 +125,8 @@ def _meter(one: Contender) -> None:
             continue
         if left_out := [product for cost in costs.values() for product in cost.uncounted]:
             say(f"{one.path}: estimated FLOPs of the {name} model leave out {len(left_out)} products: {left_out[0]} …")
-        model.watch = lambda stage, session, costs=costs, meter=meter: Metered(session, stage, costs[stage], meter)  # type: ignore[misc]
+        model.watch = _watch(costs, meter)
+
+
+def _watch(costs: Mapping[str, StageCost], meter: Meter) -> Callable[[str, Session], Session]:
+    return lambda stage, session: Metered(session, stage, costs[stage], meter)

@@ -15,13 +15,16 @@ import ast
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+
+from engines.sessions.session import Session
 from graphs.files import path_inside
 from graphs.ops import DOMAIN
 from graphs.rules.rule import Stage, attribute_of, stage_from_folder
@@ -69,18 +72,17 @@ class Meter:
 class Metered:
     """A session whose runs are noted."""
 
-    def __init__(self, session: Any, stage: str, cost: StageCost, meter: Meter) -> None:
+    def __init__(self, session: Session, stage: str, cost: StageCost, meter: Meter) -> None:
         self._session, self._stage, self._cost, self._meter = session, stage, cost, meter
 
-    def run(self, feeds: Mapping[str, Any], **outputs: Any) -> dict[str, Any]:
+    def run(self, feeds: Mapping[str, Any], host: Collection[str] = (), device: Collection[str] = ()) -> dict[str, Any]:
         """See ``engines.sessions.session.Session.run``."""
         symbols = self._cost.symbols.items()
         sizes = {symbol: _shape(feeds[name])[axis] // times for symbol, (name, axis, times) in symbols}
         self._meter.runs.append((self._stage, sizes))
-        ran: dict[str, Any] = self._session.run(feeds, **outputs)
-        return ran
+        return self._session.run(feeds, host=host, device=device)
 
-    def to_host(self, value: Any) -> Any:
+    def to_host(self, value: Any) -> np.ndarray:
         """See ``engines.sessions.session.Session.to_host``."""
         return self._session.to_host(value)
 

@@ -79,7 +79,7 @@ def evaluate_bundles(
     plan = Plan(digests, data.digest, tuple(one.target for one in contenders), settings, max_new_tokens, seed)
     rows = _asked(contenders, data, plan, out / JOURNAL)
     worths = Worths.of(rows, data.examples, metric)
-    document = {
+    document: dict[str, Any] = {
         "schema": SCHEMA,
         "bundles": [_described(one) for one in contenders],
         "data": data_name,

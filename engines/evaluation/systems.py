@@ -106,7 +106,7 @@ def reliability_of(contenders: Sequence[Contender], rows: Sequence[Row], worths:
             continue
         score_N = np.array([row["small"][at]["score"] for row in rows])
         bin_N = np.minimum((score_N * BINS).astype(int), BINS - 1)
-        bins = []
+        bins: list[dict[str, Any]] = []
         for i in range(BINS):
             here_N = bin_N == i
             some = bool(here_N.any())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engines.evaluation.commands import METRIC_NAMES
+from engines.evaluation.asked import METRIC_NAMES
 from engines.evaluation.metrics import METRICS, distance
 
 TEN = ["yes"] * 6 + ["no"] * 3 + ["maybe"]
