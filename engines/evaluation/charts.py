@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import floor, log10
 
 WIDTH, HEIGHT = 640, 340
-LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 46
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 12, 46
 # Paul Tol's bright scheme and two more, told apart in grey by their dashes.
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777", "#994455")
 DASHES = ("", "6 3", "2 3")
@@ -101,11 +101,21 @@ def percent(value: float) -> str:
     return f"{100 * value:.4g}%"
 
 
+def plain(value: float) -> str:
+    """A number, short."""
+    return f"{value:.4g}"
+
+
 def share_axis(label: str) -> Axis:
     """An axis of shares from 0 to 1."""
     return Axis(label, 0.0, 1.0, percent)
 
 
+def score_axis(label: str) -> Axis:
+    """An axis of scores from 0 to 1."""
+    return Axis(label, 0.0, 1.0, plain)
+
+
 def number_axis(label: str, values: Sequence[float]) -> Axis:
     """An axis from 0 to a little above the largest value."""
-    return Axis(label, 0.0, 1.06 * max((*values, 0.0)) or 1.0, lambda value: f"{value:.4g}")
+    return Axis(label, 0.0, 1.06 * max((*values, 0.0)) or 1.0, plain)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from engines.evaluation.charts import MOST_SERIES, Chart, Point, Series, number_axis, percent, share_axis
+from engines.evaluation.charts import MOST_SERIES, Chart, Point, Series, number_axis, percent, score_axis, share_axis
 from engines.evaluation.contenders import Contender
 from engines.evaluation.data import Data
 from engines.evaluation.metrics import METRICS
@@ -148,6 +148,8 @@ def _over_threshold(curves: Sequence[dict[str, Any]], metric: str) -> list[Chart
     for key, label, scale in wanted:
         series = []
         for curve in curves:
+            if key == "exit_rate" and curve["bundle"] in {before["bundle"] for before in curves[: curves.index(curve)]}:
+                continue  # who exits does not depend on how the large model is pruned
             name = f"{curve['setting']} ({Path(curve['bundle']).name})" if several else curve["setting"]
             points = [(point["threshold"], point[key] * scale) for point in curve["points"]]
             made = tuple(Point(x, y, f"{name}: threshold {x:.4g}, {label} {y:.4g}") for x, y in points)
@@ -156,7 +158,7 @@ def _over_threshold(curves: Sequence[dict[str, Any]], metric: str) -> list[Chart
         axis = share_axis(label) if share else number_axis(label, [p.y for one in series for p in one.points])
         title = f"{'Accuracy' if key == 'accuracy' else label[0].upper() + label[1:]} over threshold"
         note = "A question exits where S is above the threshold; 1 always asks the large model."
-        charts.append(_cut(Chart(title, share_axis("threshold"), axis, tuple(series), note)))
+        charts.append(_cut(Chart(title, score_axis("threshold"), axis, tuple(series), note)))
     return charts
 
 
@@ -175,7 +177,7 @@ def _reliability(found: dict[str, Any], metric: str) -> Chart:
     note = f"Expected calibration error {found['expected_calibration_error']:.3f}. Questions by S: {counts}."
     title = f"Reliability of S ({Path(found['bundle']).name})"
     series = (Series("small model", points),)
-    return Chart(title, share_axis("mean S of the answers in a tenth"), share_axis(metric), series, note, diagonal=True)
+    return Chart(title, score_axis("mean S of the answers in a tenth"), share_axis(metric), series, note, diagonal=True)
 
 
 def _cut(chart: Chart) -> Chart:
