@@ -91,13 +91,11 @@ def text_at(entry: Record, key: str) -> str:
 
 
 def texts_at(entry: Record, key: str) -> list[str]:
-    """The texts of a list below a key; [] where the key is missing, for a split whose answers are not published."""
+    """The texts of a list below a key; BadArtefact for anything else."""
     value = entry.get(key)
-    if value is None:
-        return []
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise BadArtefact(f"{key} must be a list of texts, got {value!r:.60}; correct it")
-    return [text for text in value if text.strip()]
+    return value
 
 
 def image_named(folder: Path, *names: str) -> str:
