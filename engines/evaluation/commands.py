@@ -142,7 +142,7 @@ def in_words(document: dict[str, Any]) -> list[str]:
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the random tokens.")
 @tokens_option
 @data_options
-@click.option("--json", "as_json", is_flag=True, help="Print one document, saccade.eval/1.")
+@click.option("--json", "as_json", is_flag=True, help="Print one document, saccade.eval/2.")
 @target_option
 @threads_option
 @click.pass_context

@@ -17,6 +17,7 @@ from engines.cascade import Cascade
 from engines.evaluation.flops import Meter, Metered, StageCost, costs_of
 from engines.model import Model
 from engines.sessions.session import Session
+from graphs.errors import UsageError
 from graphs.plan import PruningPlan
 from graphs.spec import PROCESSOR_FOLDER
 from graphs.talk import say
@@ -61,10 +62,12 @@ class Contender:
 
 
 def opened(bundles: Sequence[Path], target: str | None, threads: int | None) -> list[Contender]:
-    """Open every bundle; raises what ``Cascade.open`` raises."""
+    """Open every bundle; raises what ``Cascade.open`` raises, and UsageError for one that was given twice."""
     found: list[Contender] = []
     for path in bundles:
         manifest = manifest_of(path)
+        if twin := next((c for c in found if c.manifest.sha256 == manifest.sha256), None):
+            raise UsageError(f"{path} is the same bundle as {twin.path}, so it adds nothing; leave it out")
         one = Contender(path, manifest, Cascade.open(path, target, threads))
         _meter(one)
         found.append(one)

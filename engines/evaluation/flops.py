@@ -88,19 +88,18 @@ class Metered:
 
 
 def stage_flops(
-    model: str, runs: Sequence[tuple[str, Sizes]], costs: Mapping[str, StageCost], tokens: int
+    model: str, runs: Sequence[tuple[str, Sizes]], costs: Mapping[str, StageCost], checked: bool = False
 ) -> dict[str, int]:
     """Operations of one answer by the stages of ``Answer.milliseconds``.
 
-    runs: what the model ran for it. tokens: how many it wrote, each but the last fed back; a decoder run behind those
-    is the consistency pass.
+    runs: what the model ran for it, in order. checked: whether the last run of the decoder is the consistency pass.
     """
     decoder = [costs[stage].flops(sizes) for stage, sizes in runs if stage == "decoder"]
     spent = {
         "vision": [costs[stage].flops(sizes) for stage, sizes in runs if stage == "vision"],
         "prefill": decoder[:1],
-        "decode": decoder[1:tokens],
-        "consistency": decoder[max(1, tokens) :],
+        "decode": decoder[1:-1] if checked else decoder[1:],
+        "consistency": decoder[-1:] if checked else [],
     }
     return {f"{model}_{stage}": sum(parts) for stage, parts in spent.items() if parts}
 

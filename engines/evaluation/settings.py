@@ -97,7 +97,7 @@ def _shares(plan: PruningPlan, keeps: Sequence[Shares], alone: bool) -> list[Sha
         found.append(keep_ratios(plan, spread))
     if not found:
         raise UsageError(
-            f"policy {plan.name} has {len(plan.budgets)} prune points and no --keep has as many shares; add one, as "
+            f"policy {plan.name} has {len(plan.budgets)} prune points and no --keep has as many; add one, as "
             + ":".join(f"{share:.4g}" for share in keep_ratios(plan, None))
         )
     return found

@@ -120,14 +120,14 @@ class _Asked:
         looked = one.cascade.look(self._images, self.example.question, max_new_tokens=self.plan.max_new_tokens)
         self.looked[at] = looked
         answer = one.cascade.answer_small(looked)
-        flops = self._flops(one, "small", "small", len(answer.tokens))
+        flops = self._flops(one, "small", "small", checked=len(looked.guidance) > 0)
         return {**_answer_row(answer, "small", flops), "score": looked.confidence.score}
 
     def large(self, setting: Setting) -> Row:
         one, options = self.contenders[setting.bundle], {"max_new_tokens": self.plan.max_new_tokens}
         if not one.pair:
             answer = one.cascade.ask(self._images, self.example.question, setting.keep or None, **options)  # type: ignore[arg-type]
-            return _answer_row(answer, "alone", self._flops(one, "large", "alone", len(answer.tokens)))
+            return _answer_row(answer, "alone", self._flops(one, "large", "alone"))
         looked = self.looked.get(setting.bundle)
         # Another bundle's pass comes without this one's large model; what an earlier setting of the vision stage left
         # in the memory was seen otherwise.
@@ -137,7 +137,7 @@ class _Asked:
             looked = self.looked[setting.bundle] = replace(shared, turn=fresh, shared={})
         drawn = random_guidance(len(looked.guidance), self.plan.seed + self.number)
         answer = one.cascade.answer_large(looked, setting.keep or None, drawn if setting.policy == RANDOM else None)
-        flops = self._flops(one, "large", "large", len(answer.tokens))
+        flops = self._flops(one, "large", "large")
         if flops is not None:
             flops = {"large_vision": self.seen.get(setting.bundle, 0), **flops}
             self.seen[setting.bundle] = flops["large_vision"]
@@ -148,9 +148,9 @@ class _Asked:
         return self.example.images or None
 
     @staticmethod
-    def _flops(one: Contender, model: str, name: str, tokens: int) -> dict[str, int] | None:
+    def _flops(one: Contender, model: str, name: str, checked: bool = False) -> dict[str, int] | None:
         runs, costs = one.meters[model].taken(), one.costs[model]
-        return None if costs is None else stage_flops(name, runs, costs, tokens)
+        return None if costs is None else stage_flops(name, runs, costs, checked)
 
 
 def _answer_row(answer: Answer, model: str, flops: dict[str, int] | None) -> Row:

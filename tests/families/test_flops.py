@@ -91,7 +91,7 @@ def test_the_vision_stage(eager: Sample, shapes: list[tuple[int, int]]) -> None:
 
     seen = eager.onnx.seen(pictures(shapes))
     Metered(Nothing(), "vision", costs["vision"], meter).run(seen.feeds)
-    found = stage_flops("large", meter.taken(), costs, 1)["large_vision"]
+    found = stage_flops("large", meter.taken(), costs)["large_vision"]
     inputs = eager.visual_inputs(eager.hf_inputs(shapes))
     last = eager.model.config.vision_config.to_dict().get("num_hidden_layers", 0) - 1
     unused = f"encoder.layers.{last}" if eager.case.name in ONE_LESS else "none"

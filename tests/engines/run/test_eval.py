@@ -244,6 +244,8 @@ def test_several_bundles_share_what_is_the_same(
     assert "small_prefill" not in by_itself["estimated_flops_by_stage"]
     vision = guided["estimated_flops_by_stage"]["large_vision"]
     assert vision == by_itself["estimated_flops_by_stage"]["large_vision"] > 0
+    twice = saccade_cli("eval", tiny_bundle, tiny_bundle, ask[3], "-o", out)
+    assert (twice.code, "the same bundle as" in twice.stderr) == (2, True)
     refused = saccade_cli(*ask, "--keep", "0.25", "--policy", "random", "--layer", "2")
     assert (refused.code, "by these policies" in refused.stderr) == (2, True)
 
