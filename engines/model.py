@@ -5,7 +5,7 @@ Legend: S rows, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -30,6 +30,8 @@ class Model:
         self.processor = Processor(folder, spec)
         self.target, self.threads = target, threads
         self._sessions: dict[str, Session] = {}
+        # Takes a stage's name and its session when that is opened, and gives what is used instead.
+        self.watch: Callable[[str, Session], Session] | None = None
 
     @property
     def opened(self) -> frozenset[str]:
@@ -40,7 +42,8 @@ class Model:
         """Return a stage's session, opening it the first time."""
         if stage not in self._sessions:
             file = self.folder / self.spec.stages[stage].file
-            self._sessions[stage] = open_session(file, self.target, self.threads)
+            session = open_session(file, self.target, self.threads)
+            self._sessions[stage] = self.watch(stage, session) if self.watch else session
         return self._sessions[stage]
 
     def open(self) -> None:
