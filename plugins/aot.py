@@ -3,8 +3,8 @@
 Legend: B batch, H query heads, T keys, G guide rows.
 
 Such a plugin is one kernel in PTX, without scratch memory; its arguments are inputs, int32 expressions, outputs. So
-AttentionReceived, two launches with the rows' sums between them, is two plugins, and ``split_attention`` replaces a
-node by both. TensorRT-RTX has no ``tensorrt.plugin``. Attributes are not serialised: they are numbers in the engine.
+AttentionReceived, two launches with the rows' sums between them, is two plugins, rated or not, and ``split_attention``
+replaces a node by both. TensorRT-RTX has no ``tensorrt.plugin``. Attributes are not serialised: they are numbers in the engine.
 
 Written from NVIDIA's published interface and not yet run: TensorRT could not be installed where it was written. The
 tests hold the contract (signatures, the PTX's parameter list, launch expressions) through a stand-in module.
@@ -20,7 +20,7 @@ from typing import Any, Tuple, Union  # noqa: UP035
 
 from graphs.errors import UsageError
 from graphs.ops import DOMAIN
-from plugins.cubins import ptx_from_variant
+from plugins.cubins import check_sms, ptx_from_variant
 from plugins.ops import SERVED
 from plugins.table import KERNELS, Variant, bits_of
 from plugins.trt import data_type, type_name
@@ -77,7 +77,20 @@ PLUGINS = (
         ("q", "k", "guide", "peak", "total"),
         _one("AttentionReceived"),
     ),
+    AheadOfTime("RatedRowSums", "RatedAttentionReceived", "attention_row_sums", ("q", "k", "weight"), _row_sums),
+    AheadOfTime(
+        "RatedShares",
+        "RatedAttentionReceived",
+        "attention_shares",
+        ("q", "k", "weight", "peak", "total"),
+        _one("RatedAttentionReceived"),
+    ),
 )
+# op of two launches → the plugins that replace its node
+SPLIT = {
+    "AttentionReceived": ("AttentionRowSums", "AttentionShares"),
+    "RatedAttentionReceived": ("RatedRowSums", "RatedShares"),
+}
 
 
 def register(trt: Any, trtp: Any, sm: int) -> tuple[str, ...]:
@@ -86,13 +99,19 @@ def register(trt: Any, trtp: Any, sm: int) -> tuple[str, ...]:
     trt: the module ``tensorrt``, ≥ 10.9; trtp: ``tensorrt.plugin``. Triton compiles when TensorRT asks, at build.
     Errors: UsageError for an SM whose PTX drivers do not read yet, for which the Python plugins bring cubins.
     """
-    if sm > NEWEST_SM:
-        raise UsageError(
-            f"ahead-of-time plugins are PTX, which drivers read up to SM {NEWEST_SM}, not {sm}: use --ops body"
-        )
+    check_sm(sm)
     for plugin in PLUGINS:
         _register_one(trt, trtp, sm, plugin)
     return tuple(f"{DOMAIN}::{plugin.name}" for plugin in PLUGINS)
+
+
+def check_sm(sm: int) -> None:
+    """UsageError for an SM whose PTX drivers do not read yet, or that no kernel is compiled for; see ``register``."""
+    if sm > NEWEST_SM:
+        raise UsageError(
+            f"ahead-of-time plugins are PTX, which drivers read up to SM {NEWEST_SM}, not {sm}: use --plugins python"
+        )
+    check_sms((sm,))
 
 
 def _register_one(trt: Any, trtp: Any, sm: int, plugin: AheadOfTime) -> None:
@@ -132,7 +151,7 @@ def _register_one(trt: Any, trtp: Any, sm: int, plugin: AheadOfTime) -> None:
     # TensorRT compares annotations with typing's own forms; tuple[…] and str | bytes are others to ==.
     outputs: Any = Tuple[trtp.TensorDesc]  # noqa: UP006
     several: Any = Tuple[trtp.TensorDesc, trtp.TensorDesc]  # noqa: UP006
-    returned = several if plugin.name == "AttentionRowSums" else trtp.TensorDesc
+    returned = several if plugin.kernel == "attention_row_sums" else trtp.TensorDesc
     text: Any = Union[str, bytes]  # noqa: UP007
     code: Any = Tuple[text, text, trtp.KernelLaunchParams, trtp.SymExprs]  # noqa: UP006
     trtp.register(identity)(_signed(describe, [*tensors, *attributes], returned))
@@ -185,28 +204,31 @@ def without_scratch(ptx: str, kernel: str, arguments: int) -> str:
     return ptx[: found.start(2)] + ",\n".join(parameters[:arguments]) + ptx[found.start(3) :]
 
 
-def split_attention(model: Any) -> int:
-    """Replace each AttentionReceived node of an onnx.ModelProto's graph by its two plugins' nodes; return how many."""
+def split_attention(model: Any) -> dict[str, str]:
+    """Replace each attention-received node of an onnx.ModelProto's graph by its two plugins' nodes.
+
+    Returns the new nodes, name → op of the node that they replace.
+    """
     from onnx.helper import make_node
 
-    nodes, split = [], 0
+    nodes, split = [], {}
     for node in model.graph.node:
-        if (node.domain, node.op_type) != (DOMAIN, "AttentionReceived"):
+        if node.domain != DOMAIN or node.op_type not in SPLIT:
             nodes.append(node)
             continue
-        split += 1
         sums = [f"{node.output[0]}_peak", f"{node.output[0]}_total"]
-        first = make_node("AttentionRowSums", list(node.input), sums, domain=DOMAIN, name=f"{node.name}_sums")
-        second = make_node(
-            "AttentionShares", [*node.input, *sums], list(node.output), domain=DOMAIN, name=f"{node.name}_shares"
-        )
+        row_sums, shares = SPLIT[node.op_type]
+        first = make_node(row_sums, list(node.input), sums, domain=DOMAIN, name=f"{node.name}_sums")
+        second = make_node(shares, [*node.input, *sums], list(node.output), domain=DOMAIN, name=f"{node.name}_shares")
         for made in (first, second):
             # All of them: without plugin_namespace the parser would look for a body, and these have none.
             made.attribute.extend(node.attribute)
             nodes.append(made)
+            split[made.name] = node.op_type
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     return split
 
 
 assert all(plugin.kernel in KERNELS for plugin in PLUGINS)
+assert {plugin.op for plugin in PLUGINS} == set(SERVED)
