@@ -81,9 +81,9 @@ def engine_from_onnx(
     """Build ``engine`` from a lowered file and return the worker's answer: tensorrt, reading, bytes, warnings.
 
     ops: the file's nodes of our domain, name → op. plugins: False, or ``python`` (True) or ``aot``. settings: as in
-    ``engines.trt.worker.Request``. timing_cache: read where it exists, and replaced in one step by what the build added
-    to it. Errors: BackendMissing where TensorRT or Polygraphy is not installed, OperationFailed with TensorRT's own last
-    words where it refuses or dies.
+    ``engines.trt.worker.Request``. timing_cache: read where it exists, and replaced in one step by what the build
+    made of it. Errors: BackendMissing where TensorRT or Polygraphy is not installed, OperationFailed with TensorRT's
+    own last words where it refuses or dies.
     """
     refuse_missing(flavour)
     with tempfile.TemporaryDirectory(prefix="saccade-build-") as held, step(f"building {engine.name}") as shown:
@@ -117,7 +117,7 @@ def engine_from_onnx(
 
 
 def refuse_missing(flavour: Flavour) -> None:
-    """BackendMissing where a TensorRT or Polygraphy is not installed, OperationFailed for versions that are not ours."""
+    """BackendMissing where TensorRT or Polygraphy is not installed, OperationFailed for versions that are not ours."""
     if flavour is RTX:
         require(*flavour.distributions)
     elif flavour.version() is None:

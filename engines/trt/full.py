@@ -1,15 +1,15 @@
 """What a build for full TensorRT is told beside what every engine is told, and whether it can be made here at all.
 
-It differs from TensorRT-RTX: kernels are timed, so there is a timing cache and the GPU must be here; an engine may be made
-to run on other GPUs and on newer versions; kernels may go in ahead of time, without Python at run; and TensorRT 10.3, of
-JetPack 6, takes graphs that are written out.
+It differs from TensorRT-RTX: kernels are timed, so there is a timing cache and the GPU must be here; an engine may be
+made to run on other GPUs and on newer versions; kernels may go in ahead of time, without Python at run; and TensorRT
+10.3, of JetPack 6, takes graphs that are written out.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from engines.bundles.manifest import Compatibility, Hardware, Plugins
 from engines.trt.flavour import FULL, out_of_range
@@ -129,8 +129,8 @@ def own_sm(sms: tuple[int, ...], options: TensorrtOptions, ops: str, *, alone: b
     if alone and sms and set(sms) != {here}:
         other = next(sm for sm in sms if sm != here)
         raise UsageError(
-            f"--sm is {other}, and full TensorRT builds for the GPU that is here, of SM {here}; leave --sm out, build on "
-            "the other GPU, or build for --target rtx"
+            f"--sm is {other}, and full TensorRT builds for the GPU that is here, of SM {here}; leave --sm out, build "
+            "where the other GPU is, or build for --target rtx"
         )
     if options.form(ops) == "aot":
         from plugins.aot import check_sm
