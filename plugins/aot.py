@@ -4,7 +4,8 @@ Legend: B batch, H query heads, T keys, G guide rows.
 
 Such a plugin is one kernel in PTX, without scratch memory; its arguments are inputs, int32 expressions, outputs. So
 AttentionReceived, two launches with the rows' sums between them, is two plugins, rated or not, and ``split_attention``
-replaces a node by both. TensorRT-RTX has no ``tensorrt.plugin``. Attributes are not serialised: they are numbers in the engine.
+replaces a node by both. TensorRT-RTX has no ``tensorrt.plugin``. Attributes are not serialised: they are numbers in the
+engine.
 
 Written from NVIDIA's published interface and not yet run: TensorRT could not be installed where it was written. The
 tests hold the contract (signatures, the PTX's parameter list, launch expressions) through a stand-in module.

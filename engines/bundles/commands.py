@@ -103,7 +103,7 @@ def build(
 @click.option("--overwrite", is_flag=True, help="Replace an older folder.")
 @json_option
 def lower(
-    folder: Path, out: Path, precision: str | None, ops: str, parser: str, overwrite: bool, as_json: bool
+    folder: Path, out: Path, precision: str | None, ops: str, parser: Any, overwrite: bool, as_json: bool
 ) -> None:
     """Write the ONNX files that TensorRT parses for an EXPORT, for trtexec, polygraphy or a build elsewhere."""
     from engines.trt.member import lower_for_others

@@ -1,4 +1,4 @@
-"""An export → one model of a bundle of engines: lowered, guarded, built; the lowered files and their weights do not stay."""
+"""An export → one model of a bundle with engines: lowered, guarded, built; the lowered files do not stay."""
 
 from __future__ import annotations
 
@@ -175,9 +175,8 @@ def build_member(
     built = lowered.spec.model_copy(update={"stages": stages, "weights": ()})
     (out / SPEC_FILE).write_text(built.dumps(), "utf-8")
     # What is written out for an older parser is a body.
-    served: dict[str, Served] = {
-        op: "body" for ops in plainer.ops.values() for op in ops.values() if lowering.parser != "current"
-    }
+    written_out = plainer.ops if lowering.parser != "current" else {}
+    served: dict[str, Served] = {op: "body" for ops in written_out.values() for op in ops.values()}
     for stage, entry in engines.items():
         for node, by in entry.served.items():
             # One node left to its body is what a reader must know of the op.
@@ -207,8 +206,8 @@ def _refuse_width(name: str, spec: ExportSpec, lowering: Lowering, flavour: Flav
     width = spec.language.head_dim
     if lowering.precision != "float32" and width % flavour.head_widths:
         raise UsageError(
-            f"the {name} model's heads are {width} wide, and {flavour.title} compiles {lowering.precision} attention of "
-            f"multiples of {flavour.head_widths} only; build with --precision fp32"
+            f"the {name} model's heads are {width} wide, and {flavour.title} compiles {lowering.precision} attention "
+            f"of multiples of {flavour.head_widths} only; build with --precision fp32"
         )
 
 

@@ -63,15 +63,19 @@ def fits(engine: EngineEntry, sm: int) -> bool:
 
 def _versions(flavour: Flavour, engines: Sequence[EngineEntry], installed: str | None) -> list[str]:
     """A reason per version of the engines that the installed one does not run."""
-    found, name = [], flavour.distributions[0]
+    name = flavour.distributions[0]
     instead = f", not {installed}" if installed else ""
-    for built in sorted({engine.tensorrt for engine in engines if not engine.compatibility.versions} - {installed}):
-        found.append(f"the engines are of {name} {built}{instead}")
-    for built in sorted({engine.tensorrt for engine in engines if engine.compatibility.versions}):
-        # NVIDIA: such an engine of 10 runs on newer 10 and on 11, one of 11 on newer 11.
-        if installed is None or Version(installed) < Version(built):
-            found.append(f"the engines are for {name} {built} and newer below {BEYOND}{instead}")
-    return found
+    exact = {engine.tensorrt for engine in engines if not engine.compatibility.versions} - {installed}
+    # NVIDIA: a version-compatible engine of 10 runs on newer 10 and on 11, one of 11 on newer 11.
+    older = {engine.tensorrt for engine in engines if engine.compatibility.versions}
+    return [
+        *(f"the engines are of {name} {built}{instead}" for built in sorted(exact)),
+        *(
+            f"the engines are for {name} {built} and newer, older than {BEYOND}{instead}"
+            for built in sorted(older)
+            if installed is None or Version(installed) < Version(built)
+        ),
+    ]
 
 
 def _gpus(engines: Sequence[EngineEntry]) -> str:

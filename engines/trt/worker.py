@@ -2,8 +2,8 @@
 
 TensorRT aborts its process where it fails, so this one holds nothing but the build. REQUEST is JSON (``Request``);
 progress goes to stdout as JSON lines, everything libraries print to stderr, and the answer, what was built and what was
-read back from the network, into a JSON file. Built through Polygraphy's loaders, which know both TensorRTs; networks are
-strongly typed, and no precision flag is touched, for TensorRT 11 has none.
+read back from the network, into a JSON file. Built through Polygraphy's loaders, which know both TensorRTs. Networks
+are strongly typed, and no precision flag is touched, for TensorRT 11 has none.
 """
 
 from __future__ import annotations
