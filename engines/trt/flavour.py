@@ -47,10 +47,10 @@ class Flavour:
                 return found
         if not find_spec(self.module):
             return None
-        from plugins.trt import load
+        from plugins.trt import imported
 
         try:
-            return str(load(self.module, plugins=False).__version__)
+            return str(imported(self.module).__version__)
         except BackendMissing:
             return None
 

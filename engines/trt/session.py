@@ -170,12 +170,12 @@ def tensorrt_session(file: Path, threads: int | None = None, engine: EngineFile 
 
 
 def _session(flavour: Flavour, file: Path, threads: int | None, engine: EngineFile | None) -> TrtSession:
-    from plugins.trt import load
+    from plugins.trt import imported, load
 
     if threads is not None:
         raise UsageError("threads are a CPU runtime's, and the engine runs on the GPU; leave them out")
-    plugins = engine is None or engine.plugins == "python"
-    return TrtSession(file, load(flavour.module, plugins=plugins), device_of(Path(file).parent), engine)
+    found = load if engine is None or engine.plugins == "python" else imported
+    return TrtSession(file, found(flavour.module), device_of(Path(file).parent), engine)
 
 
 def _outside(shape: tuple[int, ...], bounds: tuple[tuple[int, ...], ...]) -> bool:

@@ -63,9 +63,9 @@ def build(request: Request, tell: Callable[..., None]) -> dict[str, Any]:
     """Parse, read back, build; the answer's keys are tensorrt, reading, bytes."""
     flavour = FLAVOURS[request.flavour]
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = flavour.polygraphy
-    from plugins.trt import load
+    from plugins.trt import imported, load
 
-    trt = load(flavour.module, plugins=bool(request.plugins))
+    trt = (load if request.plugins else imported)(flavour.module)
     from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath
     from polygraphy.logger import G_LOGGER
 

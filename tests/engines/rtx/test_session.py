@@ -17,6 +17,7 @@ from engines.cascade import Cascade
 from engines.model import Model
 from engines.trt import device, running
 from engines.trt.bounds import Bounds, profiles_of
+from engines.trt.flavour import RTX
 from engines.trt.session import TrtSession
 from graphs.errors import BadArtefact, OperationFailed
 from tests.engines.rtx import stand_in
@@ -128,7 +129,7 @@ def test_what_does_not_fit_is_one_sentence(lower: Lower, exports: Exports, cuda:
 def test_an_engine_of_another_sm_is_told_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "cuda_runtime", lambda: stand_in.Cuda(sm=80))
     monkeypatch.setattr("engines.sessions.machine.driver_version", lambda: "580.1")
-    version = running.installed_version(running.DISTRIBUTION)
+    version = RTX.version()
     engine = EngineEntry(
         file="x", target="rtx", tensorrt=version or "", sms=(89,), precision="float32", profiles={}, served={},
         bytes=1, weight_bytes=1,
