@@ -66,9 +66,11 @@ class EngineOptions:
                 f"options of full TensorRT do nothing for the target {' and '.join(targets)}; leave them out, or build "
                 "for --target tensorrt"
             )
-        for target in targets:
-            self.sms_for(FLAVOURS[target], alone=len(targets) == 1)
-            refuse_missing(FLAVOURS[target])
+        for flavour in (FLAVOURS[target] for target in targets):
+            sms = self.sms_for(flavour, alone=len(targets) == 1)
+            refuse_missing(flavour)
+            if self.sms and not flavour.sms and sms != [*self.sms]:
+                say(f"{flavour.title} builds for the GPU that is here, of SM {sms[0]}; --sm is for the other target")
         return self
 
     def sms_for(self, flavour: Flavour, *, alone: bool = False) -> list[int]:

@@ -10,7 +10,6 @@ from packaging.version import Version
 from engines.bundles.manifest import EngineEntry
 from engines.trt.flavour import BEYOND, FULL, LEAST_WRITTEN_OUT, RTX, Flavour, out_of_range
 from graphs.errors import BackendMissing
-from graphs.versions import extras_of
 
 LEAST_AMPERE = 80
 
@@ -42,7 +41,7 @@ def _reasons(flavour: Flavour, engines: Sequence[EngineEntry]) -> list[str]:
         found += filter(None, [out_of_range(installed, LEAST_WRITTEN_OUT if written_out else "current")])
     found += _versions(flavour, engines, installed)
     if not find_spec("cuda"):
-        found.append(f"cuda-python is not installed (pip install {extras_of('cuda')})")
+        found.append(f"cuda-python is not installed (pip install {flavour.extra})")
     if found:
         return found
     from engines.trt.device import capability

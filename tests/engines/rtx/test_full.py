@@ -21,6 +21,7 @@ from engines.trt.full import TensorrtOptions
 from engines.trt.member import EngineOptions
 from engines.trt.running import reasons, tensorrt_reasons
 from graphs.errors import OperationFailed
+from plugins.cubins import SMS
 from tests.conftest import Outcome
 from tests.engines.rtx import stand_in
 from tests.engines.rtx.conftest import Exports
@@ -241,6 +242,19 @@ def test_a_flavour_is_a_line_of_the_targets() -> None:
 
     assert list(TARGETS)[:2] == list(FLAVOURS)
     assert FULL.version() is None
+
+
+def test_beside_rtx_it_is_built_for_the_gpu_that_is_here(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    options = EngineOptions((120,)).checked(["tensorrt", "rtx"])
+    assert "TensorRT builds for the GPU that is here, of SM 89; --sm is for the other target" in capsys.readouterr().err
+    assert [options.sms_for(FLAVOURS[target]) for target in ("tensorrt", "rtx")] == [[89], [120]]
+
+
+def test_kernels_go_as_far_as_their_engine() -> None:
+    wide, narrow = TensorrtOptions(hardware_compatibility="ampere-plus"), TensorrtOptions()
+    assert wide.settings(89, "plugin")["kernel_sms"] == list(SMS)
+    assert narrow.settings(89, "plugin")["kernel_sms"] == [89]
+    assert (wide.form("plugin"), wide.form("body")) == ("python", "none")
 
 
 def test_warnings_that_differ_in_names_alone_are_one() -> None:
