@@ -8,7 +8,9 @@ replaces a node by both. TensorRT-RTX has no ``tensorrt.plugin``. Attributes are
 engine.
 
 Written from NVIDIA's published interface and not yet run: TensorRT could not be installed where it was written. The
-tests hold the contract (signatures, the PTX's parameter list, launch expressions) through a stand-in module.
+tests hold the contract (signatures, the PTX's parameter list, launch expressions) through a stand-in module. The Python
+half of ``tensorrt.plugin`` 10.16.1 and 11.4.0, over stand-ins for its C++ half, took every plugin here and evaluated
+shapes, types and launches to what those tests say.
 """
 
 from __future__ import annotations

@@ -113,7 +113,8 @@ def lower_for_others(
         lowered = lowered_export(folder, export.spec, work, lowering)
         if lowered.spec.dtype == "float16":
             guard_against_overflow(_plainer(folder, export.spec, lowered, lowering), folder)
-            shutil.rmtree(work / PLAINER, ignore_errors=True)
+            if (work / PLAINER).exists():
+                shutil.rmtree(work / PLAINER)
         (work / SPEC_FILE).write_text(lowered.spec.dumps(), "utf-8")
     return lowered.spec
 

@@ -144,10 +144,13 @@ def config_of(trt: Any, flavour: Flavour, request: Request, tell: Callable[..., 
 def timing_cache_of(config: Any, request: Request) -> Any:
     """The configuration's timing cache, begun with the request's file; OperationFailed for one of another machine."""
     file = Path(request.timings)
-    if not request.timings or not file.is_file():
+    data = file.read_bytes() if request.timings and file.is_file() else b""
+    if not data:
         return config.get_timing_cache()
-    cache = config.create_timing_cache(file.read_bytes())
-    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+    cache, fresh = (config.create_timing_cache(begun) for begun in (data, b""))
+    # What TensorRT cannot read it warns of, and gives an empty cache: then the file must not be replaced.
+    unread = cache is None or bytes(cache.serialize()) == bytes(fresh.serialize()) != data
+    if unread or not config.set_timing_cache(cache, ignore_mismatch=False):
         raise OperationFailed(
             f"{file} is no timing cache of this TensorRT and this GPU; name another file with --timing-cache"
         )

@@ -60,8 +60,8 @@ class Config:
     def set_flag(self, flag: Any) -> None:
         self.flags.add(flag.name)
 
-    def create_timing_cache(self, data: bytes) -> Timings | None:
-        return None if data.strip(b"timed\n") else Timings(data)
+    def create_timing_cache(self, data: bytes) -> Timings:
+        return Timings(b"" if data.strip(b"timed\n") else data)
 
     def set_timing_cache(self, cache: Timings, ignore_mismatch: bool) -> bool:
         self.timings = cache
