@@ -24,8 +24,8 @@ from typing import Any, Tuple, Union  # noqa: UP035
 from graphs.errors import UsageError
 from graphs.ops import DOMAIN
 from plugins.cubins import check_sms, ptx_from_variant
-from plugins.ops import SERVED
-from plugins.table import KERNELS, Variant, bits_of
+from plugins.ops import SERVED, ServedOp
+from plugins.table import Variant, bits_of
 from plugins.trt import data_type, type_name
 
 NEWEST_SM = 90  # Triton's PTX for 10.0 and newer is of version 9.1, which driver 580 does not read
@@ -35,15 +35,15 @@ NARROW_SHARED = 48 * 1024
 
 @dataclass(frozen=True)
 class AheadOfTime:
-    """One plugin: the kernel of an op that it launches.
+    """One plugin: one of an op's launches.
 
-    name: its ONNX op type. op: the op whose types, sizes and variants hold. kernel: which of its launches. inputs:
-    their names. outputs(input shapes, input types): shape and type of each output.
+    name: its ONNX op type. op: the op whose types, sizes and variants hold. launch: which of its variants, 0 or −1.
+    inputs: their names. outputs(input shapes, input types): shape and type of each output.
     """
 
     name: str
     op: str
-    kernel: str
+    launch: int
     inputs: tuple[str, ...]
     outputs: Callable[[Sequence[Any], Sequence[str]], list[tuple[Sequence[Any], str]]]
 
@@ -58,42 +58,30 @@ class AheadOfTime:
         if not served.accepts(types):
             raise UsageError(f"{self.name} takes no {', '.join(types)}: build with --ops body")
         largest = [[16_384 if d < 0 else d for d in shape] if self.op == "KeepTopK" else shape for shape in shapes]
-        return [v for v in served.variants(types, largest) if v.kernel == self.kernel][-1]
-
-
-def _one(op: str) -> Callable[[Sequence[Any], Sequence[str]], list[tuple[Sequence[Any], str]]]:
-    return lambda shapes, types: [(SERVED[op].output_shape(shapes), SERVED[op].output_type(types))]
+        return served.variants(types, largest)[self.launch]
 
 
 def _row_sums(shapes: Sequence[Any], types: Sequence[str]) -> list[tuple[Sequence[Any], str]]:
     return [((shapes[0][0], shapes[0][1], shapes[2][-1]), "fp32")] * 2
 
 
-PLUGINS = (
-    AheadOfTime("KeepTopK", "KeepTopK", "keep_topk", SERVED["KeepTopK"].inputs, _one("KeepTopK")),
-    AheadOfTime("CompactRows", "CompactRows", "compact_rows", SERVED["CompactRows"].inputs, _one("CompactRows")),
-    AheadOfTime("AttentionRowSums", "AttentionReceived", "attention_row_sums", ("q", "k", "guide"), _row_sums),
-    AheadOfTime(
-        "AttentionShares",
-        "AttentionReceived",
-        "attention_shares",
-        ("q", "k", "guide", "peak", "total"),
-        _one("AttentionReceived"),
-    ),
-    AheadOfTime("RatedRowSums", "RatedAttentionReceived", "attention_row_sums", ("q", "k", "weight"), _row_sums),
-    AheadOfTime(
-        "RatedShares",
-        "RatedAttentionReceived",
-        "attention_shares",
-        ("q", "k", "weight", "peak", "total"),
-        _one("RatedAttentionReceived"),
-    ),
-)
-# op of two launches → the plugins that replace its node
-SPLIT = {
-    "AttentionReceived": ("AttentionRowSums", "AttentionShares"),
-    "RatedAttentionReceived": ("RatedRowSums", "RatedShares"),
-}
+def _plugins_of(served: ServedOp) -> tuple[AheadOfTime, ...]:
+    """One plugin for an op of one launch; for an op with memory between two launches one for each."""
+
+    def outputs(shapes: Sequence[Any], types: Sequence[str]) -> list[tuple[Sequence[Any], str]]:
+        return [(served.output_shape(shapes), served.output_type(types))]
+
+    between = tuple(served.scratch([[1] * 4, [1] * 4, [1] * 2]))
+    if not between:
+        return (AheadOfTime(served.op, served.op, -1, served.inputs, outputs),)
+    return (
+        AheadOfTime(f"{served.op}Sums", served.op, 0, served.inputs, _row_sums),
+        AheadOfTime(f"{served.op}Shares", served.op, -1, (*served.inputs, *between), outputs),
+    )
+
+
+PLUGINS_OF = {op: _plugins_of(served) for op, served in SERVED.items()}
+PLUGINS = tuple(plugin for plugins in PLUGINS_OF.values() for plugin in plugins)
 
 
 def register(trt: Any, trtp: Any, sm: int) -> tuple[str, ...]:
@@ -154,7 +142,7 @@ def _register_one(trt: Any, trtp: Any, sm: int, plugin: AheadOfTime) -> None:
     # TensorRT compares annotations with typing's own forms; tuple[…] and str | bytes are others to ==.
     outputs: Any = Tuple[trtp.TensorDesc]  # noqa: UP006
     several: Any = Tuple[trtp.TensorDesc, trtp.TensorDesc]  # noqa: UP006
-    returned = several if plugin.kernel == "attention_row_sums" else trtp.TensorDesc
+    returned = several if plugin.outputs is _row_sums else trtp.TensorDesc
     text: Any = Union[str, bytes]  # noqa: UP007
     code: Any = Tuple[text, text, trtp.KernelLaunchParams, trtp.SymExprs]  # noqa: UP006
     trtp.register(identity)(_signed(describe, [*tensors, *attributes], returned))
@@ -216,11 +204,12 @@ def split_attention(model: Any) -> dict[str, str]:
 
     nodes, split = [], {}
     for node in model.graph.node:
-        if node.domain != DOMAIN or node.op_type not in SPLIT:
+        plugins = PLUGINS_OF.get(node.op_type, ()) if node.domain == DOMAIN else ()
+        if len(plugins) < 2:
             nodes.append(node)
             continue
         sums = [f"{node.output[0]}_peak", f"{node.output[0]}_total"]
-        row_sums, shares = SPLIT[node.op_type]
+        row_sums, shares = (plugin.name for plugin in plugins)
         first = make_node(row_sums, list(node.input), sums, domain=DOMAIN, name=f"{node.name}_sums")
         second = make_node(shares, [*node.input, *sums], list(node.output), domain=DOMAIN, name=f"{node.name}_shares")
         for made in (first, second):
@@ -231,7 +220,3 @@ def split_attention(model: Any) -> dict[str, str]:
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     return split
-
-
-assert all(plugin.kernel in KERNELS for plugin in PLUGINS)
-assert {plugin.op for plugin in PLUGINS} == set(SERVED)

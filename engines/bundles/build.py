@@ -23,7 +23,7 @@ from graphs.talk import say, step, warn
 from graphs.versions import installed_version
 
 if TYPE_CHECKING:
-    from engines.trt.member import EngineOptions
+    from engines.trt.options import EngineOptions
 
 DEFAULT_THRESHOLD = 0.9  # none is published; ``calibrate`` finds one for a wanted agreement
 TOOLS = ("saccade", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "polygraphy", "transformers", "numpy")
@@ -43,7 +43,7 @@ def build_bundle(
     target: one of ``engines.bundles.targets.TABLE``, or several: those that run graphs share the stages, engines lie
     beside.
     threshold: the score S above which the small model's answer stands, in [0, 1]. overwrite: replace an
-    older bundle at ``out``. engines: how engines are built (``engines.trt.member.EngineOptions``).
+    older bundle at ``out``. engines: how engines are built (``engines.trt.options.EngineOptions``).
     Errors: BadArtefact for an export that breaks a rule, UsageError for a pair that does not fit,
     OperationFailed for a full disk or a failed build; nothing is left under the final name then.
     """
@@ -166,7 +166,7 @@ def _engine_options(targets: Sequence[str], engines: EngineOptions | None) -> En
     Errors: UsageError for options that no target reads, BackendMissing for a target that cannot be built here.
     """
     if of_engines := [target for target in targets if _has_engines(target)]:
-        from engines.trt.member import EngineOptions
+        from engines.trt.options import EngineOptions
 
         return (engines or EngineOptions()).checked(of_engines)
     if engines is not None:

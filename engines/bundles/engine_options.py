@@ -71,7 +71,7 @@ def engine_options_from(
         return None
     from engines.trt.bounds import Bounds
     from engines.trt.full import TensorrtOptions
-    from engines.trt.member import EngineOptions
+    from engines.trt.options import EngineOptions
 
     full = None
     if any(value is not None for value in of_full):

@@ -16,7 +16,7 @@ from engines.confidence import consistency_of
 from engines.talk.messages import asked
 from engines.trt.bounds import Bounds, profiles_of
 from engines.trt.engine import engine_from_onnx
-from engines.trt.member import lowering_of
+from engines.trt.options import lowering_of
 from engines.trt.reading import reading_from
 from exporter.export import export_checkpoint
 from graphs.compare import TOLERANCES

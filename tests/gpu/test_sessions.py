@@ -20,7 +20,8 @@ from engines.cascade import Cascade
 from engines.sessions.session import SESSIONS, open_session
 from engines.trt.device import capability
 from engines.trt.flavour import FLAVOURS
-from engines.trt.member import EngineOptions, build_member
+from engines.trt.member import build_member
+from engines.trt.options import EngineOptions
 from exporter.export import export_checkpoint
 from glyphs.checkpoint import PAIR
 from graphs.spec import GOLDEN_FILE, ExportSpec, spec_from_folder

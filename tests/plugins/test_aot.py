@@ -57,10 +57,8 @@ def desc(kind: str, *shape: int, dynamic: bool = True) -> TensorDesc:
 @pytest.fixture(scope="module")
 def plugin() -> Plugin:
     made = Plugin()
-    assert aot.register(TRT, made, 89) == (
-        "saccade::KeepTopK", "saccade::CompactRows", "saccade::AttentionRowSums", "saccade::AttentionShares",
-        "saccade::RatedRowSums", "saccade::RatedShares",
-    )  # fmt: skip
+    ids = aot.register(TRT, made, 89)
+    assert {f"saccade::{name}" for name in CALLS} <= set(ids) == set(made.described) == set(made.implemented)
     return made
 
 
@@ -70,18 +68,18 @@ PEAK, TOTAL = desc("FLOAT", 1, 8, 24), desc("FLOAT", 1, 8, 24)
 CALLS = {
     "KeepTopK": ([desc("FLOAT", 1, 5000), desc("BOOL", 1, 5000), desc("INT32", 400)], [], [((1, 400), "INT64")]),
     "CompactRows": ([desc("HALF", 1, 5000, 64), desc("INT64", 1, 400)], [], [((1, 400, 64), "HALF")]),
-    "AttentionRowSums": ([Q, K, GUIDE], [0.125], [((1, 8, 24), "FLOAT")] * 2),
-    "AttentionShares": ([Q, K, GUIDE, PEAK, TOTAL], [0.125], [((1, 300), "FLOAT")]),
-    "RatedRowSums": ([Q, K, WEIGHT], [0.125], [((1, 8, 24), "FLOAT")] * 2),
-    "RatedShares": ([Q, K, WEIGHT, PEAK, TOTAL], [0.125], [((1, 300), "FLOAT")]),
+    "AttentionReceivedSums": ([Q, K, GUIDE], [0.125], [((1, 8, 24), "FLOAT")] * 2),
+    "AttentionReceivedShares": ([Q, K, GUIDE, PEAK, TOTAL], [0.125], [((1, 300), "FLOAT")]),
+    "RatedAttentionReceivedSums": ([Q, K, WEIGHT], [0.125], [((1, 8, 24), "FLOAT")] * 2),
+    "RatedAttentionReceivedShares": ([Q, K, WEIGHT, PEAK, TOTAL], [0.125], [((1, 300), "FLOAT")]),
 }
 LAUNCHES = {
     "KeepTopK": ((1, 1, 1), 512, [5000, 400]),
     "CompactRows": ((7, 1, 1), 128, [5000, 400, 16]),
-    "AttentionRowSums": ((6, 2, 1), 128, [bits_of(0.125), 100, 300, 24, 8, 2, 64]),
-    "AttentionShares": ((10, 1, 1), 128, [bits_of(0.125), 100, 300, 24, 8, 2, 64]),
+    "AttentionReceivedSums": ((6, 2, 1), 128, [bits_of(0.125), 100, 300, 24, 8, 2, 64]),
+    "AttentionReceivedShares": ((10, 1, 1), 128, [bits_of(0.125), 100, 300, 24, 8, 2, 64]),
 }
-LAUNCHES |= {"RatedRowSums": LAUNCHES["AttentionRowSums"], "RatedShares": LAUNCHES["AttentionShares"]}
+LAUNCHES |= {f"Rated{name}": LAUNCHES[name] for name in ("AttentionReceivedSums", "AttentionReceivedShares")}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -143,8 +141,8 @@ def test_ptx_that_drivers_do_not_read_is_not_offered():
 @pytest.mark.parametrize(
     ("op", "third", "names"),
     [
-        ("AttentionReceived", "guide", ("AttentionRowSums", "AttentionShares")),
-        ("RatedAttentionReceived", "weight", ("RatedRowSums", "RatedShares")),
+        ("AttentionReceived", "guide", ("AttentionReceivedSums", "AttentionReceivedShares")),
+        ("RatedAttentionReceived", "weight", ("RatedAttentionReceivedSums", "RatedAttentionReceivedShares")),
     ],
 )
 def test_an_attention_node_becomes_the_two_plugins_nodes(op, third, names):

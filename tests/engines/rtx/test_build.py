@@ -15,7 +15,8 @@ from engines.cascade import Cascade
 from engines.trt import engine as builder
 from engines.trt.bounds import BODY_ROWS, Bounds, profiles_of
 from engines.trt.engine import engine_from_onnx
-from engines.trt.member import EngineOptions, build_member
+from engines.trt.member import build_member
+from engines.trt.options import EngineOptions
 from engines.trt.reading import reading_from
 from graphs.errors import BackendMissing, BadArtefact, OperationFailed, UsageError
 from graphs.files import sha256_of

@@ -18,7 +18,7 @@ from engines.trt.bounds import Bounds
 from engines.trt.engine import warnings_in
 from engines.trt.flavour import FLAVOURS, FULL
 from engines.trt.full import TensorrtOptions
-from engines.trt.member import EngineOptions
+from engines.trt.options import EngineOptions
 from engines.trt.running import reasons, tensorrt_reasons
 from graphs.errors import OperationFailed
 from plugins.cubins import SMS
