@@ -49,7 +49,7 @@ class Generation:
         asked = options.max_new_tokens or model.processor.max_new_tokens or DEFAULT_NEW_TOKENS
         self._limit = min(asked, model.spec.language.max_positions - prompt.next_position)
         self._sampler = Sampler(options, prompt.line.tolist(), model.processor.repetition_penalty)
-        self._guidance = GuidanceSum(prompt.visual_rows) if model.spec.plan.guidance else None
+        self._guidance = GuidanceSum(prompt.visual_rows, model.to_host) if model.spec.plan.guidance else None
         self.tokens: list[int] = []
         self.log_prob: list[float] = []
         self.first_logits: np.ndarray | None = None
@@ -70,7 +70,8 @@ class Generation:
         while not self._over():
             clock = Clock()
             fed = Chunk(self._model.embed_text([token]), np.zeros(1, bool))
-            token = self._taken(self._model.decoder.run(fed, self.cache))
+            so_far = self._guidance.so_far if self._guidance else None
+            token = self._taken(self._model.decoder.run(fed, self.cache, so_far=so_far))
             self.decode_ms += clock.lap()
             yield token
 

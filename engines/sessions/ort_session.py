@@ -8,10 +8,18 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from engines.sessions.session import Value
+from engines.sessions.session import NOTHING, Value
 from graphs.errors import BadArtefact, OperationFailed, SaccadeError
 
 ERRORS_ONLY = 3
+
+
+class HostBuffer:
+    """An array that ONNX Runtime writes to in place: ``array`` and ``value`` are the same memory."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.value = array, ort.OrtValue.ortvalue_from_numpy(array)
+        self.shape = array.shape
 
 
 class OrtSession:
@@ -47,7 +55,11 @@ class OrtSession:
         return ort.InferenceSession(str(self._file), options, providers=["CPUExecutionProvider"])
 
     def run(
-        self, feeds: Mapping[str, Value], host: Collection[str] = (), device: Collection[str] = ()
+        self,
+        feeds: Mapping[str, Value],
+        host: Collection[str] = (),
+        device: Collection[str] = (),
+        in_place: Mapping[str, str] = NOTHING,
     ) -> dict[str, Value]:
         """Run once; see ``engines.sessions.session.Session.run``."""
         if set(feeds) != self._inputs:
@@ -66,20 +78,33 @@ class OrtSession:
                 binding.bind_output(name, "cpu")
             for name in device:
                 binding.bind_output(name, self.device)
+            for name, shared in in_place.items():
+                binding.bind_ortvalue_output(name, values[shared])
             self._session.run_with_iobinding(binding)
         except Exception as e:
             raise OperationFailed(
                 f"ONNX Runtime failed in {self._file.name} ({_first_line(e)}); {_remedy(e)}"
             ) from None
-        results = dict(zip((*host, *device), binding.get_outputs(), strict=True))
+        results = dict(zip((*host, *device), binding.get_outputs(), strict=False))
         return {name: value.numpy() if name in host else value for name, value in results.items()}
 
     def to_host(self, value: Value) -> np.ndarray:
-        """Copy an OrtValue to numpy; arrays pass through."""
+        """Copy an OrtValue to numpy; arrays and buffers of the host pass through."""
+        if isinstance(value, HostBuffer):
+            return value.array
         return value if isinstance(value, np.ndarray) else value.numpy()
+
+    def buffer(self, name: str, rows: int, wanted: int, source: Value, held: int) -> Value:
+        """A buffer of the host; see ``engines.sessions.session.Session.buffer``."""
+        old = self.to_host(source)
+        array = np.empty((*old.shape[:2], wanted, old.shape[3]), old.dtype)
+        array[:, :, :held] = old[:, :, :held]
+        return HostBuffer(array)
 
 
 def _value_of(value: Value) -> ort.OrtValue:
+    if isinstance(value, HostBuffer):
+        return value.value
     if isinstance(value, ort.OrtValue):
         return value
     return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))

@@ -19,6 +19,8 @@ from graphs.errors import BackendMissing, UsageError
 # A tensor on the host (numpy.ndarray) or a runtime's own handle of one on its device.
 Value: TypeAlias = Any
 
+NOTHING: Mapping[str, str] = {}
+
 # target → the class that serves it
 SESSIONS = {
     "cpu": "engines.sessions.ort_session:OrtSession",
@@ -33,11 +35,23 @@ class Session(Protocol):
     """One opened graph."""
 
     def run(
-        self, feeds: Mapping[str, Value], host: Collection[str] = (), device: Collection[str] = ()
+        self,
+        feeds: Mapping[str, Value],
+        host: Collection[str] = (),
+        device: Collection[str] = (),
+        in_place: Mapping[str, str] = NOTHING,
     ) -> dict[str, Value]:
         """Run once; ``host`` outputs come back as numpy arrays, ``device`` outputs as handles, others not at all.
 
+        in_place: output → the input whose memory it is written to; such an input is a ``buffer``.
         Raises OperationFailed where the runtime refuses or fails.
+        """
+
+    def buffer(self, name: str, rows: int, wanted: int, source: Value, held: int) -> Value:
+        """A buffer for a cache input that is written in place, [1, Hkv, C, d] with C at least ``rows``.
+
+        wanted: C where the runtime is free to choose. Its first ``held`` rows are those of ``source``, on the host or
+        the device; the others hold any numbers. Raises OperationFailed where there is no room for so many rows.
         """
 
     def to_host(self, value: Value) -> np.ndarray:
