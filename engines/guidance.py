@@ -25,7 +25,7 @@ class GuidanceSum:
     """A^P plus one A^D per fed-back token, over the visual rows of a conversation, int64 [V].
 
     On top of a cache A^P is that of the chunk's guide rows alone: the newest question's. A decoder that writes its
-    cache in place sums on the device: ``so_far`` is the handle that goes from step to step, copied when it is asked for.
+    cache in place sums on the device: ``so_far`` is the handle that goes from step to step, copied when it is asked.
     """
 
     def __init__(self, visual_rows: np.ndarray, to_host: Callable[[Value], np.ndarray]) -> None:

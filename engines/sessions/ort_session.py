@@ -74,7 +74,8 @@ class OrtSession:
         try:
             for name, value in values.items():
                 binding.bind_ortvalue_input(name, value)
-            for name in host:
+            returned = [name for name in host if name not in in_place]
+            for name in returned:
                 binding.bind_output(name, "cpu")
             for name in device:
                 binding.bind_output(name, self.device)
@@ -85,7 +86,8 @@ class OrtSession:
             raise OperationFailed(
                 f"ONNX Runtime failed in {self._file.name} ({_first_line(e)}); {_remedy(e)}"
             ) from None
-        results = dict(zip((*host, *device), binding.get_outputs(), strict=False))
+        results = dict(zip((*returned, *device), binding.get_outputs(), strict=False))
+        results |= {name: values[shared] for name, shared in in_place.items() if name in host}
         return {name: value.numpy() if name in host else value for name, value in results.items()}
 
     def to_host(self, value: Value) -> np.ndarray:

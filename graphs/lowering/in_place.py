@@ -150,7 +150,8 @@ class _Rewriting:
 
     def _grouped(self, node: ir.Node, segment: _Segment) -> list[ir.Value]:
         q, k, v, _, past_k, past_v = node.inputs[:6]
-        assert q is not None and k is not None and v is not None and q.shape is not None and k.shape is not None
+        if not (q and k and v and q.shape and k.shape):
+            raise ir.passes.PassError(f"{node.name} has no shapes")
         flat = [self._rows_first(node, value) for value in (q, k, v)]
         before, filled = self._filled(node, segment)
         names = {"scale", "softcap"} & set(node.attributes)
@@ -258,7 +259,9 @@ class _Rewriting:
             new = added.outputs[0]
             new.name, new.type, new.shape = GUIDANCE, value.type, value.shape
 
-    def _before(self, node: ir.Node, op_type: str, inputs: list[ir.Value | None], **attributes: object) -> list[ir.Value]:
+    def _before(
+        self, node: ir.Node, op_type: str, inputs: list[ir.Value | None], **attributes: object
+    ) -> list[ir.Value]:
         made = ir.node(op_type, inputs, attributes, num_outputs=1)  # type: ignore[arg-type]
         self.graph.insert_before(node, made)
         return list(made.outputs)
