@@ -15,6 +15,7 @@ from graphs.errors import OperationFailed, UsageError
 from graphs.files import atomic_folder
 from graphs.lowering import PARSERS, Lowering
 from graphs.lowering.export import LoweredExport, lowered_export
+from graphs.lowering.in_place import refusal
 from graphs.rules import refuse_findings
 from graphs.spec import SPEC_FILE, ExportSpec, FloatType
 from graphs.talk import say, step, warn
@@ -22,6 +23,7 @@ from graphs.talk import say, step, warn
 PRECISIONS: dict[str, FloatType] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 OPS_CHOICES = ("plugin", "body")
 HEAD_WIDTHS = 8
+IN_PLACE = "KV_CACHE_UPDATE"  # TensorRT's kind of layer that writes a chunk into a cache's buffer
 RANKING = {"KeepTopK", "KeepPerImage", "MergeDropped"}  # ops whose bodies hold a TopK over a chunk's rows
 SIZE_LIMIT = 1.1  # engine bytes per weight byte, above what an engine of no weights takes
 EMPTY_ENGINE_BYTES = 24 << 20
@@ -49,14 +51,14 @@ class EngineOptions:
         checked_sms(self.sms)
         return self
 
-    def lowering(self, spec: ExportSpec) -> Lowering:
-        """The passes that these options ask for."""
+    def lowering(self, spec: ExportSpec, capacity: int | None = None) -> Lowering:
+        """The passes that these options ask for. capacity: rows of caches that are written in place."""
         precision = PRECISIONS[self.precision] if self.precision else spec.dtype
         if self.ops == "body":
-            return Lowering(precision)
+            return Lowering(precision, capacity=capacity)
         from plugins.registry import NODE_ATTRIBUTES, ops_with_kernels
 
-        return Lowering(precision, frozenset(ops_with_kernels()), NODE_ATTRIBUTES)
+        return Lowering(precision, frozenset(ops_with_kernels()), NODE_ATTRIBUTES, capacity=capacity)
 
 
 def lower_for_others(
@@ -104,7 +106,7 @@ def build_member(name: str, source: Path, spec: ExportSpec, out: Path, options: 
     OperationFailed where memory is short, fp16 overflows, or TensorRT refuses.
     """
     options = options.checked()
-    lowering = options.lowering(spec)
+    lowering = options.lowering(spec, capacity=_capacity(name, spec, options.bounds))
     _refuse_width(name, spec, lowering)
     out.mkdir()
     held = out / "lowered"
@@ -132,6 +134,14 @@ def build_member(name: str, source: Path, spec: ExportSpec, out: Path, options: 
             op = lowered.ops[stage][node]
             served[op] = by if served.get(op, by) == by else "body"
     return BuiltMember(built, engines, dict(sorted(served.items())), sum(lowered.weight_bytes.values()))
+
+
+def _capacity(name: str, spec: ExportSpec, bounds: Bounds) -> int | None:
+    """Rows of the caches that an engine writes in place; None, and said, for a plan that cannot have it so."""
+    if why := refusal(spec.plan):
+        say(f"{name}: each step copies its caches, and no step is captured as a CUDA graph, for {why}")
+        return None
+    return bounds.fitted(spec, None).max_length
 
 
 def _refuse_width(name: str, spec: ExportSpec, lowering: Lowering) -> None:
@@ -185,6 +195,10 @@ def _refuse_misread(lowered: LoweredExport, stage: str, reading: Reading) -> Non
         if not attention.mask or not attention.cache:
             lacking = "mask" if not attention.mask else "cache"
             raise OperationFailed(f"the parser left {attention.node} without its {lacking}, so decoding would be wrong")
+        if lowered.spec.cache == "in-place" and attention.grown != IN_PLACE:
+            raise OperationFailed(
+                f"the parser made {attention.grown} of {attention.cache}, where {IN_PLACE} was asked for"
+            )
 
 
 def _most_rows(lowered: LoweredExport, ops: str) -> int | None:

@@ -139,9 +139,9 @@ class _Rewriting:
             [row_S] = self._before(node, "Range", [zero, ends[0], one])
             [key_C] = self._before(node, "Range", [zero, ends[1], one])
             [last_S] = self._before(node, "Add", [row_S, segment.length])
-            [last_S1] = self._before(node, "Unsqueeze", [last_S, self._constant(node, [1])])
-            [visible] = self._before(node, "LessOrEqual", [key_C, last_S1])
-            [mask] = self._before(node, "Unsqueeze", [visible, self._constant(node, [0, 1])])
+            [last_11S1] = self._before(node, "Unsqueeze", [last_S, self._constant(node, [0, 1, 3])])
+            [key_111C] = self._before(node, "Unsqueeze", [key_C, self._constant(node, [0, 1, 2])])
+            [mask] = self._before(node, "LessOrEqual", [key_111C, last_11S1])
             mask.name = str(segment.length.name).replace("length_", "visible_")
             rows = q.shape[2] if q is not None and q.shape is not None else None
             mask.type, mask.shape = ir.TensorType(ir.DataType.BOOL), ir.Shape([1, 1, rows, segment.capacity])

@@ -101,7 +101,8 @@ def test_only_what_is_asked_for_comes_to_the_host_and_what_is_dropped_is_freed(
     model = engines_of(lower, exports, "large", tmp_path / "large")
     cascade = Cascade(None, model)
     scores = np.random.default_rng(0).random(16, dtype=np.float32)
-    cascade.ask(picture(1), QUESTION, guidance=scores, max_new_tokens=6)
+    for _ in range(MOST_STEPS + 1):  # as many captured steps as are kept
+        cascade.ask(picture(1), QUESTION, guidance=scores, max_new_tokens=6)
     gc.collect()
     before, down = len(cuda.live), cuda.copied[1]
     answer = cascade.ask(picture(1), QUESTION, guidance=scores, max_new_tokens=6)
@@ -125,7 +126,10 @@ def test_guidance_comes_to_the_host_once(lower: Lower, exports: Exports, cuda: s
 
 def generated(model: Model, seed: int, tokens: int = 8) -> Generation:
     """A whole answer on a fresh cache; the stand-ins' models have no end token that they would choose early."""
-    return model.generate(model.prompt(asked_about(picture(seed))), Options(max_new_tokens=tokens)).finish()
+    prompt = model.prompt(asked_about(picture(seed)))
+    priority_S = np.random.default_rng(seed).random(len(prompt), dtype=np.float32)
+    scores = priority_S if model.spec.plan.uses_priority else None
+    return model.generate(prompt, Options(max_new_tokens=tokens), priority_S=scores).finish()
 
 
 def test_a_captured_step_is_the_step(
@@ -164,8 +168,8 @@ def test_an_older_view_continued_beside_a_newer_one_keeps_its_rows(
     for which in (model, want):
         first = which.decoder.run(which.prompt(asked_about(picture(1))).chunk)
         branches, logits = [first.cache, first.cache], []
-        for step in range(5):
-            for i, token in enumerate((5 + step, 20 + step)):
+        for step in range(3):
+            for i, token in ((i, 5 + 15 * i + step) for i in (0, 0, 0, 1, 1)):
                 done = which.decoder.run(Chunk(which.embed_text([token]), np.zeros(1, bool)), branches[i])
                 branches[i] = done.cache
                 logits.append(done.logits)
