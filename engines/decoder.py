@@ -70,7 +70,7 @@ class Decoder:
         self._spec = spec
         self._dtype = {t.name: t.dtype for t in spec.stages["decoder"].inputs}
         self._kept_names = tuple(f"kept_{i}" for i in range(len(spec.plan.points)))
-        self._shared = shared_names(spec) if spec.cache == "in-place" else {}
+        self._shared = shared_names(spec) if session.form == "in-place" else {}
 
     def run(
         self,

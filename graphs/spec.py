@@ -11,6 +11,7 @@ C_j rows that a buffer of segment j holds, in a decoder that writes its cache in
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -172,6 +173,11 @@ def present_names(layer: int) -> tuple[str, str]:
 def length_name(segment: int) -> str:
     """The input that says how many rows of a segment's buffers are filled, int64 [1]; of decoders in place only."""
     return f"length_{segment}"
+
+
+def form_of(inputs: Collection[str]) -> CacheForm:
+    """The form of the cache of a decoder with these inputs; any other stage counts as ``concat``."""
+    return "in-place" if length_name(0) in inputs else "concat"
 
 
 # What the visual rows received in earlier steps, fp32 [1, C_0]; of decoders in place that give guidance. Their output

@@ -147,8 +147,9 @@ def _check_names(path: Path, case: Case, spec: ExportSpec) -> None:
 
 
 def _replayed(case: Case, session: Session, spec: ExportSpec) -> Replay:
-    in_place = shared_names(spec) if case.stage == "decoder" and spec.cache == "in-place" else {}
-    got = told(case, session.run(fed(case, spec), host=list(case.outputs), in_place=in_place))
+    in_place = shared_names(spec) if session.form == "in-place" else {}
+    feeds = fed(case, spec.model_copy(update={"cache": session.form}))
+    got = told(case, session.run(feeds, host=list(case.outputs), in_place=in_place))
     # Kept rows first: where they differ, that is the reason for every number behind them.
     names = sorted(case.outputs, key=lambda name: not name.startswith("kept_"))
     tensors = tuple(compare(name, got[name], case.outputs[name], TOLERANCES[spec.dtype]) for name in names)

@@ -10,8 +10,10 @@ import onnxruntime as ort
 
 from engines.sessions.session import NOTHING, Value
 from graphs.errors import BadArtefact, OperationFailed, SaccadeError
+from graphs.spec import CacheForm, form_of
 
 ERRORS_ONLY = 3
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class HostBuffer:
@@ -25,13 +27,14 @@ class HostBuffer:
 class OrtSession:
     """An ``engines.sessions.session.Session`` over onnxruntime.InferenceSession.
 
-    device: where outputs named as ``device`` stay, as IOBinding calls it.
+    device: where outputs named as ``device`` stay, as IOBinding calls it. in_place: let a canonical decoder write its
+    caches in place, by a lowering in memory.
     """
 
     device = "cpu"
 
-    def __init__(self, file: Path, threads: int | None = None) -> None:
-        self._file = Path(file)
+    def __init__(self, file: Path, threads: int | None = None, in_place: bool = False) -> None:
+        self._file, self._in_place = Path(file), in_place
         if not self._file.is_file():
             raise BadArtefact(f"{self._file} is missing; build the bundle again")
         options = ort.SessionOptions()
@@ -50,9 +53,20 @@ class OrtSession:
                 "replay its golden tensors with: saccade verify, or build the bundle again"
             ) from None
         self._inputs = {i.name for i in self._session.get_inputs()}
+        self.form: CacheForm = form_of(self._inputs)
 
     def _opened(self, options: ort.SessionOptions) -> ort.InferenceSession:
-        return ort.InferenceSession(str(self._file), options, providers=["CPUExecutionProvider"])
+        source: str | bytes = str(self._file)
+        if self._in_place:
+            import onnx_ir as ir
+
+            from graphs.lowering.in_place import grouped
+
+            model = ir.load(self._file)
+            if grouped(model):
+                options.add_session_config_entry(WEIGHTS_FOLDER, str(self._file.parent))
+                source = ir.to_proto(model).SerializeToString()
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
     def run(
         self,

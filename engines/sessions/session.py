@@ -15,10 +15,12 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from graphs.errors import BackendMissing, UsageError
+from graphs.spec import CacheForm
 
 # A tensor on the host (numpy.ndarray) or a runtime's own handle of one on its device.
 Value: TypeAlias = Any
 
+LOWERED_AT_OPEN = ("cpu",)  # targets whose session takes ``in_place``
 NOTHING: Mapping[str, str] = {}
 
 # target → the class that serves it
@@ -32,7 +34,12 @@ SESSIONS = {
 
 
 class Session(Protocol):
-    """One opened graph."""
+    """One opened graph.
+
+    form: how a decoder's caches grow here, which the session knows from the inputs that it takes.
+    """
+
+    form: CacheForm
 
     def run(
         self,
@@ -58,10 +65,11 @@ class Session(Protocol):
         """Copy a handle (or pass an array through) to the host."""
 
 
-def open_session(file: Path, target: str = "cpu", threads: int | None = None) -> Session:
+def open_session(file: Path, target: str = "cpu", threads: int | None = None, in_place: bool = False) -> Session:
     """Open one graph file for a target.
 
-    threads: how many CPU threads a run may use, None for the runtime's own choice. Raises UsageError
+    threads: how many CPU threads a run may use, None for the runtime's own choice. in_place: let the runtime write a
+    canonical decoder's caches in place where it can, as the session's ``form`` then says. Raises UsageError
     for an unknown target, BackendMissing where its runtime is not installed, BadArtefact where the
     file cannot be read.
     """
@@ -71,8 +79,9 @@ def open_session(file: Path, target: str = "cpu", threads: int | None = None) ->
     if threads is not None and threads < 1:
         raise UsageError(f"threads is {threads}, but a run needs at least 1; leave it out for the runtime's choice")
     module, _, name = SESSIONS[target].partition(":")
+    asked = {"in_place": True} if in_place and target in LOWERED_AT_OPEN else {}
     try:
-        session: Session = getattr(import_module(module), name)(file, threads=threads)
+        session: Session = getattr(import_module(module), name)(file, threads=threads, **asked)
     except ModuleNotFoundError as e:
         if (e.name or "").partition(".")[0] in {"engines", "graphs", "plugins"}:
             raise

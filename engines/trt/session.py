@@ -19,7 +19,7 @@ from engines.sessions.session import NOTHING, Value
 from engines.trt.device import Device, DeviceTensor, device_of
 from engines.trt.replay import Step, wanted
 from graphs.errors import BadArtefact, OperationFailed, UsageError
-from graphs.spec import spec_from_folder
+from graphs.spec import CacheForm, form_of, spec_from_folder
 from graphs.talk import say
 
 MOST_STEPS = 2  # captured at once: of the conversation that runs, and of one beside it
@@ -71,6 +71,7 @@ class TrtSession:
             {name: tuple(map(tuple, self._engine.get_tensor_profile_shape(name, i))) for name in self._inputs}
             for i in range(self._engine.num_optimization_profiles)
         ]
+        self.form: CacheForm = form_of(self._inputs)
         self._contexts: dict[int, Any] = {}
         self._steps: dict[tuple[Any, ...], Step] = {}
         self._warm: Step | None = None  # the step that its context ran last

@@ -39,6 +39,21 @@ def refusal(plan: PruningPlan) -> str:
     return ""
 
 
+def grouped(model: ir.Model) -> bool:
+    """Let a canonical decoder of fp32 write its caches in place by GroupQueryAttention; False where it is none.
+
+    False too, and no change, for a plan that cannot have it so: a layer's keys are then read before it runs.
+    """
+    found = [node for node in model.graph if is_canonical(node)]
+    caches = [node.inputs[at] for node in found for at in (PAST_K, PAST_V)]
+    if not found or any(cache is None or cache.dtype != ir.DataType.FLOAT for cache in caches):
+        return False
+    if any(user.op_type == "Concat" for cache in caches if cache for user, _ in cache.uses()):
+        return False
+    CacheInPlace("grouped")(model)
+    return True
+
+
 @dataclass
 class _Segment:
     """What the layers of one segment share: how many rows are filled, and what follows from it, made once."""
@@ -150,23 +165,31 @@ class _Rewriting:
 
     def _grouped(self, node: ir.Node, segment: _Segment) -> list[ir.Value]:
         q, k, v, _, past_k, past_v = node.inputs[:6]
-        if not (q and k and v and q.shape and k.shape):
-            raise ir.passes.PassError(f"{node.name} has no shapes")
-        flat = [self._rows_first(node, value) for value in (q, k, v)]
+        assert q
+        assert k
+        assert v
         before, filled = self._filled(node, segment)
         names = {"scale", "softcap"} & set(node.attributes)
         attributes = {name: node.attributes[name].value for name in sorted(names)}
-        heads = {"num_heads": int(q.shape[1]), "kv_num_heads": int(k.shape[1])}
+        if _heads_together(node):
+            flat, counts = [q, k, v], [node.attributes[n].value for n in ("q_num_heads", "kv_num_heads")]
+        elif q.shape and k.shape:
+            flat, counts = [self._rows_first(node, value) for value in (q, k, v)], [int(x.shape[1]) for x in (q, k)]  # type: ignore[index, arg-type]
+        else:
+            raise ir.passes.PassError(f"{node.name} has no shapes")
         made = ir.node(
             "GroupQueryAttention",
             [*flat, past_k, past_v, before, filled],
-            attributes | heads,
+            attributes | dict(zip(("num_heads", "kv_num_heads"), counts, strict=True)),
             domain=CONTRIB,
             num_outputs=3,
             name=node.name,
         )
         self.graph.insert_before(node, made)
-        self._heads_first(node, made.outputs[0])
+        if _heads_together(node):
+            _takes_over(made.outputs[0], node.outputs[0])
+        else:
+            self._heads_first(node, made.outputs[0])
         return [_takes_over(new, old) for new, old in zip(made.outputs[1:], node.outputs[1:], strict=True)]
 
     def _rows_first(self, node: ir.Node, value: ir.Value) -> ir.Value:
@@ -202,7 +225,8 @@ class _Rewriting:
     def _filled(self, node: ir.Node, segment: _Segment) -> tuple[ir.Value, ir.Value]:
         """seqlens_k int32 [1,1] = filled − 1, and total_sequence_length int32 []: once per segment."""
         if "filled" not in segment.shared:
-            [rows] = self._before(node, "Shape", [node.inputs[0]], start=2, end=3)
+            axis = 1 if _heads_together(node) else 2
+            [rows] = self._before(node, "Shape", [node.inputs[0]], start=axis, end=axis + 1)
             [sum_1] = self._before(node, "Add", [segment.length, rows])
             [filled] = self._before(node, "Cast", [sum_1], to=ir.DataType.INT32.value)
             [one] = self._before(node, "Cast", [self._constant(node, [[1]])], to=ir.DataType.INT32.value)
@@ -216,7 +240,8 @@ class _Rewriting:
             source = user.inputs[0].producer() if user.op_type == "Slice" and user.inputs[0] is not None else None
             if at != 1 or source is None or source.op_type not in RECEIVED:
                 raise ir.passes.PassError(f"{user.name} reads the length of a cache in a way that is not known")
-            [size] = self._before(user, "Shape", [attention.inputs[1]], start=2, end=3)
+            axis = 1 if _heads_together(attention) else 2
+            [size] = self._before(user, "Shape", [attention.inputs[1]], start=axis, end=axis + 1)
             [rows] = self._before(user, "Squeeze", [size])
             [row_S] = self._before(user, "Range", [self._constant(user, 0), rows, self._constant(user, 1)])
             [index] = self._before(user, "Add", [row_S, segment.length])
@@ -270,6 +295,11 @@ class _Rewriting:
         """An int64 constant, in front of a node."""
         [made] = self._before(node, "Constant", [], value=ir.tensor(value, dtype=ir.DataType.INT64))
         return made
+
+
+def _heads_together(node: ir.Node) -> bool:
+    """Whether an attention takes rows of all heads side by side, [B,S,H·D], and gives such."""
+    return "q_num_heads" in node.attributes
 
 
 def _is_turn(node: ir.Node) -> bool:
