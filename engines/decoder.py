@@ -152,7 +152,7 @@ class Decoder:
         if so_far is None:
             return {RECEIVED_BEFORE: np.zeros((1, rows), np.float32)}
         if moved:
-            before = self._session.to_host(so_far)
+            before = self._session.to_host(so_far)[:, : cache.lengths[0]]
             so_far = np.pad(before, ((0, 0), (0, rows - before.shape[1])))
         return {RECEIVED_BEFORE: so_far}
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.trt.device import Device, DeviceTensor
+from engines.trt.device import Device, DeviceGraph, DeviceTensor
 from graphs.errors import OperationFailed
 
 SWITCH = "SACCADE_CUDA_GRAPHS"  # 0: launch every step's kernels one by one
@@ -43,7 +43,8 @@ class Step:
         outputs: Collection[str],
         shared: Mapping[str, str],
     ) -> None:
-        self._device, self._context, self._graph = device, context, None
+        self._device, self._context = device, context
+        self._graph: DeviceGraph | None = None
         buffers = set(shared.values())
         self._shapes = {name: tuple(value.shape) for name, value in inputs.items()}
         self._bind_shapes()

@@ -27,6 +27,7 @@ from graphs.spec import RECEIVED_BEFORE, length_name
 By = Literal["scattered", "grouped"]
 OPSET = 24
 CONTRIB = "com.microsoft"
+HEAD_WIDTHS = 8  # GroupQueryAttention takes multiples of it
 RECEIVED = {"AttentionReceived": "ReceivedInCache", "RatedAttentionReceived": "RatedReceivedInCache"}
 GUIDANCE = "attention_received"
 ALL_HEADS_LAST = (0, 2, 1, 3)  # [B,H,S,D] ↔ [B,S,H,D]
@@ -42,11 +43,14 @@ def refusal(plan: PruningPlan) -> str:
 def grouped(model: ir.Model) -> bool:
     """Let a canonical decoder of fp32 write its caches in place by GroupQueryAttention; False where it is none.
 
-    False too, and no change, for a plan that cannot have it so: a layer's keys are then read before it runs.
+    False too, and no change, for heads of a width that the operator does not take, and for a plan that cannot have it
+    so: a layer's keys are then read before it runs.
     """
     found = [node for node in model.graph if is_canonical(node)]
     caches = [node.inputs[at] for node in found for at in (PAST_K, PAST_V)]
-    if not found or any(cache is None or cache.dtype != ir.DataType.FLOAT for cache in caches):
+    if not found or any(cache is None or cache.dtype != ir.DataType.FLOAT or not cache.shape for cache in caches):
+        return False
+    if any(int(cache.shape[3]) % HEAD_WIDTHS for cache in caches if cache and cache.shape):  # type: ignore[arg-type]
         return False
     if any(user.op_type == "Concat" for cache in caches if cache for user, _ in cache.uses()):
         return False
@@ -197,11 +201,12 @@ class _Rewriting:
         maker = value.producer()
         if maker is not None and _is_turn(maker):
             view = maker.inputs[0].producer() if maker.inputs[0] is not None else None
-            if view is not None and view.op_type == "Reshape" and view.inputs[0] is not None:
-                return view.inputs[0]
-        assert value.shape is not None
+            rows = view.inputs[0] if view is not None and view.op_type == "Reshape" else None
+            if rows is not None and rows.shape is not None and len(rows.shape) == 3:
+                return rows
         [turned] = self._before(node, "Transpose", [value], perm=ALL_HEADS_LAST)
-        width = int(value.shape[1]) * int(value.shape[3])
+        heads, head_width = _heads(value)
+        width = heads * head_width
         [flat] = self._before(node, "Reshape", [turned, self._constant(node, [0, 0, width])])
         return flat
 
@@ -217,8 +222,7 @@ class _Rewriting:
             for user in users:
                 self.graph.remove(user, safe=True)
             return
-        assert old.shape is not None
-        [apart] = self._before(node, "Reshape", [flat, self._constant(node, [0, 0, old.shape[1], old.shape[3]])])
+        [apart] = self._before(node, "Reshape", [flat, self._constant(node, [0, 0, *_heads(old)])])
         [turned] = self._before(node, "Transpose", [apart], perm=ALL_HEADS_LAST)
         _takes_over(turned, old)
 
@@ -300,6 +304,14 @@ class _Rewriting:
 def _heads_together(node: ir.Node) -> bool:
     """Whether an attention takes rows of all heads side by side, [B,S,H·D], and gives such."""
     return "q_num_heads" in node.attributes
+
+
+def _heads(value: ir.Value) -> tuple[int, int]:
+    """H and D of [B,H,S,D], which the exporter always knows."""
+    heads, width = (value.shape[1], value.shape[3]) if value.shape is not None else (None, None)
+    if not isinstance(heads, int) or not isinstance(width, int):
+        raise ir.passes.PassError(f"{value.name} has no shape")
+    return heads, width
 
 
 def _is_turn(node: ir.Node) -> bool:
