@@ -78,7 +78,7 @@ def _heads_first(node: ir.Node, flat: ir.Value) -> None:
     assert graph is not None
     users = [user for user, _ in old.uses()]
     behind = [u for user in users if _is_turn(user) for u, _ in user.outputs[0].uses()]
-    if all(_is_turn(user) for user in users) and all(u.op_type == "Reshape" for u in behind):
+    if users and all(map(_is_turn, users)) and all(u.op_type == "Reshape" for u in behind):
         for reshape in behind:
             takes_over(flat, reshape.outputs[0])
             graph.remove(reshape, safe=True)
