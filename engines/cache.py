@@ -1,30 +1,64 @@
 """The KV cache of a conversation: one length per segment of layers, values that never leave the device.
 
-Legend: Hkv key-value heads, P_j cached rows of segment j, d head width.
+A decoder's cache has one of two forms, as its spec says. ``concat``: a run returns new tensors, a chunk longer.
+``in-place``: a run writes the chunk's rows behind the filled ones of a buffer, and no past row is copied. A cache is
+immutable in both: the views of one room share its buffers, each with lengths of its own, and whoever would write over
+rows that a living view still counts on moves to a room of its own first.
+
+Legend: Hkv key-value heads, P_j cached rows of segment j, C_j rows that its buffers hold, d head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from engines.sessions.session import Value
-from graphs.spec import ExportSpec, past_names, present_names
+from engines.sessions.session import Session, Value
+from graphs.spec import ExportSpec, length_name, past_names, present_names
+
+SPARE_ROWS = 128  # that a new room has beyond what is asked for, at least; more where the cache is long
+SPARE_SHARE = 4  # … one row for so many
+
+
+class Room:
+    """Buffers that one or more views of a cache share: input name → [1, Hkv, C_j, d], and who looks at them.
+
+    spoiled: a run wrote what is no number behind the filled rows, so the next one must not read these buffers.
+    """
+
+    def __init__(self, values: Mapping[str, Value]) -> None:
+        self.values = values
+        self.spoiled = False
+        self.views: weakref.WeakSet[Cache] = weakref.WeakSet()
+
+    def takes(self, view: Cache, filled: Sequence[int], names: Sequence[str]) -> bool:
+        """Whether a view may be filled up to these rows here: there is room, and no other view has rows there."""
+        if self.spoiled or any(self.values[name].shape[2] < rows for name, rows in zip(names, filled, strict=True)):
+            return False
+        others = [other.lengths for other in self.views if other is not view]
+        return not any(n > own for lengths in others for n, own in zip(lengths, view.lengths, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
 class Cache:
     """Immutable: a run returns the next one, and an older one can be continued a second time.
 
-    values: input name of the decoder → [1, Hkv, P_j, d], on the device.
+    values: input name of the decoder → [1, Hkv, P_j, d] on the device, or the buffers [1, Hkv, C_j, d] of ``room``.
     positions: per segment the original positions of its rows, int64 [P_j], ascending, or [3, P_j].
+    room: where the cache is written in place, None where it is concatenated or has not begun.
     """
 
     values: Mapping[str, Value]
     positions: tuple[np.ndarray, ...]
     next_position: int
+    room: Room | None = None
+
+    def __post_init__(self) -> None:
+        if self.room:
+            self.room.views.add(self)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -51,33 +85,65 @@ def present_outputs(spec: ExportSpec) -> tuple[str, ...]:
     return tuple(name for layer in range(spec.language.layers) for name in present_names(layer))
 
 
+def shared_names(spec: ExportSpec) -> dict[str, str]:
+    """Cache output → the input whose buffer it is, in a decoder that writes in place."""
+    layers = range(spec.language.layers)
+    return {new: old for layer in layers for old, new in zip(past_names(layer), present_names(layer), strict=True)}
+
+
+def with_room(cache: Cache, spec: ExportSpec, session: Session, more: Sequence[int]) -> Cache:
+    """Return the same view where ``more`` rows per segment can be written behind it: here, or in a room of its own.
+
+    Raises OperationFailed where the session's buffers are of a size that this does not fit into.
+    """
+    segments = spec.plan.segments(spec.language.layers)
+    filled = [held + rows for held, rows in zip(cache.lengths, more, strict=True)]
+    if cache.room and cache.room.takes(cache, filled, [past_names(segment[0])[0] for segment in segments]):
+        return cache
+    values = {}
+    for segment, held, rows in zip(segments, cache.lengths, filled, strict=True):
+        wanted = rows + max(SPARE_ROWS, rows // SPARE_SHARE)
+        for name in (name for layer in segment for name in past_names(layer)):
+            values[name] = session.buffer(name, rows, wanted, cache.values[name], held)
+    return Cache(values, cache.positions, cache.next_position, Room(values))
+
+
+def length_feeds(cache: Cache) -> dict[str, np.ndarray]:
+    """How many rows are filled, by input name, for a decoder that writes in place."""
+    return {length_name(j): np.array([held], np.int64) for j, held in enumerate(cache.lengths)}
+
+
 def grown(cache: Cache, outputs: Mapping[str, Value], position_S: np.ndarray, kept: tuple[np.ndarray, ...]) -> Cache:
     """Return the cache after a run.
 
-    outputs: the run's ``present_*`` values. position_S: original positions of the chunk's rows.
-    kept: per prune point the rows of the chunk that reach the segment behind it.
+    outputs: the run's ``present_*`` values; none of a decoder that writes in place. position_S: original positions of
+    the chunk's rows. kept: per prune point the rows of the chunk that reach the segment behind it.
     """
-    values = {}
-    for layer in range(len(cache.values) // 2):
-        for past, present in zip(past_names(layer), present_names(layer), strict=True):
-            values[past] = outputs[present]
+    values = cache.values
+    if not cache.room:
+        layers = range(len(cache.values) // 2)
+        pairs = [pair for i in layers for pair in zip(past_names(i), present_names(i), strict=True)]
+        values = {past: outputs[present] for past, present in pairs}
     rows = (np.arange(position_S.shape[-1]), *kept)
     segments = zip(cache.positions, rows, strict=True)
     positions = tuple(np.concatenate([old, position_S[..., r]], axis=-1) for old, r in segments)
-    return Cache(values, positions, int(position_S.max()) + 1)
+    return Cache(values, positions, int(position_S.max()) + 1, cache.room)
 
 
 def cut(cache: Cache, spec: ExportSpec, position: int, to_host: Callable[[Value], np.ndarray]) -> Cache:
     """Return the cache without the rows from a position on; the row that stands there must be text.
 
-    On the first axis every row before a text row has a smaller position, in every family.
+    On the first axis every row before a text row has a smaller position, in every family. In place nothing is copied:
+    the shorter view looks at the same buffers. It moves when it is continued while the longer one is still held.
     """
     if position >= cache.next_position:
         return cache
     counts = [int((p[0] < position).sum()) if p.ndim > 1 else int((p < position).sum()) for p in cache.positions]
+    positions = tuple(p[..., :count] for p, count in zip(cache.positions, counts, strict=True))
+    if cache.room:
+        return Cache(cache.values, positions, position, cache.room)
     values = dict(cache.values)
     for count, segment in zip(counts, spec.plan.segments(spec.language.layers), strict=True):
         for name in (name for layer in segment for name in past_names(layer)):
             values[name] = np.ascontiguousarray(to_host(values[name])[:, :, :count])
-    positions = tuple(p[..., :count] for p, count in zip(cache.positions, counts, strict=True))
     return Cache(values, positions, position)

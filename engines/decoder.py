@@ -14,11 +14,11 @@ from typing import TypeAlias
 import numpy as np
 
 from engines.budgets import Cut, cuts_of, image_index
-from engines.cache import Cache, empty_cache, grown, present_outputs
+from engines.cache import Cache, empty_cache, grown, length_feeds, present_outputs, shared_names, with_room
 from engines.sessions.session import Session, Value
 from graphs.errors import OperationFailed, UsageError
 from graphs.plan import PruningPlan, kept_count
-from graphs.spec import ExportSpec, deepstack_names
+from graphs.spec import RECEIVED_BEFORE, ExportSpec, deepstack_names
 
 Keep: TypeAlias = float | Sequence[float] | None
 
@@ -52,13 +52,13 @@ class Step:
     """What a run gave.
 
     logits: float32 [R, V]. kept: per prune point the rows of the chunk that went on, int64 ascending.
-    received: float32 [T], what each cached and new row received from the guide rows, where the plan
-    gives guidance.
+    received: what each cached and new row received from the guide rows, where the plan gives guidance: float32 [T] of
+    this run. Of a decoder that writes in place it stays on the device, [1, C_0], and goes on from ``so_far``.
     """
 
     logits: np.ndarray
     kept: tuple[np.ndarray, ...]
-    received: np.ndarray | None
+    received: Value | None
     cache: Cache
 
 
@@ -70,6 +70,7 @@ class Decoder:
         self._spec = spec
         self._dtype = {t.name: t.dtype for t in spec.stages["decoder"].inputs}
         self._kept_names = tuple(f"kept_{i}" for i in range(len(spec.plan.points)))
+        self._shared = shared_names(spec) if session.form == "in-place" else {}
 
     def run(
         self,
@@ -78,11 +79,13 @@ class Decoder:
         keep: Keep = None,
         tail: int = 1,
         priority_S: np.ndarray | None = None,
+        so_far: Value | None = None,
     ) -> Step:
         """Feed a chunk on top of a cache (None: of nothing).
 
         keep: share of the image's visual tokens behind each prune point, None for the plan's own.
         tail: how many of the last rows get logits. priority_S: float [S], where the plan prunes by it.
+        so_far: the last step's ``received``, where a decoder that writes in place is to add to it.
         Raises UsageError where the plan cannot serve the chunk, OperationFailed for NaN in the logits.
         """
         plan, language, rows = self._spec.plan, self._spec.language, len(chunk)
@@ -97,6 +100,10 @@ class Decoder:
                 f"{language.max_positions} positions; shorten it"
             )
         cuts = cuts_behind(plan, chunk.is_visual, keep, chunk.visual_tokens, chunk.images, chunk.image_of)
+        prunes = any(cut.rows < rows for cut in cuts)
+        held = cache
+        if self._shared:
+            cache = with_room(held, self._spec, self._session, (rows, *(cut.rows for cut in cuts)))
         feeds: dict[str, Value] = {
             "inputs_embeds": chunk.inputs_embeds,
             "position_ids": position_S[None] if position_S.ndim == 1 else position_S[:, None],
@@ -113,18 +120,41 @@ class Decoder:
         if plan.uses_guide:
             feeds["guide"] = np.zeros(guide_rows(plan, chunk.is_visual), np.int32)
         if plan.uses_priority:
-            feeds["priority"] = checked_priority(priority_S, chunk.is_visual, any(cut.rows < rows for cut in cuts))
-        host = ("logits", *self._kept_names, *(("attention_received",) if plan.guidance else ()))
-        out = self._session.run(feeds, host=host, device=present_outputs(self._spec))
+            feeds["priority"] = checked_priority(priority_S, chunk.is_visual, prunes)
+        guidance = ("attention_received",) if plan.guidance else ()
+        host = ("logits", *(self._kept_names if prunes else ()))
+        if self._shared:
+            feeds |= length_feeds(cache) | self._received_before(cache, so_far, moved=cache is not held)
+            out = self._session.run(feeds, host=host, device=guidance, in_place=self._shared)
+        else:
+            out = self._session.run(feeds, host=(*host, *guidance), device=present_outputs(self._spec))
         logits_RV = out["logits"][0].astype(np.float32)
         if not np.isfinite(logits_RV.max(axis=-1)).all():
+            if cache.room:
+                cache.room.spoiled = True
             raise OperationFailed(
                 "the decoder's logits are not numbers (NaN or infinite), so no token can be chosen; "
                 "replay the golden tensors with: saccade verify"
             )
-        kept = composed(rows, [out[name][0] for name in self._kept_names])
-        received_T = out["attention_received"][0].astype(np.float32) if plan.guidance else None
-        return Step(logits_RV, kept, received_T, grown(cache, out, position_S, kept))
+        # Where nothing is dropped the host knows which rows stay.
+        indices = [out[name][0] for name in self._kept_names] if prunes else [np.arange(rows) for _ in cuts]
+        kept = composed(rows, indices)
+        received = out.get("attention_received")
+        if isinstance(received, np.ndarray):
+            received = received[0].astype(np.float32)
+        return Step(logits_RV, kept, received, grown(cache, out, position_S, kept))
+
+    def _received_before(self, cache: Cache, so_far: Value | None, moved: bool) -> dict[str, Value]:
+        """What the rows received in earlier steps, as long as the cache's buffers: [1, C_0]."""
+        if not self._spec.plan.guidance:
+            return {}
+        rows = next(iter(cache.values.values())).shape[2]
+        if so_far is None:
+            return {RECEIVED_BEFORE: np.zeros((1, rows), np.float32)}
+        if moved:
+            before = self._session.to_host(so_far)[:, : cache.lengths[0]]
+            so_far = np.pad(before, ((0, 0), (0, rows - before.shape[1])))
+        return {RECEIVED_BEFORE: so_far}
 
 
 def following(positions: np.ndarray, rows: int) -> np.ndarray:

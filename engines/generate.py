@@ -54,7 +54,7 @@ class Generation:
         self._draft = usable(model, draft, len(prompt.is_visual), self._limit) if draft else ()
         assert not (self._draft and model.spec.plan.uses_guide)
         self._sampler = Sampler(options, prompt.line.tolist(), model.processor.repetition_penalty)
-        self._guidance = GuidanceSum(prompt.visual_rows) if model.spec.plan.guidance else None
+        self._guidance = GuidanceSum(prompt.visual_rows, model.to_host) if model.spec.plan.guidance else None
         self.tokens: list[int] = []
         self.log_prob: list[float] = []
         self.first_logits: np.ndarray | None = None
@@ -73,7 +73,8 @@ class Generation:
         while not self._over():
             clock = Clock()
             fed = Chunk(self._model.embed_text(self.tokens[-1:]), np.zeros(1, bool))
-            step = self._model.decoder.run(fed, self.cache)
+            so_far = self._guidance.so_far if self._guidance else None
+            step = self._model.decoder.run(fed, self.cache, so_far=so_far)
             token = self._taken(step)
             self.cache = step.cache
             self.decode_ms += clock.lap()

@@ -3,11 +3,12 @@
 Legend: V visual tokens, T keys of the cache (P_0 + S), k kept.
 Source: SGL, arXiv 2412.03324 §3.2: A = A^P + A^D over all layers and heads; the prefill's text rows
 and every generated token that is fed back (the last one never is). The graph sums over layers, heads
-and rows in fp32; over steps the host does, also in fp32.
+and rows in fp32; over steps the graph does too where it writes its cache in place, else the host, in fp32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,22 +17,33 @@ from graphs.errors import OperationFailed, UsageError
 from graphs.plan import PruningPlan, kept_count
 
 if TYPE_CHECKING:
+    from engines.sessions.session import Value
     from engines.talk.prompt import Prompt
 
 
 class GuidanceSum:
     """A^P plus one A^D per fed-back token, over the visual rows of a conversation, int64 [V].
 
-    On top of a cache A^P is that of the chunk's guide rows alone: the newest question's.
+    On top of a cache A^P is that of the chunk's guide rows alone: the newest question's. A decoder that writes its
+    cache in place sums on the device: ``so_far`` is the handle that goes from step to step, copied when it is asked.
     """
 
-    def __init__(self, visual_rows: np.ndarray) -> None:
-        self._visual = visual_rows
-        self.total = np.zeros(len(self._visual), np.float32)
+    def __init__(self, visual_rows: np.ndarray, to_host: Callable[[Value], np.ndarray]) -> None:
+        self._visual, self._to_host = visual_rows, to_host
+        self._total = np.zeros(len(self._visual), np.float32)
+        self.so_far: Value | None = None
 
-    def add(self, received_T: np.ndarray) -> None:
-        """Add what one run's guide rows gave; the conversation's rows come first among the keys."""
-        self.total += received_T[self._visual]
+    def add(self, received: Value) -> None:
+        """Take what one run gave (``engines.decoder.Step.received``); the conversation's rows are the first keys."""
+        if isinstance(received, np.ndarray):
+            self._total += received[self._visual]
+        else:
+            self.so_far = received
+
+    @property
+    def total(self) -> np.ndarray:
+        """A so far, float32 [V]; one copy to the host where it lies on the device."""
+        return self._total if self.so_far is None else self._to_host(self.so_far)[0, self._visual]
 
 
 def top_visual(guidance_V: np.ndarray, keep: float) -> np.ndarray:

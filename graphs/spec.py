@@ -5,11 +5,13 @@ B batch (1), S rows of this chunk, S_i rows behind prune point i-1, P_j cached r
 G guide rows, R rows with logits, V visual rows of all images, N images or tiles, T = P_0 + S,
 m·V patches of all images (m = merge²), W attention windows, I images, K patches of the longest;
 K_v tokens that the vision stage keeps, M merged ones, M_i and Q_i merged and recycled rows of prune point i-1.
+C_j rows that a buffer of segment j holds, in a decoder that writes its cache in place.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +27,9 @@ STAGES = ("vision", "embed", "decoder")
 
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "bool"]
 FloatType = Literal["float32", "float16", "bfloat16"]  # bfloat16: engines only, no export
+# concat: present_* are new tensors, one chunk longer than past_*. in-place: past_* and present_* are one buffer of C_j
+# rows, of which the first ``length_j`` are filled; the chunk's rows are written behind them.
+CacheForm = Literal["concat", "in-place"]
 
 
 class TensorSpec(Record):
@@ -121,6 +126,7 @@ class ExportSpec(Record):
     architecture: str
     role: Role
     dtype: FloatType
+    cache: CacheForm = "concat"
     plan: PruningPlan
     language: LanguageModel
     grid: VisualGrid
@@ -160,8 +166,23 @@ def deepstack_names(language: LanguageModel) -> tuple[str, ...]:
 
 
 def present_names(layer: int) -> tuple[str, str]:
-    """Names of a layer's cache outputs, each [B, Hkv, P_j + S_j, d]."""
+    """Names of a layer's cache outputs, each [B, Hkv, P_j + S_j, d], or the buffer where it is written in place."""
     return f"present_k_{layer}", f"present_v_{layer}"
+
+
+def length_name(segment: int) -> str:
+    """The input that says how many rows of a segment's buffers are filled, int64 [1]; of decoders in place only."""
+    return f"length_{segment}"
+
+
+def form_of(inputs: Collection[str]) -> CacheForm:
+    """The form of the cache of a decoder with these inputs; any other stage counts as ``concat``."""
+    return "in-place" if length_name(0) in inputs else "concat"
+
+
+# What the visual rows received in earlier steps, fp32 [1, C_0]; of decoders in place that give guidance. Their output
+# ``attention_received`` is this and what the chunk adds, zero for rows that are not filled.
+RECEIVED_BEFORE = "received_before"
 
 
 def spec_from_folder(folder: Path) -> ExportSpec:

@@ -183,7 +183,7 @@ def plugin_class_of(trt: Any) -> Any:
                 self.launcher = Launcher(self.cubins)
             values = dict(zip(self.served.inputs, pointers_in, strict=True)) | {self.served.output: pointers_out[0]}
             values |= {f"{name}_bits": bits_of(value) for name, value in self.attributes.items()}
-            values["weight"] = values.get("weight", pointers_in[-1])
+            values["weight"] = values.get("weight", pointers_in[2 if len(pointers_in) > 2 else -1])
             at = workspace
             for name, size in self.served.scratch(shapes).items():
                 values[name], at = at, at + _aligned(size)

@@ -57,6 +57,28 @@ KERNELS = {
             lambda n, c: (up(n["T"], c["BLOCK_T"]), n["B"], 1),
         ),
         Kernel(
+            "cached_row_sums",
+            "attention_received",
+            {"q": "*E", "k": "*E", "weight": "*W", "length": "*i64", **ATTENTION_NUMBERS, **SUMS},
+            ("BLOCK_R", "BLOCK_T", "BLOCK_D"),
+            lambda n, c: (up(n["H"] // n["V"] * n["G"], c["BLOCK_R"]), n["V"], n["B"]),
+        ),
+        Kernel(
+            "cached_shares",
+            "attention_received",
+            {
+                "q": "*E",
+                "k": "*E",
+                "weight": "*W",
+                "length": "*i64",
+                **SUMS,
+                **ATTENTION_NUMBERS,
+                "received": "*fp32",
+            },
+            ("WEIGHTED", "BLOCK_R", "BLOCK_T", "BLOCK_D"),
+            lambda n, c: (up(n["T"], c["BLOCK_T"]), n["B"], 1),
+        ),
+        Kernel(
             "keep_topk",
             "keep_topk",
             {"score": "*fp32", "is_visual": "*i1", "keep": "*i32", "S": "i32", "K": "i32", "kept": "*i64"},

@@ -20,7 +20,7 @@ from engines.trt.bounds import Bounds
 from graphs.errors import OperationFailed
 from graphs.ops import DOMAIN
 from graphs.rules.rule import Export, Stage, all_inputs_of, attribute_of
-from graphs.spec import ExportSpec
+from graphs.spec import ExportSpec, length_name
 from graphs.talk import say, warn
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # estimate was 0.84 (fp32) and 0.99 (fp16) of what a prefill of 2,000 rows and three steps took at their peak.
 ON_A_CPU = {"float32": 1.2, "float16": 2.2}
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
-OLD_AND_NEW = 2  # a step reads one cache and writes the next
+OLD_AND_NEW = 2  # a step reads one cache and writes the next; written in place, two conversations' views
 PIECE = 64  # guide rows that AttentionReceived walks at once
 # ONNX element type → bytes; a float takes what the target computes in.
 BYTES = {2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 11: 8}
@@ -160,7 +160,8 @@ def _bounds_of(engines: Mapping[str, EngineEntry]) -> Bounds:
     pixels = [profile["pixel_values"][2] for profile in vision.values()]
     return Bounds(
         max_prompt=largest["inputs_embeds"][1],
-        max_length=largest["past_k_0"][2] + 1,
+        # A buffer is as long as the cache may become; a past is one row shorter, for the step's own.
+        max_length=largest["past_k_0"][2] + (length_name(0) not in largest),
         max_guide=largest["guide"][0] if "guide" in largest else None,
         max_tail=largest["tail"][0],
         # Rank 4: images or tiles. Packed patches do not tell.

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from engines.cache import shared_names
 from engines.sessions.session import Session, open_session
 from graphs.compare import TOLERANCES, Comparison, compare
 from graphs.errors import BadArtefact, OperationFailed
-from graphs.spec import GOLDEN_FILE, ExportSpec, StageSpec
+from graphs.spec import GOLDEN_FILE, RECEIVED_BEFORE, ExportSpec, length_name, past_names, present_names
 from graphs.weights import safetensors_file
 
 SCHEMA = "saccade.golden/1"
@@ -68,7 +69,7 @@ def replay(folder: Path, spec: ExportSpec, open_stage: Callable[[Path], Session]
     for case in cases_of(folder, spec):
         if session is None or session[0] != case.stage:
             session = case.stage, open_stage(folder / spec.stages[case.stage].file)
-        yield _replayed(case, session[1], TOLERANCES[spec.dtype])
+        yield _replayed(case, session[1], spec)
 
 
 def refuse_disagreement(replays: Iterable[Replay], model: str) -> None:
@@ -90,7 +91,7 @@ def cases_of(folder: Path, spec: ExportSpec) -> list[Case]:
         sides[stage, run][side][name] = value
     cases = [Case(stage, name, found["in"], found["out"]) for (stage, name), found in sorted(sides.items())]
     for case in cases:
-        _check_names(path, case, spec.stages[case.stage])
+        _check_names(path, case, spec)
     if missing := [stage for stage in spec.stages if stage not in {case.stage for case in cases}]:
         raise _bad(path, f"it has no case for {', '.join(missing)}")
     return sorted(cases, key=lambda case: list(spec.stages).index(case.stage))
@@ -105,18 +106,53 @@ def _tensors(path: Path) -> Tensors:
     return load_file(path)
 
 
-def _check_names(path: Path, case: Case, stage: StageSpec) -> None:
+def fed(case: Case, spec: ExportSpec) -> Tensors:
+    """A case's inputs as a stage takes them, in the golden tensors' own float type.
+
+    Golden caches are as long as they are filled; for a decoder that writes in place they are copied into buffers.
+    """
+    if case.stage != "decoder" or spec.cache == "concat":
+        return case.inputs
+    feeds = dict(case.inputs)
+    sizes = {tensor.name: tensor.shape[2] for tensor in spec.stages["decoder"].inputs if len(tensor.shape) == 4}
+    capacity = 0
+    for j, segment in reversed(list(enumerate(spec.plan.segments(spec.language.layers)))):
+        for layer in segment:
+            for past, present in zip(past_names(layer), present_names(layer), strict=True):
+                rows, size = case.inputs[past], sizes[past]
+                capacity = size if isinstance(size, int) else case.outputs[present].shape[2]
+                feeds[past] = np.zeros((*rows.shape[:2], capacity, rows.shape[3]), rows.dtype)
+                feeds[past][:, :, : rows.shape[2]] = rows
+                feeds[length_name(j)] = np.array([rows.shape[2]], np.int64)
+    if spec.plan.guidance:
+        feeds[RECEIVED_BEFORE] = np.zeros((1, capacity), np.float32)
+    return feeds
+
+
+def told(case: Case, got: Tensors) -> Tensors:
+    """What came out, as golden tensors have it: of buffers the filled rows."""
+    grown = ("present_", "attention_received")
+    cut = {name: tuple(map(slice, case.outputs[name].shape)) for name in got if name.startswith(grown)}
+    return {name: value[cut[name]] if name in cut else value for name, value in got.items()}
+
+
+def _check_names(path: Path, case: Case, spec: ExportSpec) -> None:
+    stage = spec.stages[case.stage]
+    of_form = {RECEIVED_BEFORE, *(length_name(j) for j in range(len(spec.plan.points) + 1))}
     for side, found, wanted in (("inputs", case.inputs, stage.inputs), ("outputs", case.outputs, stage.outputs)):
-        if set(found) != {tensor.name for tensor in wanted}:
-            differ = sorted(set(found) ^ {tensor.name for tensor in wanted})
+        names = {tensor.name for tensor in wanted} - of_form
+        if set(found) != names:
+            differ = sorted(set(found) ^ names)
             raise _bad(path, f"{side} of {case.stage}/{case.name} and of spec.json differ in {', '.join(differ)}")
 
 
-def _replayed(case: Case, session: Session, tolerance: float) -> Replay:
-    got = session.run(case.inputs, host=list(case.outputs))
+def _replayed(case: Case, session: Session, spec: ExportSpec) -> Replay:
+    in_place = shared_names(spec) if session.form == "in-place" else {}
+    feeds = fed(case, spec.model_copy(update={"cache": session.form}))
+    got = told(case, session.run(feeds, host=list(case.outputs), in_place=in_place))
     # Kept rows first: where they differ, that is the reason for every number behind them.
     names = sorted(case.outputs, key=lambda name: not name.startswith("kept_"))
-    tensors = tuple(compare(name, got[name], case.outputs[name], tolerance) for name in names)
+    tensors = tuple(compare(name, got[name], case.outputs[name], TOLERANCES[spec.dtype]) for name in names)
     return Replay(case.stage, case.name, tensors)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from engines.bundles.golden import cases_of
+from engines.bundles.golden import cases_of, fed
 from graphs.errors import OperationFailed
 from graphs.lowering.export import LoweredExport
 from graphs.talk import warn
@@ -67,7 +67,8 @@ def near_overflow(lowered: LoweredExport, golden: Path, limit: float = LARGEST /
         session, names = _watching(lowered, stage)
         reached: dict[str, float] = {}
         for case in (case for case in cases if case.stage == stage):
-            feeds = {t.name: case.inputs[t.name].astype(t.dtype) for t in lowered.spec.stages[stage].inputs}
+            given = fed(case, lowered.spec)
+            feeds = {t.name: given[t.name].astype(t.dtype) for t in lowered.spec.stages[stage].inputs}
             for name, got in zip(names, session.run([WATCH + name for name in names], feeds), strict=True):
                 magnitude = float(got) if np.isfinite(got) else math.inf
                 reached[name] = max(reached.get(name, 0.0), magnitude)

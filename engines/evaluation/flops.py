@@ -22,11 +22,11 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from engines.sessions.session import Session
+from engines.sessions.session import NOTHING, Session
 from graphs.files import path_inside
 from graphs.ops import DOMAIN
 from graphs.rules.rule import Stage, attribute_of, stage_from_folder
-from graphs.spec import ExportSpec, spec_from_folder
+from graphs.spec import ExportSpec, length_name, spec_from_folder
 
 if TYPE_CHECKING:
     from engines.bundles.manifest import Manifest
@@ -73,12 +73,20 @@ class Metered:
     def __init__(self, session: Session, stage: str, cost: StageCost, meter: Meter) -> None:
         self._session, self._stage, self._cost, self._meter = session, stage, cost, meter
 
-    def run(self, feeds: Mapping[str, Any], host: Collection[str] = (), device: Collection[str] = ()) -> dict[str, Any]:
+    def run(
+        self,
+        feeds: Mapping[str, Any],
+        host: Collection[str] = (),
+        device: Collection[str] = (),
+        in_place: Mapping[str, str] = NOTHING,
+    ) -> dict[str, Any]:
         """See ``engines.sessions.session.Session.run``."""
         symbols = self._cost.symbols.items()
         sizes = {symbol: _shape(feeds[name])[axis] // times for symbol, (name, axis, times) in symbols}
-        self._meter.runs.append((self._stage, sizes))
-        return self._session.run(feeds, host=host, device=device)
+        # A cache that is written in place has a buffer's shape, and its length beside it.
+        lengths = {f"P_{j}": feeds[length_name(j)] for j in range(len(feeds)) if length_name(j) in feeds}
+        self._meter.runs.append((self._stage, sizes | {symbol: int(value[0]) for symbol, value in lengths.items()}))
+        return self._session.run(feeds, host=host, device=device, in_place=in_place)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)

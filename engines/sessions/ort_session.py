@@ -8,22 +8,33 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from engines.sessions.session import Value
+from engines.sessions.session import NOTHING, Value
 from graphs.errors import BadArtefact, OperationFailed, SaccadeError
+from graphs.spec import CacheForm, form_of
 
 ERRORS_ONLY = 3
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+class HostBuffer:
+    """An array that ONNX Runtime writes to in place: ``array`` and ``value`` are the same memory."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.value = array, ort.OrtValue.ortvalue_from_numpy(array)
+        self.shape = array.shape
 
 
 class OrtSession:
     """An ``engines.sessions.session.Session`` over onnxruntime.InferenceSession.
 
-    device: where outputs named as ``device`` stay, as IOBinding calls it.
+    device: where outputs named as ``device`` stay, as IOBinding calls it. in_place: let a canonical decoder write its
+    caches in place, by a lowering in memory.
     """
 
     device = "cpu"
 
-    def __init__(self, file: Path, threads: int | None = None) -> None:
-        self._file = Path(file)
+    def __init__(self, file: Path, threads: int | None = None, in_place: bool = False) -> None:
+        self._file, self._in_place = Path(file), in_place
         if not self._file.is_file():
             raise BadArtefact(f"{self._file} is missing; build the bundle again")
         options = ort.SessionOptions()
@@ -42,12 +53,27 @@ class OrtSession:
                 "replay its golden tensors with: saccade verify, or build the bundle again"
             ) from None
         self._inputs = {i.name for i in self._session.get_inputs()}
+        self.form: CacheForm = form_of(self._inputs)
 
     def _opened(self, options: ort.SessionOptions) -> ort.InferenceSession:
-        return ort.InferenceSession(str(self._file), options, providers=["CPUExecutionProvider"])
+        source: str | bytes = str(self._file)
+        if self._in_place:
+            import onnx_ir as ir
+
+            from graphs.lowering.in_place import grouped
+
+            model = ir.load(self._file)
+            if grouped(model):
+                options.add_session_config_entry(WEIGHTS_FOLDER, str(self._file.parent))
+                source = ir.to_proto(model).SerializeToString()
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
     def run(
-        self, feeds: Mapping[str, Value], host: Collection[str] = (), device: Collection[str] = ()
+        self,
+        feeds: Mapping[str, Value],
+        host: Collection[str] = (),
+        device: Collection[str] = (),
+        in_place: Mapping[str, str] = NOTHING,
     ) -> dict[str, Value]:
         """Run once; see ``engines.sessions.session.Session.run``."""
         if set(feeds) != self._inputs:
@@ -62,24 +88,39 @@ class OrtSession:
         try:
             for name, value in values.items():
                 binding.bind_ortvalue_input(name, value)
-            for name in host:
+            returned = [name for name in host if name not in in_place]
+            for name in returned:
                 binding.bind_output(name, "cpu")
             for name in device:
                 binding.bind_output(name, self.device)
+            for name, shared in in_place.items():
+                binding.bind_ortvalue_output(name, values[shared])
             self._session.run_with_iobinding(binding)
         except Exception as e:
             raise OperationFailed(
                 f"ONNX Runtime failed in {self._file.name} ({_first_line(e)}); {_remedy(e)}"
             ) from None
-        results = dict(zip((*host, *device), binding.get_outputs(), strict=True))
+        results = dict(zip((*returned, *device), binding.get_outputs(), strict=False))
+        results |= {name: values[shared] for name, shared in in_place.items() if name in host}
         return {name: value.numpy() if name in host else value for name, value in results.items()}
 
     def to_host(self, value: Value) -> np.ndarray:
-        """Copy an OrtValue to numpy; arrays pass through."""
+        """Copy an OrtValue to numpy; arrays and buffers of the host pass through."""
+        if isinstance(value, HostBuffer):
+            return value.array
         return value if isinstance(value, np.ndarray) else value.numpy()
+
+    def buffer(self, name: str, rows: int, wanted: int, source: Value, held: int) -> Value:
+        """A buffer of the host; see ``engines.sessions.session.Session.buffer``."""
+        old = self.to_host(source)
+        array = np.empty((*old.shape[:2], wanted, old.shape[3]), old.dtype)
+        array[:, :, :held] = old[:, :, :held]
+        return HostBuffer(array)
 
 
 def _value_of(value: Value) -> ort.OrtValue:
+    if isinstance(value, HostBuffer):
+        return value.value
     if isinstance(value, ort.OrtValue):
         return value
     return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))

@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 
 from graphs.errors import BackendMissing, BadArtefact, UsageError
+from graphs.spec import CacheForm
 
 if TYPE_CHECKING:
     from engines.bundles.bundle import Engines
 
 # A tensor on the host (numpy.ndarray) or a runtime's own handle of one on its device.
 Value: TypeAlias = Any
+
+LOWERED_AT_OPEN = ("cpu",)  # targets whose session takes ``in_place``
+NOTHING: Mapping[str, str] = {}
 
 # target → the class that serves it
 SESSIONS = {
@@ -34,14 +38,31 @@ SESSIONS = {
 
 
 class Session(Protocol):
-    """One opened graph."""
+    """One opened graph.
+
+    form: how a decoder's caches grow here, which the session knows from the inputs that it takes.
+    """
+
+    form: CacheForm
 
     def run(
-        self, feeds: Mapping[str, Value], host: Collection[str] = (), device: Collection[str] = ()
+        self,
+        feeds: Mapping[str, Value],
+        host: Collection[str] = (),
+        device: Collection[str] = (),
+        in_place: Mapping[str, str] = NOTHING,
     ) -> dict[str, Value]:
         """Run once; ``host`` outputs come back as numpy arrays, ``device`` outputs as handles, others not at all.
 
+        in_place: output → the input whose memory it is written to; such an input is a ``buffer``.
         Raises OperationFailed where the runtime refuses or fails.
+        """
+
+    def buffer(self, name: str, rows: int, wanted: int, source: Value, held: int) -> Value:
+        """A buffer for a cache input that is written in place, [1, Hkv, C, d] with C at least ``rows``.
+
+        wanted: C where the runtime is free to choose. Its first ``held`` rows are those of ``source``, on the host or
+        the device; the others hold any numbers. Raises OperationFailed where there is no room for so many rows.
         """
 
     def to_host(self, value: Value) -> np.ndarray:
@@ -49,13 +70,18 @@ class Session(Protocol):
 
 
 def open_session(
-    file: Path, target: str = "cpu", threads: int | None = None, engines: Engines | None = None
+    file: Path,
+    target: str = "cpu",
+    threads: int | None = None,
+    engines: Engines | None = None,
+    in_place: bool = False,
 ) -> Session:
     """Open one graph file for a target.
 
     threads: how many CPU threads a run may use, None for the runtime's own choice. engines: what a bundle's manifest
-    says of the engines that ``file`` is among, whose bytes are then held against it. Raises UsageError for an unknown
-    target, BackendMissing where its runtime is not installed, BadArtefact where the file cannot be read.
+    says of the engines that ``file`` is among, whose bytes are then held against it. in_place: let the runtime write a
+    canonical decoder's caches in place where it can, as the session's ``form`` then says. Raises UsageError for an
+    unknown target, BackendMissing where its runtime is not installed, BadArtefact where the file cannot be read.
     """
     refuse_unrunnable(target)
     if target not in SESSIONS:
@@ -65,7 +91,9 @@ def open_session(
     module, _, name = SESSIONS[target].partition(":")
     if engines and file not in engines:
         raise BadArtefact(f"{file} is no engine of the bundle's manifest; do not use it, or build the bundle again")
-    said = {"engine": engines[file]} if engines else {}
+    said: dict[str, Any] = {"engine": engines[file]} if engines else {}
+    if in_place and target in LOWERED_AT_OPEN:
+        said["in_place"] = True
     try:
         session: Session = getattr(import_module(module), name)(file, threads=threads, **said)
     except ModuleNotFoundError as e:

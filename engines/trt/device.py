@@ -7,7 +7,9 @@ which is told to keep what is given back, so that a decode step asks the driver 
 
 from __future__ import annotations
 
+import gc
 import weakref
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,18 @@ class DeviceTensor:
             self.pointer = device.allocated(self.nbytes)
             # The finaliser holds the device, so a stream outlives its tensors; at exit the driver frees everything.
             weakref.finalize(self, device.free, self.pointer).atexit = False
+
+
+class DeviceGraph:
+    """Recorded work that can be put on the device's stream again and again."""
+
+    def __init__(self, device: Device, graph: Any) -> None:
+        self._device, self._graph = device, graph
+        weakref.finalize(self, device.release, graph).atexit = False
+
+    def launch(self) -> None:
+        """Enqueue it; OperationFailed where CUDA refuses."""
+        self._device.launch(self._graph)
 
 
 class Device:
@@ -70,6 +84,66 @@ class Device:
             kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
             self.ask("cudaMemcpyAsync", tensor.pointer, array.ctypes.data, tensor.nbytes, kind, self._stream)
         return tensor
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceTensor:
+        """A tensor of zeros."""
+        tensor = self.empty(shape, dtype)
+        if tensor.nbytes:
+            self.ask("cudaMemsetAsync", tensor.pointer, 0, tensor.nbytes, self._stream)
+        return tensor
+
+    def copy(self, source: np.ndarray | DeviceTensor, to: DeviceTensor) -> None:
+        """Copy an array or a tensor into a tensor of the same shape and type, in stream order."""
+        if isinstance(source, DeviceTensor):
+            kind, address = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice, source.pointer
+        else:
+            source = np.ascontiguousarray(source)
+            kind, address = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice, source.ctypes.data
+        if to.nbytes:
+            self.ask("cudaMemcpyAsync", to.pointer, address, to.nbytes, kind, self._stream)
+
+    def copy_rows(self, source: DeviceTensor, to: DeviceTensor, rows: int) -> None:
+        """Copy the first ``rows`` rows of every head from one cache [1, Hkv, C, d] to another, of any two lengths."""
+        _, heads, _, width = to.shape
+        line = width * to.dtype.itemsize
+        if rows:
+            kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+            pitches = (to.pointer, to.shape[2] * line, source.pointer, source.shape[2] * line)
+            self.ask("cudaMemcpy2DAsync", *pitches, rows * line, heads, kind, self._stream)
+
+    def captured(self, work: Callable[[], bool]) -> DeviceGraph:
+        """Record what ``work`` puts on the stream as a graph; OperationFailed, with nothing recorded, where it fails.
+
+        Nothing is executed by it. Memory that the work reads and writes must stay where it is.
+        """
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self.ask("cudaStreamBeginCapture", self._stream, mode)
+        done, collects = False, gc.isenabled()
+        gc.disable()  # a tensor that is collected now would be freed inside of the graph
+        try:
+            done = work()
+        finally:
+            if collects:
+                gc.enable()
+            status, graph = self._cuda.cudaStreamEndCapture(self._stream)
+            if not done or int(status):
+                self._cuda.cudaGetLastError()  # a capture that failed is no failure of what comes next
+        if not done:
+            raise OperationFailed("TensorRT refused the run while it was captured")
+        self._check(status, "cudaStreamEndCapture")
+        try:
+            return DeviceGraph(self, self.ask("cudaGraphInstantiate", graph, 0))
+        finally:
+            self._cuda.cudaGraphDestroy(graph)
+
+    def launch(self, graph: Any) -> None:
+        """Put a recorded graph on the stream."""
+        self.ask("cudaGraphLaunch", graph, self._stream)
+
+    def release(self, graph: Any) -> None:
+        """Give a recorded graph back, once the stream has done with it."""
+        self._cuda.cudaStreamSynchronize(self._stream)
+        self._cuda.cudaGraphExecDestroy(graph)
 
     def to_host(self, *tensors: DeviceTensor) -> list[np.ndarray]:
         """Copies of tensors as arrays, once everything before them on the stream is done: one wait for all."""

@@ -18,10 +18,12 @@ from graphs.errors import OperationFailed, UsageError
 from graphs.files import atomic_folder
 from graphs.lowering import Lowering, Parser
 from graphs.lowering.export import LoweredExport, lowered_export
+from graphs.lowering.in_place import refusal
 from graphs.rules import refuse_findings
 from graphs.spec import SPEC_FILE, ExportSpec
 from graphs.talk import say, step, warn
 
+IN_PLACE = "KV_CACHE_UPDATE"  # TensorRT's kind of layer that writes a chunk into a cache's buffer
 RANKING = {"KeepTopK", "KeepPerImage", "MergeDropped"}  # ops whose bodies hold a TopK over a chunk's rows
 SIZE_LIMIT = 1.1  # engine bytes per weight byte, above what an engine of no weights takes
 EMPTY_ENGINE_BYTES = 24 << 20
@@ -83,6 +85,8 @@ def build_member(
     OperationFailed where memory is short, fp16 overflows, or TensorRT refuses.
     """
     lowering = options.lowering(spec, flavour)
+    if lowering.parser == "current":
+        lowering = replace(lowering, capacity=_capacity(name, spec, options.bounds))
     _refuse_width(name, spec, lowering, flavour)
     sms = options.sms_for(flavour)
     out.mkdir()
@@ -134,6 +138,14 @@ def _split(lowered: LoweredExport) -> LoweredExport:
         nodes = {node.name for node in model.graph.node}
         ops[stage] = {node: op for node, op in known.items() if node in nodes} | split
     return replace(lowered, ops=ops)
+
+
+def _capacity(name: str, spec: ExportSpec, bounds: Bounds) -> int | None:
+    """Rows of the caches that an engine writes in place; None, and said, for a plan that cannot have it so."""
+    if why := refusal(spec.plan):
+        say(f"{name}: each step copies its caches, and no step is captured as a CUDA graph, for {why}")
+        return None
+    return bounds.fitted(spec, None).max_length
 
 
 def _refuse_width(name: str, spec: ExportSpec, lowering: Lowering, flavour: Flavour) -> None:
@@ -220,6 +232,10 @@ def _refuse_misread(lowered: LoweredExport, stage: str, reading: Reading, parser
         if not attention.mask or not attention.cache:
             lacking = "mask" if not attention.mask else "cache"
             raise OperationFailed(f"the parser left {attention.node} without its {lacking}, so decoding would be wrong")
+        if lowered.spec.cache == "in-place" and attention.grown != IN_PLACE:
+            raise OperationFailed(
+                f"the parser made {attention.grown} of {attention.cache}, where {IN_PLACE} was asked for"
+            )
 
 
 def _most_rows(lowered: LoweredExport, ops: str) -> int | None:

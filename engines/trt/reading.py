@@ -12,19 +12,22 @@ from typing import Any, Literal
 from graphs.errors import OperationFailed
 
 Served = Literal["kernel", "body"]
+GROWING = ("CONCATENATION", "KV_CACHE_UPDATE")  # kinds of layers
 
 
 @dataclass(frozen=True)
 class Attention:
     """One attention layer: its causality (NONE, for it is in the mask), its mask input, and where its keys come from.
 
-    cache: the network's input whose rows are the first of the keys, '' where there is none (a tower).
+    cache: the network's input whose rows are the first of the keys, '' where there is none (a tower). grown: the kind
+    of layer that puts the chunk behind them, CONCATENATION or KV_CACHE_UPDATE.
     """
 
     node: str
     causal: str
     mask: str
     cache: str
+    grown: str = ""
 
     def document(self) -> dict[str, str]:
         """As JSON writes it."""
@@ -108,7 +111,7 @@ def _attention(trt: Any, layer: Any, makers: dict[str, Any]) -> Attention:
     while keys is not None and keys.name in makers and makers[keys.name].type == trt.LayerType.ELEMENTWISE:
         keys = makers[keys.name].get_input(0)
     maker = makers.get(keys.name) if keys is not None else None
-    joined = maker is not None and maker.type == trt.LayerType.CONCATENATION
-    first = maker.get_input(0) if maker is not None and joined else None
+    grown = maker.type.name if maker is not None and maker.type.name in GROWING else ""
+    first = maker.get_input(0) if maker is not None and grown else None
     cache = first.name if first is not None and first.is_network_input else ""
-    return Attention(attention.name, attention.causal_kind.name, mask.name if mask is not None else "", cache)
+    return Attention(attention.name, attention.causal_kind.name, mask.name if mask is not None else "", cache, grown)

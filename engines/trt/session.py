@@ -1,8 +1,9 @@
 """A TensorRT engine as a session: device-resident values, one execution context per optimisation profile.
 
 Not yet run on a GPU. Values stay on the device from run to run; only ``host`` outputs are copied, with one wait for
-all. A model's stages share one stream, and two models have two, so a small and a large one may overlap. Decode steps
-are not captured in CUDA graphs: the lowered decoder concatenates its caches, so each has shapes of its own.
+all. A model's stages share one stream, and two models have two, so a small and a large one may overlap. A decoder that
+writes its caches in place has one shape of decode step, so from the third on these are replayed as a CUDA graph
+(``replay``; SACCADE_CUDA_GRAPHS=0 turns it off); where one cannot be captured it is said and the steps run as before.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ import ml_dtypes
 import numpy as np
 
 from engines.bundles.manifest import EngineFile
-from engines.sessions.session import Value
+from engines.sessions.session import NOTHING, Value
 from engines.trt.device import Device, DeviceTensor, device_of
 from engines.trt.flavour import FULL, RTX, Flavour
 from engines.trt.jit_cache import JitCache
+from engines.trt.replay import Step, wanted
 from graphs.errors import BadArtefact, OperationFailed, UsageError
-from graphs.spec import spec_from_folder
+from graphs.spec import CacheForm, form_of, spec_from_folder
+from graphs.talk import say
+
+MOST_STEPS = 2  # captured at once: of the conversation that runs, and of one beside it
 
 # TensorRT's name of a type → numpy's; numpy itself has no bfloat16
 TYPES: dict[str, Any] = {
@@ -69,11 +74,19 @@ class TrtSession:
             {name: tuple(map(tuple, self._engine.get_tensor_profile_shape(name, i))) for name in self._inputs}
             for i in range(self._engine.num_optimization_profiles)
         ]
+        self.form: CacheForm = form_of(self._inputs)
         self._contexts: dict[int, Any] = {}
         self._jit = JitCache(trt, self._engine, engine)
+        self._steps: dict[tuple[Any, ...], Step] = {}
+        self._warm: Step | None = None  # the step that its context ran last
+        self._replays = wanted()
 
     def run(
-        self, feeds: Mapping[str, Value], host: Collection[str] = (), device: Collection[str] = ()
+        self,
+        feeds: Mapping[str, Value],
+        host: Collection[str] = (),
+        device: Collection[str] = (),
+        in_place: Mapping[str, str] = NOTHING,
     ) -> dict[str, Value]:
         """Run once, as ``engines.sessions.session.Session``; OperationFailed for a shape outside of every profile."""
         if set(feeds) != set(self._inputs):
@@ -82,7 +95,19 @@ class TrtSession:
                 f"{self._file.name} was fed wrongly: missing {missing}, unknown {unknown}; "
                 "spec.json and the engine disagree, build the bundle again"
             )
-        context = self._context(self._profile({name: tuple(value.shape) for name, value in feeds.items()}))
+        profile = self._profile({name: tuple(value.shape) for name, value in feeds.items()})
+        context = self._context(profile)
+        buffered = all(isinstance(feeds[name], DeviceTensor) for name in in_place.values())
+        if in_place and buffered and self._replays and profile == len(self._bounds) - 1 > 0:
+            held = self._stepped(profile, feeds, in_place)
+        else:
+            held = self._run(context, feeds, in_place)
+            self._warm = None
+        copied = dict(zip(host, self._device.to_host(*(held[name] for name in host)), strict=True)) if host else {}
+        return {**copied, **{name: held[name] for name in device}}
+
+    def _run(self, context: Any, feeds: Mapping[str, Value], in_place: Mapping[str, str]) -> dict[str, DeviceTensor]:
+        """An ordinary run; every output is a new tensor but those that are written in place."""
         # A tensor that is dropped is freed behind the work that reads it, so these may go when the run is enqueued.
         held = {name: self._on_device(name, value) for name, value in feeds.items()}
         for name, tensor in held.items():
@@ -94,11 +119,46 @@ class TrtSession:
                 raise OperationFailed(
                     f"{self._file.name}: the shape of {name} is not known before the run; report this"
                 )
-            held[name] = self._device.empty(shape, self._dtype[name])
+            held[name] = held[in_place[name]] if name in in_place else self._device.empty(shape, self._dtype[name])
             self._ask(context.set_tensor_address(name, held[name].pointer), f"the address of {name}")
         self._ask(context.execute_async_v3(self._device.stream), "the run")
-        copied = dict(zip(host, self._device.to_host(*(held[name] for name in host)), strict=True)) if host else {}
-        return {**copied, **{name: held[name] for name in device}}
+        return held
+
+    def _stepped(
+        self, profile: int, feeds: Mapping[str, Value], in_place: Mapping[str, str]
+    ) -> dict[str, DeviceTensor]:
+        """A run at fixed addresses, captured when it comes again; its outputs are copied: the next overwrites them."""
+        buffers = set(in_place.values())
+        given = {name: self._given(name, value) for name, value in feeds.items()}
+        key = tuple((n, given[n].pointer) if n in buffers else tuple(v.shape) for n, v in feeds.items())
+        step = self._steps.get(key)
+        if step is None:
+            while len(self._steps) >= MOST_STEPS:
+                del self._steps[next(iter(self._steps))]
+            context = self._context(profile)
+            step = self._steps[key] = Step(self._device, context, feeds, self._dtype, self._outputs, in_place)
+            self._warm = None
+        step.take({n: None if n in self._carriers else value for n, value in given.items()})
+        if not step.captured and self._warm is step and self._replays:
+            self._capture(step)
+        if step.captured:
+            step.launch()
+        else:
+            step.run()
+        self._warm = step
+        held = {output: given[buffer] for output, buffer in in_place.items()}
+        for name in step.given_out:
+            held[name] = self._device.empty(step.tensors[name].shape, self._dtype[name])
+            self._device.copy(step.tensors[name], held[name])
+        return held
+
+    def _capture(self, step: Step) -> None:
+        """Capture a step that has just run; where it cannot be, say so once and never try again."""
+        try:
+            step.capture()
+        except OperationFailed as e:
+            self._replays = False
+            say(f"{self._file.name}: no CUDA graph could be made of a step ({e}); its kernels are launched one by one")
 
     def to_host(self, value: Value) -> np.ndarray:
         """Copy a device tensor to numpy; arrays pass through."""
@@ -108,8 +168,31 @@ class TrtSession:
         """The largest shape of an input that any profile takes."""
         return self._bounds[0][name][2]
 
+    def buffer(self, name: str, rows: int, wanted: int, source: Value, held: int) -> DeviceTensor:
+        """A buffer as large as the engine was built for; see ``engines.sessions.session.Session.buffer``."""
+        shape = self._bounds[0][name][2]
+        if rows > shape[2]:
+            raise OperationFailed(
+                f"the conversation would take {rows} rows of a cache, and {self._file.name} was built for {shape[2]}; "
+                "begin a new one, keep fewer tokens (--keep), or build with a larger --max-length"
+            )
+        # What a mask hides is multiplied by zero, so rows that are not filled must hold numbers.
+        tensor = self._device.zeros(shape, self._dtype[name])
+        if held:
+            self._device.copy_rows(self._on_device(name, source), tensor, held)
+        return tensor
+
     def _on_device(self, name: str, value: Value) -> DeviceTensor:
-        """The input on the device; floats of the host, such as pixels, become the engine's own."""
+        """The input on the device."""
+        value = self._given(name, value)
+        if isinstance(value, DeviceTensor):
+            return value
+        if name in self._carriers:
+            return self._device.empty(value.shape, value.dtype)
+        return self._device.from_host(value)
+
+    def _given(self, name: str, value: Value) -> Value:
+        """The input in the engine's type, where it lies; floats of the host, such as pixels, are converted."""
         if isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating):
             value = value.astype(self._dtype[name], copy=False)
         if value.dtype != self._dtype[name]:
@@ -117,11 +200,7 @@ class TrtSession:
                 f"{self._file.name} takes {name} in {self._dtype[name]}, and got {value.dtype}; "
                 "spec.json and the engine disagree, build the bundle again"
             )
-        if isinstance(value, DeviceTensor):
-            return value
-        if name in self._carriers:
-            return self._device.empty(value.shape, value.dtype)
-        return self._device.from_host(value)
+        return value
 
     def _profile(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """The last profile that takes these shapes: decode, where it does."""

@@ -1,10 +1,11 @@
 """From the canonical graphs to what one target parses: a short, ordered list of passes, on this page.
 
 1. ``Precision``      weights, activations and caches in one float type, islands of fp32 written out
-2. ``ExplicitMask``   one-output attention behind a Concat, causality as a boolean mask
-3. ``FlatBodies``     bodies without a Loop, on which TensorRT-RTX 1.7's compiler dies (signal 11) behind an attention
-4. ``AskForPlugins``  which nodes of ours a plugin is asked to serve; the others are served by their bodies
-5. ``older_parser``   for TensorRT 10.3: what its parser does not know, written out in what it does
+2. ``CacheInPlace``   where asked: caches of fixed capacity, written in place by TensorScatter, masked by their length
+3. ``ExplicitMask``   elsewhere: one-output attention behind a Concat, causality as a boolean mask
+4. ``FlatBodies``     bodies without a Loop, on which TensorRT-RTX 1.7's compiler dies (signal 11) behind an attention
+5. ``AskForPlugins``  which nodes of ours a plugin is asked to serve; the others are served by their bodies
+6. ``older_parser``   for TensorRT 10.3: what its parser does not know, written out in what it does
 
 A lowered file equals the canonical one in ONNX Runtime, up to the precision. No pass reads or copies a weight.
 """
@@ -20,9 +21,10 @@ import onnx_ir as ir
 from graphs.errors import OperationFailed
 from graphs.lowering.attention import ExplicitMask
 from graphs.lowering.flat import FlatBodies
+from graphs.lowering.in_place import CacheInPlace
 from graphs.lowering.precision import Precision, Rebind
 from graphs.lowering.served import AskForPlugins
-from graphs.spec import FloatType
+from graphs.spec import CacheForm, FloatType
 
 Parser = Literal["current", "10.3"]
 PARSERS: tuple[Parser, ...] = get_args(Parser)
@@ -38,13 +40,21 @@ class Lowering:
     """What a target wants.
 
     precision: the narrow type. plugin_ops: ops that a plugin is asked to serve, with the node attributes that ask for
-    it. parser: ``10.3`` for TensorRT 10.3, which takes no plugins of ours.
+    it. parser: ``10.3`` for TensorRT 10.3, which takes no plugins of ours. capacity: rows of the decoder's
+    caches, which are then written in place (``graphs.lowering.in_place.refusal`` must have no objection); None: they
+    are concatenated, and as long as they are filled.
     """
 
     precision: FloatType
     plugin_ops: frozenset[str] = frozenset()
     plugin_attributes: Mapping[str, str] = field(default_factory=dict)
     parser: Parser = "current"
+    capacity: int | None = None
+
+    @property
+    def cache(self) -> CacheForm:
+        """The form of the decoder's cache."""
+        return "in-place" if self.capacity else "concat"
 
     def apply(self, model: ir.Model, rebind: Rebind) -> ir.Model:
         """Lower one stage; OperationFailed where a graph is not what the exporter writes.
@@ -53,6 +63,7 @@ class Lowering:
         """
         passes = ir.passes.Sequential(
             Precision(ONNX_TYPES[self.precision], rebind),
+            *([CacheInPlace("scattered", self.capacity)] if self.capacity else []),
             ExplicitMask(),
             FlatBodies(),
             AskForPlugins(self.plugin_ops, self.plugin_attributes),

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from graphs.lowering.edit import takes_over
+
 PAST_K, PAST_V, MASK = 4, 5, 3
 KEPT_ATTRIBUTES = ("scale", "softcap", "softmax_precision", "q_num_heads", "kv_num_heads")
 
@@ -59,22 +61,13 @@ def _rewrite(node: ir.Node, masks: dict[tuple[str, str], ir.Value]) -> None:
     for past, chunk, present in zip((past_k, past_v), (k, v), presents, strict=True):
         concat = ir.node("Concat", [past, chunk], {"axis": 2}, num_outputs=1)
         graph.insert_before(node, concat)
-        grown.append(_takes_over(concat.outputs[0], present))
+        grown.append(takes_over(concat.outputs[0], present))
     mask = _mask_of(node, q, grown[0], (_length(q), _length(past_k)), masks)
     attributes = [node.attributes[name] for name in KEPT_ATTRIBUTES if name in node.attributes]
     lowered = ir.Node("", "Attention", [q, *grown, mask], attributes=attributes, num_outputs=1, name=node.name)
     graph.insert_before(node, lowered)
-    _takes_over(lowered.outputs[0], out)
+    takes_over(lowered.outputs[0], out)
     graph.remove(node, safe=True)
-
-
-def _takes_over(new: ir.Value, old: ir.Value) -> ir.Value:
-    """``new`` stands wherever ``old`` stood, under its name; ``old`` is left without a use."""
-    name = old.name
-    old.name = f"{name}_lowered"
-    new.name, new.type, new.shape = name, old.type, old.shape
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    return new
 
 
 def _length(value: ir.Value) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ DTYPES: dict[ir.DataType, DType] = {
     ir.DataType.INT32: "int32",
     ir.DataType.BOOL: "bool",
 }
+RESHAPED = ("past_", "present_", "attention_received")  # their lengths are a matter of the cache's form
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def lowered_export(
         weight_bytes[name] = sum(int(t.nbytes) for t in external)
         ops[name] = {str(n.name): n.op_type for n in model.graph.all_nodes() if n.domain}
         ir.save(model, out / stage.file)
-        stages[name] = _retyped(stage, model)
+        stages[name] = interface_of(stage, model)
     link = link and not weights.is_needed  # one folder has all of them
     for location in sorted(kept):
         _place(folder, location, out, link)
@@ -73,18 +75,30 @@ def lowered_export(
         weights.write()
     files = sorted({*kept, *([weights.file] if weights.is_needed else [])})
     listed = tuple(WeightFile(name=f, bytes=(out / f).stat().st_size) for f in files)
-    lowered = spec.model_copy(update={"stages": stages, "dtype": lowering.precision, "weights": listed})
+    update = {"stages": stages, "dtype": lowering.precision, "weights": listed, "cache": lowering.cache}
+    lowered = spec.model_copy(update=update)
     return LoweredExport(out, lowered, folder if link else out, weight_bytes, ops)
 
 
-def _retyped(stage: StageSpec, model: ir.Model) -> StageSpec:
-    """A stage's interface with the types of its lowered graph."""
-    types = {v.name: DTYPES[v.dtype] for v in (*model.graph.inputs, *model.graph.outputs) if v.dtype in DTYPES}
+def interface_of(stage: StageSpec, model: ir.Model) -> StageSpec:
+    """A stage's interface with the types of its lowered graph, and with the inputs that a lowering added."""
 
-    def of(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-        return tuple(t.model_copy(update={"dtype": types.get(t.name, t.dtype)}) for t in tensors)
+    def of(tensors: tuple[TensorSpec, ...], values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
+        known = {tensor.name: tensor for tensor in tensors}
+        found = []
+        for value in values:
+            name, shape = str(value.name), value.shape
+            assert value.dtype is not None
+            dtype = DTYPES[value.dtype]
+            if name in known and not name.startswith(RESHAPED):
+                found.append(known[name].model_copy(update={"dtype": dtype}))
+            else:
+                dims = [d if isinstance(d, int) else str(getattr(d, "value", None)) for d in shape or ()]
+                found.append(TensorSpec(name=name, dtype=dtype, shape=tuple(dims)))
+        return tuple(found)
 
-    return stage.model_copy(update={"inputs": of(stage.inputs), "outputs": of(stage.outputs)})
+    inputs, outputs = of(stage.inputs, model.graph.inputs), of(stage.outputs, model.graph.outputs)
+    return stage.model_copy(update={"inputs": inputs, "outputs": outputs})
 
 
 def _place(folder: Path, location: str, out: Path, link: bool) -> None:

@@ -20,5 +20,6 @@ class FlatBodies(ir.passes.InPlacePass):
         found = [key for key in model.functions if key[0] == DOMAIN and key[1] in OPS and OPS[key[1]].flat_body]
         for key in found:
             function = ir.serde.deserialize_function(OPS[key[1]].flat_function)
+            function.opset_imports[""] = model.opset_imports[""]
             model.functions[function.identifier()] = function
         return ir.passes.PassResult(model, bool(found))

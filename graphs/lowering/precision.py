@@ -36,6 +36,7 @@ WIDE_INPUTS_OF = {
     "MergeDropped": {1},
     "MergePairs": {1},
     "RatedAttentionReceived": {2},
+    "RatedReceivedInCache": {2},
 }
 CARRY = ("CompactRows", "MergeContext", "MergeContextWithin", "MergeDropped", "MergePairs", "BlockAttention")
 FOLLOWS = {op: {0: 0} for op in CARRY}

@@ -11,7 +11,9 @@ from graphs.ops import (
     merge_dropped,
     merge_pairs,
     rated_attention_received,
+    rated_received_in_cache,
     received_from_all,
+    received_in_cache,
     received_within,
     text_raters,
 )
@@ -33,6 +35,8 @@ OPS: dict[str, Op] = {
         received_within.OP,
         merge_context_within.OP,
         merge_dropped.OP,
+        received_in_cache.OP,
+        rated_received_in_cache.OP,
     )
 }
 

@@ -7,6 +7,9 @@ that share a key-value head, in the order (head, guide row).
     peak[r]     = max_t x[r, t],  total[r] = Σ_t exp(x[r, t] − peak[r])          attention_row_sums
     received[t] = Σ_r weight_r · exp(x[r, t] − peak[r]) / total[r]               attention_shares
 
+The same over the first F = length + S of T keys, those of a cache's buffer that are filled: F stands for T above, the
+others receive nothing and are never read.                                       cached_row_sums, cached_shares
+
 Source: graphs/ops/attention_received.py (SGL, arXiv 2412.03324 §3.2); the running maximum and sum of the first pass
 are the online softmax (Milakov and Gimelshein, arXiv 1805.02867); that maps can be computed again from row statistics
 is FlashAttention's backward (Dao et al., arXiv 2205.14135).
@@ -29,32 +32,32 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _rows(r, first_head, S, T, G):
+def _rows(r, first_head, S, F, G):
     """Where guide rows ``r`` of a key-value head are: offset of their q row, offset of their sums, last visible key."""
     head, guide = first_head + r // G, r % G
-    return head.to(tl.int64) * S + (S - G + guide), head.to(tl.int64) * G + guide, T - G + guide
+    return head.to(tl.int64) * S + (S - G + guide), head.to(tl.int64) * G + guide, F - G + guide
 
 
 @triton.jit
-def attention_row_sums(
-    q, k, weight, scale_bits, S, T, G, H, V, D, peak, total,
+def _row_sums(
+    q, k, scale_bits, F, S, T, G, H, V, D, peak, total,
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid (⌈R/BLOCK_R⌉, V, B): peak and total, fp32 [B,H,G], of a block of rows. ``weight`` is not read."""
+    """Peak and total, fp32 [B,H,G], of a block of rows, over the first F of T keys."""
     v, b = tl.program_id(1), tl.program_id(2)
     share = H // V
     r, d = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     real_R, inside_D = r < share * G, d < D
-    q_row, sum_row, last_R = _rows(r, b * H + v * share, S, T, G)
+    q_row, sum_row, last_R = _rows(r, b * H + v * share, S, F, G)
     q_RD = tl.load(q + q_row[:, None] * D + d[None, :], mask=real_R[:, None] & inside_D[None, :], other=0.0)
     scale = scale_bits.to(tl.float32, bitcast=True) * LOG2_E
     first_key = (b * V + v).to(tl.int64) * T
     peak_R = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     total_R = tl.zeros((BLOCK_R,), tl.float32)
-    for t0 in range(0, T, BLOCK_T):
+    for t0 in range(0, F, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         k_DT = tl.load(
-            k + (first_key + t)[None, :] * D + d[:, None], mask=(t < T)[None, :] & inside_D[:, None], other=0.0
+            k + (first_key + t)[None, :] * D + d[:, None], mask=(t < F)[None, :] & inside_D[:, None], other=0.0
         )
         x_RT = tl.dot(q_RD, k_DT, input_precision="ieee") * scale
         x_RT = tl.where(t[None, :] <= last_R[:, None], x_RT, float("-inf"))
@@ -68,15 +71,15 @@ def attention_row_sums(
 
 
 @triton.jit
-def attention_shares(
-    q, k, weight, peak, total, scale_bits, S, T, G, H, V, D, received,
+def _shares(
+    q, k, weight, peak, total, scale_bits, F, S, T, G, H, V, D, received,
     WEIGHTED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid (⌈T/BLOCK_T⌉, B): received, fp32 [B,T], of a block of keys; weight fp32 [B,G] is read where WEIGHTED."""
+    """received, fp32 [B,T], of a block of keys, the first F of which are read; weight fp32 [B,G] where WEIGHTED."""
     b = tl.program_id(1)
     share = H // V
     t, d = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
-    real_T, inside_D = t < T, d < D
+    real_T, inside_D = t < F, d < D
     scale = scale_bits.to(tl.float32, bitcast=True) * LOG2_E
     received_T = tl.zeros((BLOCK_T,), tl.float32)
     for v in range(V):
@@ -85,7 +88,7 @@ def attention_shares(
         for r0 in range(0, share * G, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
             real_R = r < share * G
-            q_row, sum_row, last_R = _rows(r, b * H + v * share, S, T, G)
+            q_row, sum_row, last_R = _rows(r, b * H + v * share, S, F, G)
             q_RD = tl.load(q + q_row[:, None] * D + d[None, :], mask=real_R[:, None] & inside_D[None, :], other=0.0)
             x_RT = tl.dot(q_RD, k_DT, input_precision="ieee") * scale
             x_RT = tl.where(t[None, :] <= last_R[:, None], x_RT, float("-inf"))
@@ -95,4 +98,44 @@ def attention_shares(
             if WEIGHTED:
                 share_RT *= tl.load(weight + b * G + r % G, mask=real_R, other=0.0)[:, None]
             received_T += tl.sum(tl.where(real_R[:, None], share_RT, 0.0), 0)
-    tl.store(received + b.to(tl.int64) * T + t, received_T, mask=real_T)
+    tl.store(received + b.to(tl.int64) * T + t, received_T, mask=t < T)
+
+
+@triton.jit
+def attention_row_sums(
+    q, k, weight, scale_bits, S, T, G, H, V, D, peak, total,
+    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Grid (⌈R/BLOCK_R⌉, V, B): peak and total, fp32 [B,H,G], of a block of rows. ``weight`` is not read."""
+    _row_sums(q, k, scale_bits, T, S, T, G, H, V, D, peak, total, BLOCK_R, BLOCK_T, BLOCK_D)
+
+
+@triton.jit
+def attention_shares(
+    q, k, weight, peak, total, scale_bits, S, T, G, H, V, D, received,
+    WEIGHTED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Grid (⌈T/BLOCK_T⌉, B): received, fp32 [B,T], of a block of keys; weight fp32 [B,G] is read where WEIGHTED."""
+    _shares(q, k, weight, peak, total, scale_bits, T, S, T, G, H, V, D, received, WEIGHTED, BLOCK_R, BLOCK_T, BLOCK_D)
+
+
+@triton.jit
+def cached_row_sums(
+    q, k, weight, length, scale_bits, S, T, G, H, V, D, peak, total,
+    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """``attention_row_sums`` over the filled keys; length int64 [1] on the device, so a captured launch follows it."""
+    filled = tl.load(length).to(tl.int32) + S
+    _row_sums(q, k, scale_bits, filled, S, T, G, H, V, D, peak, total, BLOCK_R, BLOCK_T, BLOCK_D)
+
+
+@triton.jit
+def cached_shares(
+    q, k, weight, length, peak, total, scale_bits, S, T, G, H, V, D, received,
+    WEIGHTED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """``attention_shares`` over the filled keys; zero for the others."""
+    filled = tl.load(length).to(tl.int32) + S
+    _shares(
+        q, k, weight, peak, total, scale_bits, filled, S, T, G, H, V, D, received, WEIGHTED, BLOCK_R, BLOCK_T, BLOCK_D
+    )

@@ -39,7 +39,7 @@ def run(op: str, inputs: Sequence[torch.Tensor], attributes: Sequence[float] = (
     )
     values: dict[str, torch.Tensor | int] = dict(zip(served.inputs, inputs, strict=True)) | {served.output: out}
     values |= {f"{name}_bits": bits_of(value) for name, value in zip(served.attributes, attributes, strict=True)}
-    values["weight"] = values.get("weight", inputs[-1])
+    values["weight"] = values.get("weight", inputs[2 if len(inputs) > 2 else -1])
     for name, size in served.scratch(shapes).items():
         values[name] = torch.empty(size // 4, dtype=torch.float32, device=out.device)
     for variant in served.chosen(served.variants(types, shapes), shapes):

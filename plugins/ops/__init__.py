@@ -5,7 +5,14 @@ from plugins.ops.served import ServedOp
 
 SERVED: dict[str, ServedOp] = {
     served.op: served
-    for served in (attention_received.PLAIN, attention_received.RATED, keep_topk.SERVED, compact_rows.SERVED)
+    for served in (
+        attention_received.PLAIN,
+        attention_received.RATED,
+        attention_received.PLAIN_CACHED,
+        attention_received.RATED_CACHED,
+        keep_topk.SERVED,
+        compact_rows.SERVED,
+    )
 }
 
 __all__ = ["SERVED", "ServedOp"]

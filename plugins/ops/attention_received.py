@@ -1,4 +1,4 @@
-"""AttentionReceived and RatedAttentionReceived as two launches: row sums, then shares.
+"""AttentionReceived, RatedAttentionReceived and both over a cache's buffer, as two launches: row sums, then shares.
 
 Legend: B batch, H query heads, V key-value heads, S rows, T keys, D head width, G guide rows, R = (H/V)·G the rows
 that share a key-value head.
@@ -31,7 +31,7 @@ def _scratch(shapes: Shapes) -> dict[str, int]:
     return {"peak": rows, "total": rows}
 
 
-def _variants_of(weighted: bool, types: Types, shapes: Shapes) -> tuple[Variant, ...]:
+def _variants_of(weighted: bool, kernels: tuple[str, str], types: Types, shapes: Shapes) -> tuple[Variant, ...]:
     width = shapes[0][3]
     if not 0 < width <= WIDEST_HEAD:
         raise UsageError(
@@ -41,31 +41,38 @@ def _variants_of(weighted: bool, types: Types, shapes: Shapes) -> tuple[Variant,
     sums = (("BLOCK_R", 16), ("BLOCK_T", 32 if narrow else 64), ("BLOCK_D", block_d))
     shares = (("WEIGHTED", int(weighted)), ("BLOCK_R", 32 if narrow else 64), ("BLOCK_T", 32), ("BLOCK_D", block_d))
     return (
-        Variant("attention_row_sums", sums, 4, types[0], weight),
-        Variant("attention_shares", shares, 4, types[0], weight),
+        Variant(kernels[0], sums, 4, types[0], weight),
+        Variant(kernels[1], shares, 4, types[0], weight),
     )
 
 
-def _served(op: str, third: str, third_types: tuple[str, ...], weighted: bool) -> ServedOp:
+def _served(op: str, third: str, third_types: tuple[str, ...], weighted: bool, cached: bool = False) -> ServedOp:
+    kernels = CACHED if cached else WHOLE
+
     def accepts(types: Types) -> bool:
-        return types[0] == types[1] and types[0] in ELEMENTS and types[2] in third_types
+        fits = types[0] == types[1] and types[0] in ELEMENTS and types[2] in third_types
+        return fits and (not cached or types[3] == "i64")
 
     def shape(shapes: Shapes) -> Sequence[Any]:
         return shapes[1][0], shapes[1][2]
 
     return ServedOp(
         op,
-        ("q", "k", third),
+        ("q", "k", third, "length") if cached else ("q", "k", third),
         "received",
         accepts,
         lambda types: "fp32",
         shape,
         _sizes,
-        lambda types, shapes: _variants_of(weighted, types, shapes),
+        lambda types, shapes: _variants_of(weighted, kernels, types, shapes),
         scratch=_scratch,
         attributes=("scale",),
     )
 
 
+# their kernels: over all keys, over those that are filled
+WHOLE, CACHED = ("attention_row_sums", "attention_shares"), ("cached_row_sums", "cached_shares")
 PLAIN = _served("AttentionReceived", "guide", ("i32", "i64"), weighted=False)
 RATED = _served("RatedAttentionReceived", "weight", ("fp32",), weighted=True)
+PLAIN_CACHED = _served("ReceivedInCache", "guide", ("i32", "i64"), weighted=False, cached=True)
+RATED_CACHED = _served("RatedReceivedInCache", "weight", ("fp32",), weighted=True, cached=True)

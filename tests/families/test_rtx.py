@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.bundles.golden import cases_of
+from engines.bundles.golden import cases_of, fed, told
 from engines.sessions.session import open_session
 from engines.trt.bounds import Bounds, profiles_of
 from engines.trt.engine import engine_from_onnx
@@ -27,11 +27,11 @@ def test_the_decoder_builds_with_its_masks_and_caches(sample: Sample, tmp_path: 
     reading = reading_from(answer["reading"])
     assert answer["bytes"] == lowered.file("decoder").with_suffix(".engine").stat().st_size > 0
     assert reading.served == dict.fromkeys(lowered.ops["decoder"], "body")
-    assert set(lowered.ops["decoder"].values()) == {"AttentionReceived", "KeepTopK", "CompactRows"}
+    assert set(lowered.ops["decoder"].values()) == {"ReceivedInCache", "KeepTopK", "CompactRows"}
     assert reading.unused == ()
     segments = lowered.spec.plan.segments(lowered.spec.language.layers)
-    wanted = [(f"visible_{j}", f"past_k_{i}") for j, segment in enumerate(segments) for i in segment]
-    assert [(a.mask, a.cache) for a in reading.attentions] == wanted
+    wanted = [(f"visible_{j}", f"past_k_{i}", "KV_CACHE_UPDATE") for j, layers in enumerate(segments) for i in layers]
+    assert [(a.mask, a.cache, a.grown) for a in reading.attentions] == wanted
 
 
 def test_the_kernels_serve_where_they_are_asked_for(sample: Sample, tmp_path: Path) -> None:
@@ -49,10 +49,10 @@ def test_every_stage_equals_the_canonical_one(sample: Sample, tmp_path: Path) ->
     lowered = lower(sample, tmp_path)
     for case in cases_of(sample.onnx.folder, sample.onnx.spec):
         file = sample.onnx.spec.stages[case.stage].file
-        wanted, got = (
-            open_session(folder / file, threads=1).run(case.inputs, host=list(case.outputs))
-            for folder in (sample.onnx.folder, lowered.folder)
-        )
+        outputs = list(case.outputs)
+        wanted = open_session(sample.onnx.folder / file, threads=1).run(case.inputs, host=outputs)
+        got = open_session(lowered.folder / file, threads=1).run(fed(case, lowered.spec), host=outputs)
+        got = told(case, got)
         for name, value in wanted.items():
             assert compare(name, got[name], value, 1e-6).agrees, (case.stage, case.name, name)
 
@@ -67,7 +67,7 @@ def test_the_other_stages_build(sample: Sample, tmp_path: Path, stage: str) -> N
 
 
 def lower(sample: Sample, out: Path) -> LoweredExport:
-    return lowered_export(sample.onnx.folder, sample.onnx.spec, out, Lowering("float32"))
+    return lowered_export(sample.onnx.folder, sample.onnx.spec, out, Lowering("float32", capacity=BOUNDS.max_length))
 
 
 def build(lowered: LoweredExport, stage: str) -> dict[str, object]:

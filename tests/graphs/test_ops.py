@@ -270,6 +270,8 @@ def test_compact_rows_takes_the_kept_rows(batch, rows, trailing, kind, data):
 
 # The bodies as functions
 
+QK_IN_CACHE = (torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 9, 8))
+
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_a_body_is_a_whole_function(op):
@@ -290,6 +292,8 @@ def test_a_model_with_all_bodies_passes_the_checker():
         "KeepPerImage": (((FLOAT, 2), (INT64, 2), (INT64, 1)), (INT64, 2)),
         "TextRaters": (((FLOAT, 3), (BOOL, 2), (INT32, 1)), (FLOAT, 2)),
         "BlockAttention": (((FLOAT, 4), (FLOAT, 4), (FLOAT, 4), (BOOL, 2)), (FLOAT, 4)),
+        "ReceivedInCache": (((FLOAT, 4), (FLOAT, 4), (INT32, 1), (INT64, 1)), (FLOAT, 2)),
+        "RatedReceivedInCache": (((FLOAT, 4), (FLOAT, 4), (FLOAT, 2), (INT64, 1)), (FLOAT, 2)),
     }
     # These are run whole by tests/policies/test_ops.py and test_packed_ops.py.
     several_outputs = {"MergeContext", "MergePairs", "MergeContextWithin", "MergeDropped"}
@@ -314,6 +318,8 @@ def test_the_fake_of_an_op_has_its_shape_and_dtype(op):
         "CompactRows": (torch.zeros(1, 5, 2, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)),
         "RatedAttentionReceived": (torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 9, 8), torch.ones(1, 3), 0.5),
         "ReceivedFromAll": (torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 9, 8), 0.5),
+        "ReceivedInCache": (*QK_IN_CACHE, torch.zeros(3), torch.tensor([2]), 0.5),
+        "RatedReceivedInCache": (*QK_IN_CACHE, torch.ones(1, 3), torch.tensor([2]), 0.5),
         "TextRaters": (torch.zeros(1, 5, 8), torch.ones(1, 5, dtype=torch.bool), torch.zeros(3)),
         "MergeContext": (torch.ones(1, 6, 8), torch.ones(1, 6, 4), torch.tensor([[1, 4]]), torch.zeros(2)),
         "MergePairs": (

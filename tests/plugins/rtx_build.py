@@ -26,7 +26,7 @@ LARGEST = {"S": 2000, "G": 64, "K": 2000}
 
 
 def model_of(served_by: str) -> onnx.ModelProto:
-    """AttentionReceived + RatedAttentionReceived → KeepTopK → CompactRows of hidden rows and of flags."""
+    """Received attention, plain, weighted and of a cache → KeepTopK → CompactRows of hidden rows and of flags."""
 
     def node(op: str, inputs: list[str], output: str, **attributes: float) -> onnx.NodeProto:
         made = make_node(op, inputs, [output], domain=DOMAIN, name=output, **attributes)
@@ -39,7 +39,9 @@ def model_of(served_by: str) -> onnx.ModelProto:
         [
             node("AttentionReceived", ["q", "k", "guide"], "received", scale=0.3),
             node("RatedAttentionReceived", ["q", "k", "weight"], "rated", scale=0.3),
-            make_node("Add", ["received", "rated"], ["score"]),
+            node("ReceivedInCache", ["q", "k", "guide", "length"], "cached", scale=0.3),
+            make_node("Add", ["received", "rated"], ["both"]),
+            make_node("Add", ["both", "cached"], ["score"]),
             node("KeepTopK", ["score", "is_visual", "keep"], "kept"),
             node("CompactRows", ["x", "kept"], "compact"),
             node("CompactRows", ["is_visual", "kept"], "flags"),
@@ -50,6 +52,7 @@ def model_of(served_by: str) -> onnx.ModelProto:
             value("k", T.FLOAT16, [1, 2, "S", 16]),
             value("guide", T.INT32, ["G"]),
             value("weight", T.FLOAT, [1, "G"]),
+            value("length", T.INT64, [1]),
             value("is_visual", T.BOOL, [1, "S"]),
             value("keep", T.INT32, ["K"]),
             value("x", T.FLOAT16, [1, "S", 32]),

@@ -16,6 +16,7 @@ from plugins.table import KERNELS, Variant
 HALF = ((1, 8, 512, 64), (1, 2, 512, 64), (32,))
 VARIANTS = (
     *SERVED["AttentionReceived"].variants(("fp16", "fp16", "i32"), HALF),
+    *SERVED["ReceivedInCache"].variants(("fp16", "fp16", "i32", "i64"), (*HALF, (1,))),
     *SERVED["KeepTopK"].variants(("fp32", "i1", "i32"), ((1, 1000), (1, 1000), (500,))),
     *SERVED["CompactRows"].variants(("fp16", "i64"), ((1, 512, 64), (1, 100))),
 )

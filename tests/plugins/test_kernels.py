@@ -65,6 +65,27 @@ def test_attention_received_is_its_formula(interpreted, shapes, seed, dtype):
     np.testing.assert_allclose(got, received(q, k, ones(q, guides)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("rows", "held", "capacity", "guides"), [(1, 0, 1, 1), (1, 40, 70, 1), (5, 30, 35, 3), (33, 31, 150, 20)]
+)
+def test_received_in_a_cache_is_that_of_its_filled_rows(interpreted, rows, held, capacity, guides, dtype):
+    q, k = drawn(1, 4, rows, 8, dtype=dtype), drawn(1, 2, capacity, 8, seed=1, dtype=dtype)
+    filled = held + rows
+    wanted = np.zeros((2, 1, capacity))
+    weight = np.random.default_rng(2).random((1, guides), np.float32)
+    wanted[0, :, :filled] = received(q, k[:, :, :filled], ones(q, guides))
+    wanted[1, :, :filled] = received(q, k[:, :, :filled], weight)
+    k[:, :, filled:] = np.nan  # what lies there is never read
+    length, typed_q, typed_k = np.array([held]), typed(q, dtype), typed(k, dtype)
+    for op, third, want in zip(
+        ("ReceivedInCache", "RatedReceivedInCache"), (carrier(guides), weight), wanted, strict=True
+    ):
+        got = interpreted(op, [typed_q, typed_k, third, length], [SCALE])
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+        assert (got[:, filled:] == 0).all()
+
+
 @pytest.mark.parametrize(
     ("heads", "groups", "rows", "keys", "guides", "width"),
     [(6, 2, 70, 150, 67, 8), (4, 4, 33, 64, 33, 16), (3, 1, 5, 129, 1, 80), (2, 1, 3, 65, 2, 256), (1, 1, 2, 2, 2, 1)],

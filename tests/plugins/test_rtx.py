@@ -34,7 +34,7 @@ def test_a_node_with_the_attributes_is_served_by_its_kernel(tmp_path):
     got = built("plugin", tmp_path)
     assert tuple(got["registered"]) == registry.ops_with_kernels()
     assert set(got["layers"].values()) == {"PLUGIN_V3"}
-    assert got["plugins"] == 5
+    assert got["plugins"] == 6
     assert got["engine_bytes"] > 0
     assert {tuple(found) for found in got["cubins"]} == {(kernel, sm) for kernel in KERNELS for sm in (89, 120)}
 

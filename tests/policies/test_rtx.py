@@ -25,7 +25,7 @@ CASES = {
     "sparsevlm": (
         POLICIES["sparsevlm"][:1],
         "decoder",
-        {"TextRaters", "RatedAttentionReceived", "KeepTopK", "CompactRows"},
+        {"TextRaters", "RatedReceivedInCache", "KeepTopK", "CompactRows"},
     ),
 }
 
@@ -35,7 +35,7 @@ def test_a_policys_ops_build(name: str, exported, tmp_path) -> None:
     plan, stage, ops = CASES[name]
     made = exported(*plan)
     (tmp_path / "half").mkdir()
-    lowered = lowered_export(made.folder, made.spec, tmp_path / "half", Lowering("float16"))
+    lowered = lowered_export(made.folder, made.spec, tmp_path / "half", Lowering("float16", capacity=128))
     assert ops <= set(lowered.ops[stage].values()) <= set(OPS)
     profiles = profiles_of(stage, lowered.spec, BOUNDS.fitted(lowered.spec, None))
     out = tmp_path / "stage.engine"
@@ -50,7 +50,7 @@ def test_a_policys_ops_build(name: str, exported, tmp_path) -> None:
 def test_a_policys_lowered_stage_equals_the_canonical_one(name: str, exported, tmp_path) -> None:
     plan, stage, _ = CASES[name]
     made = exported(*plan)
-    lowered = lowered_export(made.folder, made.spec, tmp_path, Lowering("float32"))
+    lowered = lowered_export(made.folder, made.spec, tmp_path, Lowering("float32", capacity=64))
     for case in golden(made.folder):
         if case.stage == stage:
             wanted = made(stage, **case.inputs)

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from engines.bundles.golden import Case, cases_of
+from engines.bundles.golden import Case, cases_of, fed, told
 from engines.sessions.session import open_session
 from graphs.lowering import Lowering
 from graphs.lowering.export import LoweredExport, lowered_export
@@ -50,9 +50,15 @@ def lower(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Lower:
     """Lower an export, each way once."""
 
     @cache
-    def lowered(role: str, precision: str = "float32", plugins: bool = False, parser: str = "current") -> LoweredExport:
+    def lowered(
+        role: str,
+        precision: str = "float32",
+        plugins: bool = False,
+        parser: str = "current",
+        capacity: int | None = None,
+    ) -> LoweredExport:
         asked = {"plugin_ops": frozenset(ops_with_kernels()), "plugin_attributes": NODE_ATTRIBUTES} if plugins else {}
-        lowering = Lowering(precision, parser=parser, **asked)  # type: ignore[arg-type]
+        lowering = Lowering(precision, parser=parser, capacity=capacity, **asked)  # type: ignore[arg-type]
         out = tmp_path_factory.mktemp("lowered")
         return lowered_export(exports[role], spec_from_folder(exports[role]), out, lowering)
 
@@ -60,14 +66,16 @@ def lower(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Lower:
 
 
 def feeds_of(lowered: LoweredExport, case: Case) -> dict[str, np.ndarray]:
-    """A golden case's inputs in the types of the lowered file."""
-    return {t.name: case.inputs[t.name].astype(t.dtype) for t in lowered.spec.stages[case.stage].inputs}
+    """A golden case's inputs in the types, and the form of cache, of the lowered file."""
+    given = fed(case, lowered.spec)
+    return {t.name: given[t.name].astype(t.dtype) for t in lowered.spec.stages[case.stage].inputs}
 
 
 def run_onnx(lowered: LoweredExport, case: Case) -> dict[str, np.ndarray]:
     """A golden case through a lowered file in ONNX Runtime."""
     outputs = [t.name for t in lowered.spec.stages[case.stage].outputs]
-    return open_session(lowered.file(case.stage), threads=1).run(feeds_of(lowered, case), host=outputs)
+    got = open_session(lowered.file(case.stage), threads=1).run(feeds_of(lowered, case), host=outputs)
+    return told(case, got)
 
 
 def golden(folder: Path) -> list[Case]:
@@ -90,4 +98,4 @@ def interpreted(
     root = Path(__file__).parent.parent.parent.parent
     done = subprocess.run(command, env=process_environment(work), cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    return {case.name: dict(np.load(files[case.name][1])) for case in cases}
+    return {case.name: told(case, dict(np.load(files[case.name][1]))) for case in cases}

@@ -260,6 +260,20 @@ def attention(layer: Any, inputs: Values) -> Values:
     return [out.astype(inputs[0].dtype)]
 
 
+@kind("KV_CACHE_UPDATE", "IKVCacheUpdateLayer")
+def kv_cache_update(layer: Any, inputs: Values) -> Values:
+    """The cache [B,V,C,D] with the update [B,V,S,D] written from row write_indices[b] on; C is static."""
+    cache, update, index_B = inputs
+    assert layer.cache_mode.name == "LINEAR"
+    assert layer.update_form.name == "PADDED_BHND"
+    assert layer.get_input(0).shape[2] == cache.shape[2], "the capacity must be known when the network is made"
+    out = cache.copy()
+    for b, first in enumerate(index_B):
+        assert first + update.shape[2] <= cache.shape[2], "written behind the buffer's end"
+        out[b, :, first : first + update.shape[2]] = update[b]
+    return [out]
+
+
 @kind("ATTENTION_OUTPUT", "IAttentionOutputLayer")
 def attention_output(layer: Any, inputs: Values) -> Values:
     return [inputs[0]]

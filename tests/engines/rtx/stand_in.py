@@ -1,6 +1,8 @@
 """CUDA and TensorRT by stand-ins: device memory is the host's, an engine is a lowered file run by ONNX Runtime.
 
-What the session does with them is real: addresses, shapes, profiles, copies and frees, and so the numbers.
+What the session does with them is real: addresses, shapes, profiles, copies and frees, and so the numbers. A captured
+run reads and writes the addresses that it was captured with, which must still be live, and sees no later binding; what
+may not be done while capturing (allocating, freeing, copying from pageable memory, waiting) breaks the capture.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 
 KINDS = {
@@ -22,6 +25,7 @@ KINDS = {
 }
 PROFILES: dict[str, Any] = {}  # lowered file → its profiles, in the engine's order
 DESERIALISED: list[tuple[bytes, bool]] = []  # what was asked of any runtime, and whether it allowed host code
+stand_in_cuda: list[Any] = []  # every device that was made, the newest last
 
 
 class Cuda:
@@ -30,13 +34,17 @@ class Cuda:
     cudaStreamNonBlocking = 1
     cuuint64_t = int
     cudaMemPoolAttr = SimpleNamespace(cudaMemPoolAttrReleaseThreshold=0)
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
     cudaError_t = SimpleNamespace(cudaErrorMemoryAllocation=2)
     cudaDeviceAttr = SimpleNamespace(cudaDevAttrComputeCapabilityMajor=75, cudaDevAttrComputeCapabilityMinor=76)
 
     def __init__(self, room: int = 1 << 30, sm: int = 89) -> None:
         self.live: dict[int, Any] = {}
-        self.room, self.sm, self.copied, self.waits, self.streams = room, sm, [0, 0], 0, 0
+        self.room, self.sm, self.copied, self.waits, self.streams = room, sm, [0, 0, 0], 0, 0
+        self.recorded: list[Any] | None = None  # the runs captured so far, None where nothing is being captured
+        self.broken, self.captures, self.launches, self.graphs = False, 0, 0, 0
+        stand_in_cuda.append(self)
 
     def cudaGetDeviceCount(self) -> tuple[int, int]:
         return 0, 1
@@ -62,7 +70,60 @@ class Cuda:
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
         self.waits += 1
+        return (self.forbidden(),)
+
+    def forbidden(self) -> int:
+        """cudaErrorStreamCaptureUnsupported, and a broken capture, where something is being captured."""
+        self.broken |= self.recorded is not None
+        return 0 if self.recorded is None else 900
+
+    def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[int]:
+        self.recorded, self.broken = [], False
         return (0,)
+
+    def cudaStreamEndCapture(self, stream: int) -> tuple[int, Any]:
+        recorded, self.recorded = self.recorded, None
+        return (901, None) if self.broken else (0, recorded)
+
+    def cudaGetLastError(self) -> tuple[int]:
+        return (0,)
+
+    def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[int, Any]:
+        self.captures += 1
+        self.graphs += 1
+        return 0, list(graph)
+
+    def cudaGraphDestroy(self, graph: Any) -> tuple[int]:
+        return (0,)
+
+    def cudaGraphExecDestroy(self, graph: Any) -> tuple[int]:
+        self.graphs -= 1
+        return (0,)
+
+    def cudaGraphLaunch(self, graph: Any, stream: int) -> tuple[int]:
+        self.launches += 1
+        for run in graph:
+            run()
+        return (0,)
+
+    def at(self, address: int, size: int) -> int:
+        """The address, if so many bytes from it on are live."""
+        for start, buffer in self.live.items():
+            if start <= address and address + size <= start + len(buffer):
+                return address
+        raise AssertionError(f"{size} bytes at {address} are not on the device")
+
+    def cudaMemsetAsync(self, pointer: int, value: int, size: int, stream: int) -> tuple[int]:
+        ctypes.memset(self.at(pointer, size), value, size)
+        return (self.forbidden(),)
+
+    def cudaMemcpy2DAsync(
+        self, to: int, pitch: int, source: int, from_pitch: int, width: int, height: int, kind: int, stream: int
+    ) -> tuple[int]:
+        for i in range(height):
+            ctypes.memmove(self.at(to + i * pitch, width), self.at(source + i * from_pitch, width), width)
+        self.copied[kind - 1] += width * height
+        return (self.forbidden(),)
 
     def cudaMemGetInfo(self) -> tuple[int, int, int]:
         return 0, self.room, 1 << 30
@@ -71,6 +132,8 @@ class Cuda:
         return 0, b"said by CUDA"
 
     def cudaMalloc(self, size: int) -> tuple[int, int]:
+        if self.forbidden():
+            return 900, 0
         if size > self.room:
             return 2, 0
         buffer = ctypes.create_string_buffer(size)
@@ -82,7 +145,7 @@ class Cuda:
 
     def cudaFree(self, pointer: int) -> tuple[int]:
         del self.live[pointer]
-        return (0,)
+        return (self.forbidden(),)
 
     def cudaFreeAsync(self, pointer: int, stream: int) -> tuple[int]:
         return self.cudaFree(pointer)
@@ -90,24 +153,22 @@ class Cuda:
     def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: int) -> tuple[int]:
         self.copied[kind - 1] += size
         ctypes.memmove(to, source, size)
-        return (0,)
+        return (self.forbidden(),)
 
 
 class Context:
-    """An execution context; outputs are computed when their shapes are first asked for."""
+    """An execution context."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.profile = engine, 0
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
-        self.results: dict[str, np.ndarray] = {}
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.profile = profile
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        self.results = {}
         least, _, most = self.engine.get_tensor_profile_shape(name, self.profile)
         self.shapes[name] = shape
         return all(a <= s <= b for a, s, b in zip(least, shape, most, strict=True))
@@ -117,35 +178,61 @@ class Context:
         return address > 0
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        if not self.results:
-            feeds = {name: self._read(name) for name in self.engine.inputs}
-            outputs = list(self.engine.outputs)
-            self.results = dict(zip(outputs, self.engine.session.run(outputs, feeds), strict=True))
-        return self.results[name].shape
+        """From shapes alone, as TensorRT has it: no address needs to be known, and no value is read."""
+        key = tuple(self.shapes[name] for name in self.engine.inputs)
+        if key not in self.engine.shapes:
+            zeros = {n: np.zeros(self.shapes[n], KINDS[kind][1]) for n, kind in self.engine.inputs.items()}
+            self.engine.shapes[key] = {n: value.shape for n, value in self.engine.run(zeros).items()}
+        return self.engine.shapes[key][name]
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.engine.capturable
 
     def execute_async_v3(self, stream: int) -> bool:
-        for name, value in self.results.items():
-            array = np.ascontiguousarray(value)
-            ctypes.memmove(self.addresses[name], array.ctypes.data, array.nbytes)
+        cuda = stand_in_cuda[-1]
+        for name, cache in self.engine.aliased.items():
+            assert self.addresses[name] == self.addresses[cache], f"{name} is not the buffer of {cache}"
+        shapes, addresses = dict(self.shapes), dict(self.addresses)
+        if cuda.recorded is None:
+            self._run(shapes, addresses)
+        else:
+            cuda.recorded.append(lambda: self._run(shapes, addresses))
         return True
 
-    def _read(self, name: str) -> np.ndarray:
-        kind, shape = KINDS[self.engine.inputs[name]][1], self.shapes[name]
+    def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        feeds = {name: self._read(name, shapes[name], addresses[name]) for name in self.engine.inputs}
+        self._write(addresses, self.engine.run(feeds))
+
+    @staticmethod
+    def _write(addresses: dict[str, int], results: dict[str, np.ndarray]) -> None:
+        for name, value in results.items():
+            array = np.ascontiguousarray(value)
+            address = stand_in_cuda[-1].at(addresses[name], array.nbytes) if array.nbytes else 0
+            ctypes.memmove(address, array.ctypes.data, array.nbytes)
+
+    def _read(self, name: str, shape: tuple[int, ...], address: int) -> np.ndarray:
+        kind = KINDS[self.engine.inputs[name]][1]
         size = int(np.prod(shape)) * np.dtype(kind).itemsize
-        return np.frombuffer(ctypes.string_at(self.addresses[name], size), kind).reshape(shape)
+        return np.frombuffer(ctypes.string_at(stand_in_cuda[-1].at(address, size), size), kind).reshape(shape)
 
 
 class Engine:
     """What a lowered file would be built into; its bytes are the file's path."""
 
     def __init__(self, file: str) -> None:
-        self.session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # TensorScatter warns where it is not run in place
+        self.session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         self.inputs = {i.name: i.type for i in self.session.get_inputs()}
         self.outputs = {o.name: o.type for o in self.session.get_outputs()}
         self.names = [*self.inputs, *self.outputs]
         self.profiles = list(PROFILES[file].values())
         self.num_io_tensors, self.num_optimization_profiles = len(self.names), len(self.profiles)
         self.contexts: list[Context] = []
+        self.capturable = True
+        self.shapes: dict[Any, dict[str, tuple[int, ...]]] = {}
+        graph = onnx.load(file, load_external_data=False).graph
+        self.aliased = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "TensorScatter"}
 
     def get_tensor_name(self, i: int) -> str:
         return self.names[i]
@@ -158,6 +245,12 @@ class Engine:
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> Any:
         return self.profiles[profile][name]
+
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(self.outputs, self.session.run(list(self.outputs), feeds), strict=True))
+
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        return self.aliased.get(name)
 
     def create_execution_context(self, strategy: str) -> Context:
         self.contexts.append(Context(self))

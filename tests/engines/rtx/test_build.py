@@ -46,7 +46,7 @@ def test_the_manifest_says_what_serves_and_for_what(bundles: dict[str, Path], op
     assert manifest.targets == TARGETS[ops]
     assert manifest.tools["tensorrt-rtx"] == "1.7.1.116"
     small, large = (manifest.members[role].targets["rtx"] for role in ("small", "large"))
-    assert small.ops == {"AttentionReceived": by}
+    assert small.ops == {"ReceivedInCache": by}
     assert large.ops == {"CompactRows": by, "KeepTopK": by}
     for role, member in (("small", small), ("large", large)):
         assert set(member.engines) == {"vision", "embed", "decoder"}
@@ -56,6 +56,9 @@ def test_the_manifest_says_what_serves_and_for_what(bundles: dict[str, Path], op
             file = bundles[ops] / role / entry.file
             assert file.stat().st_size == entry.bytes > entry.weight_bytes
         assert set(member.engines["decoder"].served.values()) == {by}
+        shapes = {t.name: t.shape for t in member.stages["decoder"].inputs}
+        assert shapes["past_k_0"][2] == BOUNDS.max_length
+        assert shapes["length_0"] == (1,)
         types = {t.name: t.dtype for t in member.stages["decoder"].inputs}
         assert types["past_k_0"] == types["inputs_embeds"] == dtype
     assert len(small.engines["decoder"].served) == manifest.members["small"].language.layers
@@ -126,7 +129,8 @@ def test_every_session_of_a_bundle_knows_its_engines_digest(
 @pytest.mark.parametrize("role", ["small", "large"])
 def test_what_the_parser_made_is_read_back(lower: Lower, tmp_path: Path, role: str) -> None:
     for precision, plugins in (("bfloat16", False), ("float16", True)):
-        lowered = lower(role, precision, plugins)
+        capacity = 128 if plugins else None
+        lowered = lower(role, precision, plugins, capacity=capacity)
         answer = engine_from_onnx(
             lowered.file("decoder"),
             tmp_path / "none.engine",
@@ -140,8 +144,9 @@ def test_what_the_parser_made_is_read_back(lower: Lower, tmp_path: Path, role: s
         assert reading.served == dict.fromkeys(lowered.ops["decoder"], "kernel" if plugins else "body")
         assert reading.unused == ()
         segments = lowered.spec.plan.segments(lowered.spec.language.layers)
-        wanted = [(f"visible_{j}", f"past_k_{i}", "NONE") for j, segment in enumerate(segments) for i in segment]
-        assert [(a.mask, a.cache, a.causal) for a in reading.attentions] == wanted
+        grown = "KV_CACHE_UPDATE" if capacity else "CONCATENATION"
+        wanted = [(f"visible_{j}", f"past_k_{i}", "NONE", grown) for j, segment in enumerate(segments) for i in segment]
+        assert [(a.mask, a.cache, a.causal, a.grown) for a in reading.attentions] == wanted
         assert "RECURRENCE" not in reading.layers, "a Loop behind an attention ends the compiler"
 
 

@@ -14,13 +14,18 @@ pytest.importorskip("tensorrt_rtx")
 
 
 @pytest.mark.parametrize(
-    ("role", "precision", "plugins"),
-    [("small", "float32", False), ("large", "float32", False), ("large", "float16", False), ("small", "float32", True)],
+    ("role", "precision", "plugins", "capacity"),
+    [
+        ("small", "float32", False, 40),
+        ("small", "float32", True, None),
+        ("large", "float32", False, None),
+        ("large", "float16", False, 40),
+    ],
 )
 def test_the_parsed_decoder_is_the_same_function(
-    exports: Exports, lower: Lower, tmp_path: Path, role: str, precision: str, plugins: bool
+    exports: Exports, lower: Lower, tmp_path: Path, role: str, precision: str, plugins: bool, capacity: int | None
 ) -> None:
-    lowered = lower(role, precision, plugins)
+    lowered = lower(role, precision, plugins, capacity=capacity)
     cases = [case for case in golden(exports[role]) if case.stage == "decoder"]
     assert {case.name for case in cases} == {"prefill", "chunk", "decode"}
     got = interpreted(lowered, cases, tmp_path, plugins)

@@ -169,14 +169,28 @@ def test_a_flat_body_means_what_the_body_means(name: str, guide: int) -> None:
     third = {
         "AttentionReceived": np.zeros(guide, np.int32),
         "RatedAttentionReceived": rng.random((1, guide), np.float32),
+        "ReceivedInCache": np.zeros(guide, np.int32),
+        "RatedReceivedInCache": rng.random((1, guide), np.float32),
         "ReceivedWithin": np.sort(rng.integers(0, 3, (1, 70))),
     }.get(name)
     if name == "ReceivedWithin":
         k = k[:, :, :70]
     feeds = {"q": q, "k": k} | ({} if third is None else {OPS[name].function.input[2]: third})
+    if name.endswith("InCache"):
+        feeds["length"] = np.array([5])
+        k[:, :, 75:] = np.nan
     got = [run_body(function, feeds) for function in (OPS[name].function, OPS[name].flat_function)]
+    if name.endswith("InCache"):
+        rows = run_body(OPS[name.replace("ReceivedInCache", "AttentionReceived")].flat_function, first_rows(feeds, 75))
+        np.testing.assert_allclose(got[0][:, :75], rows, rtol=2e-5, atol=1e-6)
+        assert (got[0][:, 75:] == 0).all()
     np.testing.assert_allclose(got[1], got[0], rtol=2e-5, atol=1e-6)
     assert got[0].sum() > 0
+
+
+def first_rows(feeds: dict[str, np.ndarray], filled: int) -> dict[str, np.ndarray]:
+    """The same call over the filled rows of a cache alone."""
+    return {name: value for name, value in feeds.items() if name != "length"} | {"k": feeds["k"][:, :, :filled]}
 
 
 def run_body(function: onnx.FunctionProto, feeds: dict[str, np.ndarray]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import shutil
 from collections.abc import Iterator
@@ -14,15 +15,22 @@ import pytest
 from PIL import Image
 
 from engines.bundles.manifest import EngineEntry, EngineFile
+from engines.cache import cut, empty_cache, with_room
 from engines.cascade import Cascade
+from engines.decoder import Chunk
+from engines.generate import Generation
 from engines.model import Model
+from engines.sampling import Options
+from engines.talk.messages import Talk, asked
 from engines.trt import device, running
 from engines.trt.bounds import Bounds, profiles_of
 from engines.trt.flavour import RTX
 from engines.trt.jit_cache import VARIABLE, JitCache
-from engines.trt.session import TrtSession
+from engines.trt.replay import SWITCH, Step
+from engines.trt.session import MOST_STEPS, TrtSession
 from graphs.errors import BadArtefact, OperationFailed
 from graphs.files import sha256_of
+from graphs.spec import spec_from_folder
 from tests.engines.rtx import stand_in
 from tests.engines.rtx.conftest import Exports, Lower
 
@@ -41,9 +49,11 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[stand_in.Cuda]:
     gc.collect()
 
 
-def engines_of(lower: Lower, exports: Exports, role: str, out: Path, precision: str = "float32") -> Model:
-    """A model's folder as a bundle has it, with stand-in engines."""
-    lowered = lower(role, precision)
+def engines_of(
+    lower: Lower, exports: Exports, role: str, out: Path, precision: str = "float32", capacity: int | None = 96
+) -> Model:
+    """A model's folder as a bundle has it, with stand-in engines; capacity None: caches are concatenated."""
+    lowered = lower(role, precision, capacity=capacity)
     (out / "rtx").mkdir(parents=True)
     shutil.copytree(exports[role] / "processor", out / "processor")
     stages = {}
@@ -61,10 +71,15 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8))
 
 
+def asked_about(image: Image.Image) -> Talk:
+    return (asked(QUESTION, image),)
+
+
+@pytest.mark.parametrize("capacity", [96, None])
 def test_a_cascade_on_engines_answers_as_on_the_cpu(
-    lower: Lower, exports: Exports, cuda: stand_in.Cuda, tmp_path: Path
+    lower: Lower, exports: Exports, cuda: stand_in.Cuda, tmp_path: Path, capacity: int | None
 ) -> None:
-    models = {role: engines_of(lower, exports, role, tmp_path / role) for role in ("small", "large")}
+    models = {role: engines_of(lower, exports, role, tmp_path / role, capacity=capacity) for role in ("small", "large")}
     ours = Cascade(models["small"], models["large"])
     wanted = Cascade.from_exports(exports["small"], exports["large"], threads=1)
     for threshold in (1.0, 0.0):
@@ -81,6 +96,7 @@ def test_a_cascade_on_engines_answers_as_on_the_cpu(
     assert cuda.streams == 2
     decoders = [model.session("decoder") for model in models.values()]
     assert {profile for decoder in decoders for profile in cast(TrtSession, decoder)._contexts} == {0, 1}
+    assert (cuda.captures > 0) is (cuda.launches > 0) is (capacity is not None)
 
 
 def test_only_what_is_asked_for_comes_to_the_host_and_what_is_dropped_is_freed(
@@ -89,15 +105,117 @@ def test_only_what_is_asked_for_comes_to_the_host_and_what_is_dropped_is_freed(
     model = engines_of(lower, exports, "large", tmp_path / "large")
     cascade = Cascade(None, model)
     scores = np.random.default_rng(0).random(16, dtype=np.float32)
-    cascade.ask(picture(1), QUESTION, guidance=scores, max_new_tokens=3)
+    for _ in range(MOST_STEPS + 1):  # as many captured steps as are kept
+        cascade.ask(picture(1), QUESTION, guidance=scores, max_new_tokens=6)
     gc.collect()
     before, down = len(cuda.live), cuda.copied[1]
-    answer = cascade.ask(picture(1), QUESTION, guidance=scores, max_new_tokens=3)
+    answer = cascade.ask(picture(1), QUESTION, guidance=scores, max_new_tokens=6)
     gc.collect()
     assert len(cuda.live) == before
     vocab, rows = model.spec.language.vocab, answer.prompt_tokens
-    kept = 8 * (rows - 16 + len(answer.kept[0]) + 2 * (len(answer.tokens) - 1)) if answer.kept else 0
-    assert cuda.copied[1] - down <= 4 * vocab * len(answer.tokens) + kept
+    assert answer.kept
+    kept = 8 * (rows - 16 + len(answer.kept[0]))
+    assert cuda.copied[1] - down == 4 * vocab * len(answer.tokens) + kept
+
+
+def test_guidance_comes_to_the_host_once(lower: Lower, exports: Exports, cuda: stand_in.Cuda, tmp_path: Path) -> None:
+    model = engines_of(lower, exports, "small", tmp_path / "small")
+    prompt = model.prompt(asked_about(picture(1)))
+    down = cuda.copied[1]
+    run = model.generate(prompt, Options(max_new_tokens=6)).finish()
+    assert cuda.copied[1] - down == 4 * model.spec.language.vocab * len(run.tokens)
+    assert run.guidance is not None
+    assert cuda.copied[1] - down == 4 * (model.spec.language.vocab * len(run.tokens) + 96)
+
+
+def generated(model: Model, seed: int, tokens: int = 8) -> Generation:
+    """A whole answer on a fresh cache; the stand-ins' models have no end token that they would choose early."""
+    prompt = model.prompt(asked_about(picture(seed)))
+    priority_S = np.random.default_rng(seed).random(len(prompt), dtype=np.float32)
+    scores = priority_S if model.spec.plan.uses_priority else None
+    return model.generate(prompt, Options(max_new_tokens=tokens), priority_S=scores).finish()
+
+
+def test_a_captured_step_is_the_step(
+    lower: Lower, exports: Exports, cuda: stand_in.Cuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replayed steps, step by step launched ones and the CPU give the same; other buffers are captured anew."""
+    monkeypatch.setenv(SWITCH, "0")
+    plain = generated(engines_of(lower, exports, "large", tmp_path / "plain"), 1)
+    assert cuda.captures == 0
+    monkeypatch.setenv(SWITCH, "1")
+    model = engines_of(lower, exports, "large", tmp_path / "large")
+    runs = [generated(model, 1), generated(model, 1)]  # both caches live, so they are at two addresses
+    steps = len(plain.tokens) - 1
+    assert steps > 2
+    assert cuda.captures == 2
+    assert cuda.launches == 2 * (steps - 1)
+    for run in runs:
+        assert run.tokens == plain.tokens
+        np.testing.assert_array_equal(run.log_prob, plain.log_prob)
+    del runs
+    gc.collect()
+    held = cuda.graphs
+    for seed in range(4):
+        generated(model, seed)
+    gc.collect()
+    assert cuda.graphs <= max(held, MOST_STEPS), "captured steps of old conversations are given back"
+
+
+def test_an_older_view_continued_beside_a_newer_one_keeps_its_rows(
+    lower: Lower, exports: Exports, cuda: stand_in.Cuda, tmp_path: Path
+) -> None:
+    """Captured steps of two branches of one conversation, taken in turns."""
+    model = engines_of(lower, exports, "small", tmp_path / "small")
+    want = Model(exports["small"], spec_from_folder(exports["small"]))
+    results = []
+    for which in (model, want):
+        first = which.decoder.run(which.prompt(asked_about(picture(1))).chunk)
+        branches, logits = [first.cache, first.cache], []
+        for step in range(3):
+            for i, token in ((i, 5 + 15 * i + step) for i in (0, 0, 0, 1, 1)):
+                done = which.decoder.run(Chunk(which.embed_text([token]), np.zeros(1, bool)), branches[i])
+                branches[i] = done.cache
+                logits.append(done.logits)
+        shorter = cut(branches[0], which.spec, branches[0].next_position - 2, which.to_host)
+        again = which.decoder.run(Chunk(which.embed_text([9]), np.zeros(1, bool)), shorter)
+        logits += [again.logits, which.decoder.run(Chunk(which.embed_text([9]), np.zeros(1, bool)), branches[0]).logits]
+        results.append(np.concatenate(logits))
+    assert cuda.launches > 0
+    np.testing.assert_allclose(results[0], results[1], atol=1e-5)
+
+
+def test_a_capture_that_cannot_be_is_said_and_the_steps_run(
+    lower: Lower, exports: Exports, cuda: stand_in.Cuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    wanted = generated(Model(exports["large"], spec_from_folder(exports["large"])), 1)
+    run = stand_in.Context.execute_async_v3
+
+    def waits(context: stand_in.Context, stream: int) -> bool:
+        cuda.cudaStreamSynchronize(stream)
+        return run(context, stream)
+
+    for how, said in (("capturable", "cannot be captured"), ("wait", "cudaStreamEndCapture failed")):
+        model = engines_of(lower, exports, "large", tmp_path / how)
+        decoder = cast(TrtSession, model.session("decoder"))
+        if how == "capturable":
+            monkeypatch.setattr(decoder._engine, "capturable", False)
+        else:  # an engine that waits for the device in the middle of its run
+            monkeypatch.setattr(stand_in.Context, "execute_async_v3", waits)
+        assert generated(model, 1).tokens == wanted.tokens
+        assert capsys.readouterr().err.count(said) == 1
+    assert cuda.launches == 0
+
+
+def test_a_stale_pointer_in_a_capture_would_be_found_out(
+    lower: Lower, exports: Exports, cuda: stand_in.Cuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in tells a right capture from one whose inputs lie elsewhere at the next step."""
+    monkeypatch.setattr(Step, "take", lambda self, inputs: None)
+    wanted = generated(Model(exports["large"], spec_from_folder(exports["large"])), 1)
+    with contextlib.suppress(OperationFailed):  # what was never written may be no number
+        assert generated(engines_of(lower, exports, "large", tmp_path / "large"), 1).log_prob != wanted.log_prob
 
 
 def test_half_precision_engines_take_pixels_as_they_come(
@@ -121,6 +239,9 @@ def test_what_does_not_fit_is_one_sentence(lower: Lower, exports: Exports, cuda:
     decoder = model.session("decoder")
     with pytest.raises(OperationFailed, match="fed wrongly"):
         decoder.run({})
+    cache = empty_cache(model.spec)
+    with pytest.raises(OperationFailed, match=r"take 97 rows of a cache, and .* was built for 96.*--max-length"):
+        with_room(cache, model.spec, decoder, (97,))
     cuda.room = 10
     with pytest.raises(OperationFailed, match="out of memory"):
         Cascade(model, None).ask(picture(1), QUESTION)

@@ -83,9 +83,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     opened: list[Path] = []
     real: Callable[..., Any] = ort_session.OrtSession.__init__
 
-    def noted(self: Any, file: Path, threads: int | None = None) -> None:
+    def noted(self: Any, file: Path, threads: int | None = None, in_place: bool = False) -> None:
         opened.append(Path(file))
-        real(self, file, threads)
+        real(self, file, threads, in_place)
 
     monkeypatch.setattr(ort_session.OrtSession, "__init__", noted)
     return opened

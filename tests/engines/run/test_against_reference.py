@@ -150,7 +150,10 @@ def test_the_large_cache_is_short_behind_the_prune_point(cascade: Cascade) -> No
     assert run.cache.lengths == (len(prompt) + fed, len(prompt) - 64 + 16 + fed)
     assert run.cache.positions[1].tolist() == [*run.kept[0], *range(len(prompt), len(prompt) + fed)]
     shapes = {name: large.to_host(value).shape for name, value in run.cache.values.items()}
-    assert [shapes[f"past_k_{i}"][2] for i in range(3)] == [run.cache.lengths[j] for j in (0, 1, 1)]
+    rooms, lengths = [shapes[f"past_k_{i}"][2] for i in range(3)], [run.cache.lengths[j] for j in (0, 1, 1)]
+    assert (
+        all(room >= length for room, length in zip(rooms, lengths, strict=True)) if run.cache.room else rooms == lengths
+    )
 
 
 def test_a_chunk_on_top_of_a_past_continues_as_one_sequence(cascade: Cascade, tiny_pair: TinyPair) -> None:

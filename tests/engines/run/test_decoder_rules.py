@@ -79,12 +79,28 @@ def test_priority_is_needed_only_where_something_is_pruned() -> None:
 
 
 def test_guidance_is_summed_in_fp32_over_the_visual_rows() -> None:
-    total = GuidanceSum(np.array([1, 3]))
+    total = GuidanceSum(np.array([1, 3]), np.asarray)
     total.add(np.array([9, 1, 9, 2], np.float32))
     total.add(np.array([9, 0.5, 9, 0.25, 9], np.float32))
     assert total.total.tolist() == [1.5, 2.25]
     assert total.total.dtype == np.float32
     assert priority_of_rows(total.total, np.array([0, 1, 0, 1], bool)).tolist() == [0, 1.5, 0, 2.25]
+
+
+def test_guidance_that_is_summed_on_the_device_is_copied_when_it_is_asked_for() -> None:
+    copied: list[object] = []
+
+    def to_host(handle: object) -> np.ndarray:
+        copied.append(handle)
+        return np.array([[9, 1.5, 9, 2.25]], np.float32)
+
+    total = GuidanceSum(np.array([1, 3]), to_host)
+    for handle in ("first", "second"):
+        total.add(handle)
+        assert total.so_far == handle
+    assert not copied
+    assert total.total.tolist() == [1.5, 2.25]
+    assert copied == ["second"]
 
 
 def test_ties_go_to_the_lower_index() -> None:

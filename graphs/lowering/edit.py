@@ -1,0 +1,27 @@
+"""What passes share: nodes put in front of others, constants, and values that take over a name."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+
+def before(node: ir.Node, op_type: str, inputs: list[ir.Value | None], **attributes: object) -> ir.Value:
+    """The one output of a new standard node in front of another."""
+    made = ir.node(op_type, inputs, attributes, num_outputs=1)  # type: ignore[arg-type]
+    assert node.graph is not None
+    node.graph.insert_before(node, made)
+    return made.outputs[0]
+
+
+def constant(node: ir.Node, value: int | list[int] | list[list[int]]) -> ir.Value:
+    """An int64 constant, in front of a node."""
+    return before(node, "Constant", [], value=ir.tensor(value, dtype=ir.DataType.INT64))
+
+
+def takes_over(new: ir.Value, old: ir.Value) -> ir.Value:
+    """``new`` stands wherever ``old`` stood, under its name; ``old`` is left without a use."""
+    name = old.name
+    old.name = f"{name}_lowered"
+    new.name, new.type, new.shape = name, old.type, old.shape
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    return new

@@ -1,0 +1,160 @@
+"""Caches that the CPU writes in place: the numbers of the concatenated ones, no past copied, views that stay.
+
+Here because these exports' heads have widths that GroupQueryAttention takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from engines.bundles.golden import replay
+from engines.cache import SPARE_ROWS, Cache, cut
+from engines.decoder import Chunk, Decoder, Step
+from engines.sessions.ort_session import HostBuffer
+from engines.sessions.session import open_session
+from graphs.errors import OperationFailed
+from graphs.lowering.in_place import CacheInPlace, grouped, refusal
+from graphs.plan import PrunePoint, PruningPlan
+from graphs.spec import spec_from_folder
+from tests.engines.rtx.conftest import Exports
+
+ROLES = ("small", "large")
+
+
+def decoder_of(folder: Path, in_place: bool) -> Decoder:
+    spec = spec_from_folder(folder)
+    session = open_session(folder / spec.stages["decoder"].file, threads=1, in_place=in_place)
+    assert session.form == ("in-place" if in_place else "concat")
+    return Decoder(session, spec)
+
+
+def both(exports: Exports, role: str) -> tuple[Decoder, Decoder]:
+    return decoder_of(exports[role], True), decoder_of(exports[role], False)
+
+
+def fed(decoder: Decoder, rows: int, seed: int, cache: Cache | None, visual: int = 0, **more: Any) -> Step:
+    """Random rows, the first of them visual."""
+    rng = np.random.default_rng(seed)
+    embeds = rng.standard_normal((1, rows, decoder._spec.language.width), np.float32)
+    priority = rng.random(rows, dtype=np.float32) if decoder._spec.plan.uses_priority else None
+    return decoder.run(Chunk(embeds, np.arange(rows) < visual), cache, priority_S=priority, **more)
+
+
+def rows_of(decoder: Decoder, cache: Cache) -> dict[str, np.ndarray]:
+    """The filled rows of every buffer."""
+    of = {
+        f"past_{side}_{i}": j
+        for j, layers in enumerate(decoder._spec.plan.segments(decoder._spec.language.layers))
+        for i in layers
+        for side in "kv"
+    }
+    return {name: decoder._session.to_host(x)[:, :, : cache.lengths[of[name]]] for name, x in cache.values.items()}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_prefill_chunk_decode_growth_and_a_cut_are_those_of_the_concatenated_cache(exports: Exports, role: str) -> None:
+    """Received attention is summed over the steps in the graph, and per step on the host."""
+    mine, theirs = both(exports, role)
+    got, want = (fed(d, 20, 0, None, visual=9, tail=3) for d in (mine, theirs))
+    total = want.received
+    for step in range(1, 9):
+        np.testing.assert_allclose(got.logits, want.logits, atol=2e-5)
+        assert [k.tolist() for k in got.kept] == [k.tolist() for k in want.kept]
+        assert got.cache.lengths == want.cache.lengths
+        ours, plain = rows_of(mine, got.cache), rows_of(theirs, want.cache)
+        assert all(np.abs(ours[name] - plain[name]).max() < 2e-5 for name in ours)
+        if total is not None:
+            received = mine._session.to_host(got.received)[0]
+            np.testing.assert_allclose(received[: len(total)], total, atol=1e-5)
+            assert not received[len(total) :].any()
+        rows = {3: SPARE_ROWS, 6: 5}.get(step, 1)  # one chunk is more than there is room for
+        caches = [got.cache, want.cache]
+        if step == 5:
+            cuts = zip((mine, theirs), caches, strict=True)
+            caches = [cut(c, d._spec, c.next_position - 7, d._session.to_host) for d, c in cuts]
+        got, want = fed(mine, rows, step, caches[0], so_far=got.received), fed(theirs, rows, step, caches[1])
+        if total is not None and step != 5:
+            total = np.pad(total, (0, len(want.received) - len(total))) + want.received
+        elif total is not None:
+            total = np.pad(total[: caches[1].lengths[0]], (0, rows)) + want.received
+
+
+def test_a_step_copies_no_past_row(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, _ = both(exports, "large")
+    step = fed(mine, 20, 0, None, visual=9)
+    monkeypatch.setattr(mine._session, "buffer", lambda *_: pytest.fail("a buffer was made"))
+    for seed in range(5):
+        after = fed(mine, 1, seed, step.cache)
+        assert all(after.cache.values[name] is buffer for name, buffer in step.cache.values.items())
+        assert all(isinstance(buffer, HostBuffer) for buffer in after.cache.values.values())
+        step = after
+
+
+def test_a_view_that_another_one_would_write_over_moves_first(exports: Exports) -> None:
+    mine, theirs = both(exports, "large")
+    results = []
+    for decoder in (mine, theirs):
+        first = fed(decoder, 20, 0, None, visual=9).cache
+        held = {name: rows.copy() for name, rows in rows_of(decoder, first).items()}
+        longer = fed(decoder, 3, 1, first).cache
+        other = fed(decoder, 4, 2, first).cache  # an older view, continued a second time
+        shorter = cut(longer, decoder._spec, longer.next_position - 2, decoder._session.to_host)
+        third = fed(decoder, 2, 3, shorter).cache  # the longer one is still held
+        for name, rows in rows_of(decoder, first).items():
+            np.testing.assert_array_equal(rows, held[name])
+        results.append([rows_of(decoder, view) for view in (longer, other, third)])
+        if decoder is mine:
+            assert longer.room is first.room
+            assert shorter.room is first.room
+            assert other.room is not first.room
+            assert third.room is not first.room
+    for ours, plain in zip(*results, strict=True):
+        assert all(np.abs(ours[name] - plain[name]).max() < 2e-5 for name in ours)
+
+
+def test_a_cut_whose_longer_view_is_gone_is_continued_in_place(exports: Exports) -> None:
+    mine, _ = both(exports, "small")
+    step = fed(mine, 20, 0, None)
+    room = step.cache.room
+    cache = cut(step.cache, mine._spec, step.cache.next_position - 5, mine._session.to_host)
+    del step
+    assert fed(mine, 2, 1, cache).cache.room is room
+
+
+def test_buffers_that_hold_no_numbers_are_left(exports: Exports) -> None:
+    mine, _ = both(exports, "large")
+    step = fed(mine, 20, 0, None, visual=9)
+    bad = Chunk(np.full((1, 2, 64), np.nan, np.float32), np.zeros(2, bool))
+    with pytest.raises(OperationFailed, match="not numbers"):
+        mine.run(bad, step.cache, priority_S=np.zeros(2, np.float32))
+    after = fed(mine, 1, 1, step.cache)
+    assert after.cache.room is not step.cache.room
+    assert np.isfinite(after.logits).all()
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_golden_tensors_agree_in_place(exports: Exports, role: str) -> None:
+    open_in_place: Callable[[Path], Any] = lambda file: open_session(file, threads=1, in_place=True)  # noqa: E731
+    replays = list(replay(exports[role], spec_from_folder(exports[role]), open_in_place))
+    assert {r.case for r in replays if r.stage == "decoder"} == {"prefill", "chunk", "decode"}
+    assert all(r.agrees for r in replays)
+
+
+def test_what_cannot_be_in_place_is_left_or_refused(exports: Exports) -> None:
+    preview = PruningPlan(name="p", points=(PrunePoint(layer=2, score="preview", keep=0.5),))
+    assert "do not enter" in refusal(preview)
+    assert refusal(spec_from_folder(exports["large"]).plan) == ""
+    model = ir.load(exports["large"] / "decoder.onnx")
+    past = next(value for value in model.graph.inputs if value.name == "past_k_1")
+    past.shape = ir.Shape([1, 2, "P_1", 12])
+    assert not grouped(model)
+    past.shape = ir.Shape([1, 2, "T", 16])
+    with pytest.raises(ir.passes.PassError, match="the length of past_k_1 is T"):
+        CacheInPlace("grouped")(model)
+    assert not grouped(ir.load(exports["large"] / "embed.onnx"))
