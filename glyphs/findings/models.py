@@ -3,8 +3,8 @@
 A pruned token's rows are physically gone from a layer on and the others keep their positions. An answer is right
 where every token of it is the most likely one behind the tokens before it, which is when greedy decoding gives it; so
 one pass over question and answer stands for a generation.
-Legend: N questions, B of them in a batch, L layers, R rows, P prefix rows, T tail rows, V visual tokens, K kept ones, G groups
-of guide rows, D width, H heads, d head width, W words of the vocabulary.
+Legend: N questions, B of them in a batch, L layers, R rows, P prefix rows, T tail rows, V visual tokens, K kept ones,
+G groups of guide rows, D width, H heads, d head width, W words of the vocabulary.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Seer:
     def log_probs(self, rows_BRD: torch.Tensor, lines: Lines, part: np.ndarray) -> list[torch.Tensor]:
         """For each line the distributions of its answer's tokens, [n,W], from the rows behind the last layer."""
         tail = max(len(lines.tails[i]) for i in part)
-        logits_BTW = self.hf.lm_head(self.language.norm(rows_BRD[:, -tail:])).float().log_softmax(-1)
+        logits_BTW = self.hf.lm_head(self.language.norm(rows_BRD[:, -tail:])).double().log_softmax(-1)
         return [logits_BTW[b, lines.prompt_rows(i) - 1 : len(lines.tails[i])] for b, i in enumerate(part)]
 
 
