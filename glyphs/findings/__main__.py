@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ SCHEMA = "saccade.findings/1"
     "--small",
     "others",
     multiple=True,
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Checkpoint of the small model by another seed (python -m glyphs.train small --seed 2 --to DIR); repeatable.",
+    type=(int, click.Path(path_type=Path, exists=True, file_okay=False)),
+    metavar="SEED FOLDER",
+    help="The small model of another seed (python -m glyphs.train small --seed 2 --to DIR: 2 DIR/small); repeatable.",
 )
 @click.option("--publish", is_flag=True, help="Write the document and its tables into this source tree.")
-def main(out: Path, questions: int, others: tuple[Path, ...], publish: bool) -> None:
+def main(out: Path, questions: int, others: tuple[tuple[int, Path], ...], publish: bool) -> None:
     """Look for what SGL and STAR found, on the shipped pair."""
     from graphs.versions import require
 
@@ -46,7 +48,7 @@ def main(out: Path, questions: int, others: tuple[Path, ...], publish: bool) -> 
         publish_tables()
 
 
-def findings(out: Path, questions: int, others: tuple[Path, ...] = ()) -> dict[str, Any]:
+def findings(out: Path, questions: int, others: tuple[tuple[int, Path], ...] = ()) -> dict[str, Any]:
     """Compute all of it, or what the folder ``out`` lacks of it, and return the document."""
     import torch
 
@@ -60,11 +62,12 @@ def findings(out: Path, questions: int, others: tuple[Path, ...] = ()) -> dict[s
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     checkpoints = {"large": PAIR / "large", "small": PAIR / "small"}
-    checkpoints |= {f"small, run {i}": folder for i, folder in enumerate(others, 2)}
+    checkpoints |= {f"small, seed {seed}": folder for seed, folder in others}
     with torch.inference_mode():
         work = Work(out, checkpoints, questions)
         small = [name for name in checkpoints if name != "large"]
         models = {name: {"weights_sha256": work.digests[name], **share(work.heard(name).right)} for name in checkpoints}
+        stages = star(work)
         return {
             "schema": SCHEMA,
             "conditions": {"questions": questions, "questions_seed": SEED, **conditions()},
@@ -73,7 +76,7 @@ def findings(out: Path, questions: int, others: tuple[Path, ...] = ()) -> dict[s
             "guidance": guidance(work, small),
             "overlap": overlap(work, small),
             "exits": exits(work, small),
-            "star": star(work),
+            "star": stages,
         }
 
 
@@ -100,7 +103,10 @@ def conditions() -> dict[str, Any]:
 def write(file: Path, document: dict[str, Any]) -> None:
     """Write JSON under a temporary name, then rename."""
     partial = file.with_suffix(".json.partial")
-    partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    text = json.dumps(document, indent=1, ensure_ascii=False)
+    for innermost in (r"\{[^{}\[\]]*\}", r"\[[^{}\[\]]*\]"):
+        text = re.sub(innermost, lambda found: " ".join(found[0].split()), text)
+    partial.write_text(text + "\n", "utf-8")
     partial.replace(file)
 
 

@@ -28,7 +28,7 @@ def check(work: Work, small: str, folder: Path, questions: int = QUESTIONS) -> d
     guidance_NV = source.scores(work)
     cuts = cuts_of(*work.heard("large").received.shape[1::2])[:3]
     questions = min(questions, work.n)
-    far = {"guidance": 0.0, "S_confidence": 0.0, "S_consistency": 0.0}
+    far = {"guidance": 0.0, "S_confidence": 0.0, "S_consistency": 0.0, "guidance of swapped tokens": 0.0}
     answers, pruned, kept = 0, [0] * len(cuts), [0] * len(cuts)
     for i in track(range(questions), f"the same of {questions} questions from saccade.Cascade"):
         question = work.questions[i]
@@ -39,8 +39,12 @@ def check(work: Work, small: str, folder: Path, questions: int = QUESTIONS) -> d
             far[f"S_{name}"] = max(far[f"S_{name}"], abs(value - float(scores[f"S_{name}"][i])))
         for c, cut in enumerate(cuts):
             answer = cascade.answer_large(looked, cut.keep)
-            pruned[c] += (answer.text == question.answer) == source.rights(work, cut)[i]
-            kept[c] += np.array_equal(answer.kept[-1], best_visual(guidance_NV[i : i + 1], cut.count)[0])
+            pruned[c] += (answer.text == question.answer) == bool(source.rights(work, cut)[i])
+            ours = best_visual(guidance_NV[i : i + 1], cut.count)[0]
+            kept[c] += np.array_equal(answer.kept[-1], ours)
+            if len(swapped := np.setxor1d(answer.kept[-1], ours)):
+                gap = float(np.ptp(guidance_NV[i, swapped]))
+                far["guidance of swapped tokens"] = max(far["guidance of swapped tokens"], gap)
     return {
         "questions": questions,
         "small_answers_equal": answers,

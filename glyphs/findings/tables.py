@@ -1,6 +1,6 @@
 """The tables of README.md and docs/findings.md, made from benchmarks/results/findings.json alone.
 
-`python -m glyphs.findings.tables` writes each between its marks, `<!-- findings NAME -->` and `<!-- end -->`.
+`python -m glyphs.findings.tables` writes each between its marks, `<!-- findings NAME -->` and `<!-- end of findings -->`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from glyphs.findings.cells import Document
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "findings.json"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "findings.md")
-BLOCK = re.compile(r"<!-- findings (\w+) -->\n.*?<!-- end -->\n", re.DOTALL)
+BLOCK = re.compile(r"<!-- findings (\w+) -->\n.*?<!-- end of findings -->\n", re.DOTALL)
 TABLES: dict[str, Callable[[Document], list[str]]] = {
     f.__name__: f
     for f in (
@@ -43,7 +43,7 @@ def filled(text: str, document: Document) -> str:
 
     def block(found: re.Match[str]) -> str:
         body = "\n".join(TABLES[found[1]](document))
-        return f"<!-- findings {found[1]} -->\n\n{body}\n\n<!-- end -->\n"
+        return f"<!-- findings {found[1]} -->\n\n{body}\n\n<!-- end of findings -->\n"
 
     return BLOCK.sub(block, text)
 

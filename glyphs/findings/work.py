@@ -63,7 +63,8 @@ class Work:
         lines = self.journal.read_text("utf-8").splitlines() if self.journal.exists() else []
         self.known = {entry["key"]: entry["right"] for entry in map(read_line, lines) if entry}
         if lines and not read_line(lines[-1]):
-            self.journal.open("a").write("\n")
+            with self.journal.open("a", encoding="utf-8") as journal:
+                journal.write("\n")
         self._seers: dict[str, Seer] = {}
         self._heard: dict[str, Heard] = {}
         self._before: dict[tuple[str, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
