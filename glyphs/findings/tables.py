@@ -1,6 +1,6 @@
 """The tables of README.md and docs/findings.md, made from benchmarks/results/findings.json alone.
 
-`python -m glyphs.findings.tables` writes each between its marks, `<!-- findings NAME -->` and `<!-- end of findings -->`.
+`python -m glyphs.findings.tables` writes each between its marks: `<!-- findings NAME -->`, `<!-- end of findings -->`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from glyphs.findings import tables_guidance, tables_rest
 from glyphs.findings.cells import Document
+from graphs.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "findings.json"
@@ -50,6 +51,8 @@ def filled(text: str, document: Document) -> str:
 
 def publish_tables() -> None:
     """Write the blocks of every page from the committed results."""
+    if missing := [page.name for page in PAGES if not page.is_file()]:
+        raise UsageError(f"{missing[0]} is not beside this package, and the tables are its; run this in a source tree")
     document = json.loads(RESULTS.read_text("utf-8"))
     for page in PAGES:
         partial = page.with_suffix(".partial")
