@@ -90,9 +90,9 @@ def tokens_that_differ(small: Model, large: Model) -> str:
     from engines.bundles.pair import Source, tokenizer_parts
 
     files = [model.processor.folder / "tokenizer.json" for model in (small, large)]
-    if small.spec.tokens == large.spec.tokens and all(file.is_file() for file in files):
-        if len({sha256_of(file) for file in files}) == 1:
-            return ""
+    readable = small.spec.tokens == large.spec.tokens and all(file.is_file() for file in files)
+    if readable and len({sha256_of(file) for file in files}) == 1:
+        return ""
     parts_small, parts_large = (tokenizer_parts(Source(model.folder, model.spec)) for model in (small, large))
     ids = ("the vocabulary", "the added tokens", "the image token", "the end tokens")
     return next((part for part in ids if parts_small[part] != parts_large[part]), "")

@@ -66,7 +66,7 @@ class Search:
         done = opened_journal(journal, plan)
         if len(done) == len(data.examples):
             return done
-        with cut_before(self.cascade, self.manifest, self.wanted.checkpoint, layer) as cascade:
+        with cut_before(self.cascade, self.manifest, self.wanted.checkpoint, layer, self.out) as cascade:
             row_of(cascade, data.examples[0], plan, 0)  # so that no question pays for what is done once
             where = "" if layer is None else f", cut before layer {layer}"
             return list(track(rows_of(cascade, data, plan, journal), f"asking{where}", len(data.examples)))
