@@ -77,7 +77,8 @@ def cut_before(
     """Yield the cascade, its large model exported anew where it is cut before another layer.
 
     work: an existing folder for the export, on a disk that has room for the weights once more; what a killed search
-    left there goes. Raises what the export does, by its exit code, and BadArtefact for a checkpoint that is not the bundle's.
+    left there goes. Raises what the export does, by its exit code, and BadArtefact for a checkpoint that is not the
+    bundle's.
     """
     large = cascade.large
     assert large

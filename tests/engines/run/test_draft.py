@@ -144,6 +144,27 @@ def test_pieces_and_json_tell_the_same_answer(saccade_cli: Cli, tiny_bundle: Pat
     assert "".join(stream) == stream.answer.text == told["answer"]
 
 
+def test_who_is_timed_without_the_small_model_gets_no_draft_of_it(
+    tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engines.evaluation import sweep
+    from engines.evaluation.data import data_from_records
+
+    cascade, drafts = tiny_pair.cascade(), []
+    assert cascade.large
+    real = cascade.large.generate
+
+    def noted(*arguments: Any) -> Generation:
+        drafts.append(bool(arguments[4]))
+        return real(*arguments)
+
+    monkeypatch.setattr(cascade.large, "generate", noted)
+    data = data_from_records([{"image": picture_of(0), "question": "red ?", "answer": "3"}], "one")
+    settings = (sweep.Setting((1.0,), None), sweep.Setting((0.25,), "sgl"), sweep.Setting((0.25,), sweep.RANDOM))
+    sweep.row_of(cascade, data.examples[0], sweep.Plan("", data.digest, "cpu", settings, LENGTH, 0), 0)
+    assert drafts == [False, True, False]
+
+
 def test_other_tokenizers_give_no_draft_and_are_named_once(
     tiny_pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
