@@ -29,7 +29,7 @@ from engines.talk.memory import Memory
 from engines.talk.messages import Content, Talk, asked
 from engines.talk.prompt import Prompt
 from graphs.errors import BadArtefact, UsageError
-from graphs.spec import ExportSpec, spec_from_folder
+from graphs.spec import spec_from_folder
 from graphs.talk import say, step
 
 if TYPE_CHECKING:
@@ -70,8 +70,10 @@ class Cascade:
 
         bundle = open_bundle(Path(path), target=target, check="used")
         refuse_what_cannot_fit(bundle)
-        members = {name: (member.folder, member.spec) for name, member in bundle.members.items()}
-        opened = cls._of(members, bundle.threshold, bundle.target, threads)
+        models = {
+            name: Model(m.folder, m.spec, bundle.target, threads, m.engines) for name, m in bundle.members.items()
+        }
+        opened = cls._of(models, bundle.threshold)
         opened.promises = promises_of(bundle)
         if preload:
             opened.preload()
@@ -88,14 +90,11 @@ class Cascade:
         from engines.bundles.pair import Source, members_from_sources
 
         sources = [Source(Path(folder), spec_from_folder(Path(folder))) for folder in folders]
-        members = {name: (s.folder, s.spec) for name, s in members_from_sources(sources).items()}
-        return cls._of(members, threshold, target, threads)
+        models = {name: Model(s.folder, s.spec, target, threads) for name, s in members_from_sources(sources).items()}
+        return cls._of(models, threshold)
 
     @classmethod
-    def _of(
-        cls, members: dict[str, tuple[Path, ExportSpec]], threshold: float, target: str, threads: int | None
-    ) -> Cascade:
-        models = {name: Model(folder, spec, target, threads) for name, (folder, spec) in members.items()}
+    def _of(cls, models: dict[str, Model], threshold: float) -> Cascade:
         if "alone" in models:
             alone = models["alone"]
             return cls(alone, None) if alone.spec.role == "small" else cls(None, alone)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
-from engines.evaluation.commands import METRIC_NAMES, Several, questions_from, questions_option, skip_option
+from engines.evaluation.asked import FORMATS_HELP, Questions, Several, data_options
 from engines.options import KeepRatios, bundle_argument, target_option, threads_option, tokens_option
 from graphs.talk import emit_json, warn
 
 
-@click.command()
+@click.command(epilog=FORMATS_HELP)
 @bundle_argument
 @click.argument("data", metavar="DATA")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Where results go.")
@@ -46,13 +47,9 @@ from graphs.talk import emit_json, warn
     metavar="K[,K…]",
     help="Layers to cut before. [the bundle's, and with --checkpoint 5, 12.5, 25 and 50 % of the depth]",
 )
-@click.option(
-    "--metric", type=click.Choice(METRIC_NAMES), default="exact", show_default=True, help="An answer's worth."
-)
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the split.")
 @tokens_option
-@questions_option
-@skip_option
+@data_options
 @click.option("--json", "as_json", is_flag=True, help="Print one document, saccade.tune/1.")
 @target_option
 @threads_option
@@ -63,8 +60,6 @@ def tune(
     bundle: Path,
     data: str,
     out: Path,
-    questions: int | None,
-    skip_bad: bool,
     as_json: bool,
     target: str | None,
     threads: int | None,
@@ -81,12 +76,14 @@ def tune(
     from engines.tuning.tune import Wanted, doubts, tune_bundle
     from graphs.errors import UsageError
 
-    read = questions_from(data, ctx.obj or {}, asked["metric"], questions, skip_bad)
+    questions = Questions(**{name: asked.pop(name) for name in (field.name for field in fields(Questions))})
+    read = questions.read(data, ctx.obj or {})
     if not read.answered:
         raise UsageError(f"{data} has no answers, so nothing can be said about accuracy; add them to every line")
     for line in read.bad:
         warn(f"left out: {line}")
-    document = tune_bundle(bundle, read, out, Wanted(keeps=keeps or (), layers=layers or (), **asked), target, threads)
+    wanted = Wanted(metric=questions.worth, keeps=keeps or (), layers=layers or (), **asked)
+    document = tune_bundle(bundle, read, out, wanted, target, threads)
     for doubt in doubts(document):
         warn(doubt)
     if as_json:

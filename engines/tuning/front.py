@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from engines.evaluation.metrics import METRICS
-from engines.evaluation.sweep import Row, Setting
+from engines.evaluation.settings import Setting
+from engines.evaluation.sweep import Row
 
+ONLY = "0"  # a journal of several bundles tells their small models apart
 BARS = tuple(round(bar / 50, 2) for bar in range(50))  # 0 always exits
 
 
@@ -81,7 +83,7 @@ def asked_of(
     """Read a journal's rows of one setting. guided: whether pruning needs the small model's pass."""
     value = METRICS[metric].value
     large = [row["large"][setting.name] for row in rows]
-    small = [row["small"] for row in rows if row["small"]]
+    small = [row["small"][ONLY] for row in rows if row["small"]]
     known = [(a["text"], truth) for a, truth in zip(small, truths, strict=False)]
     small_worth_N = np.array([value(*one) for one in known])
     return Asked(
@@ -89,7 +91,7 @@ def asked_of(
         setting,
         np.array([value(a["text"], truth) for a, truth in zip(large, truths, strict=True)]),
         _spent(large),
-        (small_worth_N, _spent(small), np.array([row["score"] for row in rows])) if small else None,
+        (small_worth_N, _spent(small), np.array([answer["score"] for answer in small])) if small else None,
         guided and setting.policy is not None,
     )
 

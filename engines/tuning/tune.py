@@ -15,8 +15,10 @@ from typing import Any
 
 from engines.bundles.manifest import Manifest, manifest_of
 from engines.cascade import Cascade
+from engines.evaluation.contenders import unmetered
 from engines.evaluation.data import Data
-from engines.evaluation.sweep import Plan, Row, Setting, opened_journal, row_of, rows_of, settings_of
+from engines.evaluation.settings import Setting, settings_of
+from engines.evaluation.sweep import Plan, Row, opened_journal, row_of, rows_of
 from engines.tuning.front import Asked, System, asked_of, cheapest, front_of, systems_of
 from engines.tuning.layers import cut_before, layers_to_walk, own_layer
 from graphs.errors import UsageError
@@ -46,6 +48,7 @@ class Wanted:
 class Search:
     """An opened bundle and what its journals are named by."""
 
+    bundle: Path
     cascade: Cascade
     manifest: Manifest
     wanted: Wanted
@@ -55,9 +58,9 @@ class Search:
         """Ask, going on where the journal ends; nothing is exported where it is complete."""
         assert self.cascade.large
         plan = Plan(
-            manifest=f"{self.manifest.sha256}, cut before layer {layer}",
+            manifests=(f"{self.manifest.sha256}, cut before layer {layer}",),
             data=data.digest,
-            target=self.cascade.large.target,
+            targets=(self.cascade.large.target,),
             settings=settings,
             max_new_tokens=self.wanted.max_new_tokens,
             seed=self.wanted.seed,
@@ -67,9 +70,11 @@ class Search:
         if len(done) == len(data.examples):
             return done
         with cut_before(self.cascade, self.manifest, self.wanted.checkpoint, layer, self.out) as cascade:
-            row_of(cascade, data.examples[0], plan, 0)  # so that no question pays for what is done once
+            contenders = [unmetered(self.bundle, self.manifest, cascade)]
+            row_of(contenders, data.examples[0], plan, 0)  # so that no question pays for what is done once
             where = "" if layer is None else f", cut before layer {layer}"
-            return list(track(rows_of(cascade, data, plan, journal), f"asking{where}", len(data.examples)))
+            fresh = rows_of(contenders, data.examples, plan, journal, len(done))
+            return [*done, *track(fresh, f"asking{where}", len(data.examples) - len(done))]
 
 
 def tune_bundle(
@@ -84,13 +89,13 @@ def tune_bundle(
     say(f"{len(tuned_on.examples)} questions to tune on, {len(reported_on.examples)} others to report on")
     manifest = manifest_of(bundle)
     cascade = Cascade.open(bundle, target, threads)
-    pruned = pruned_settings(cascade, wanted.keeps)
+    pruned = pruned_settings(bundle, manifest, cascade, wanted.keeps)
     everything = Setting((1.0,) * len(pruned[0].keep), None)
     layers = layers_to_walk(cascade, wanted.checkpoint, wanted.layers)
     assert cascade.large
     if not wanted.checkpoint:
         say("layers are not walked, for the cut's layer is in the graph; name the large model's --checkpoint for that")
-    search, guided = Search(cascade, manifest, wanted, out), cascade.large.spec.plan.needs_guidance
+    search, guided = Search(bundle, cascade, manifest, wanted, out), cascade.large.spec.plan.needs_guidance
     truths = [example.answers for example in tuned_on.examples]
     asked: list[Asked] = []
     for i, layer in enumerate(layers):
@@ -169,14 +174,17 @@ def write_plan(search: Search, found: System, told: dict[str, Any]) -> Path:
     return path
 
 
-def pruned_settings(cascade: Cascade, keeps: Sequence[tuple[float, ...]]) -> tuple[Setting, ...]:
+def pruned_settings(
+    bundle: Path, manifest: Manifest, cascade: Cascade, keeps: Sequence[tuple[float, ...]]
+) -> tuple[Setting, ...]:
     """The shares to walk, less those that keep everything; UsageError where nothing can be pruned or shares misfit."""
     if not cascade.large or not cascade.large.spec.plan.budgets:
         raise UsageError("this bundle's large model prunes nothing, so there is no plan to tune; build one that prunes")
     points = len(cascade.large.spec.plan.budgets)
     if not keeps and points > 1:
         raise UsageError(f"this plan has {points} prune points; give --keep with a share for each, as 0.5:0.25")
-    settings = settings_of(cascade, list(keeps) or [(share,) for share in KEEPS], [])
+    walked = list(keeps) or [(share,) for share in KEEPS]
+    settings = settings_of([unmetered(bundle, manifest, cascade)], walked, [], [])
     pruned = tuple(setting for setting in settings if setting.policy)
     if not pruned:
         raise UsageError("every share of --keep is 1, so there is nothing to choose from; give one below 1")

@@ -17,10 +17,17 @@ from engines.confidence import consistency_of
 from engines.guidance import priority_of
 from engines.sampling import Options
 from engines.talk.messages import asked
+from engines.trt.bounds import Bounds, profiles_of
+from engines.trt.engine import engine_from_onnx
+from engines.trt.options import lowering_of
+from engines.trt.reading import reading_from
 from exporter.export import export_checkpoint
 from graphs.compare import TOLERANCES
 from graphs.errors import UsageError
+from graphs.lowering.export import lowered_export
 from graphs.policies import plan_of_policy
+from graphs.spec import spec_from_folder
+from plugins.cubin_file import MAGIC
 from tests.families.cases import CASES, PROMPTS, pictures
 from tests.families.conftest import Sample
 from tests.families.reference import guidance_of, pruned_forward
@@ -63,6 +70,28 @@ def embedded(sample: Sample, ids: torch.Tensor, inputs: dict[str, torch.Tensor])
     stack = [torch.zeros_like(embeds).index_put((torch.tensor(0), is_visual.nonzero()[:, 0]), d) for d in deep]
     assert prompt + fed == len(is_visual)
     return embeds, torch.cat([positions, behind], -1), is_visual, stack
+
+
+@pytest.mark.parametrize(("role", "served"), [("small", {"AttentionReceived"}), ("large", {"KeepTopK", "CompactRows"})])
+def test_both_become_engines_whose_kernels_serve(
+    pair: dict[str, Any], tmp_path: Path, role: str, served: set[str]
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    folder: Path = pair[f"{role}_export"]
+    spec = spec_from_folder(folder)
+    lowered = lowered_export(folder, spec, tmp_path, lowering_of("float32", "plugin", "current"), link=True)
+    profiles = profiles_of("decoder", lowered.spec, Bounds(64, 96, 32, 8, 2).fitted(lowered.spec, None))
+    file, ops = lowered.file("decoder"), lowered.ops["decoder"]
+    engine = tmp_path / "decoder.engine"
+    answer = engine_from_onnx(file, engine, sms=[89], profiles=profiles, ops=ops, plugins="python")
+    reading = reading_from(answer["reading"])
+    assert set(ops.values()) == served
+    assert reading.served == dict.fromkeys(ops, "kernel")
+    assert reading.unused == ()
+    assert len(reading.attentions) == spec.language.layers
+    assert all(attention.mask and attention.cache for attention in reading.attentions)
+    assert engine.stat().st_size == answer["bytes"]
+    assert MAGIC in engine.read_bytes()
 
 
 def test_guidance_and_pruned_answer_are_those_of_plain_maps(pair: dict[str, Any]) -> None:

@@ -145,10 +145,13 @@ def test_pieces_and_json_tell_the_same_answer(saccade_cli: Cli, tiny_bundle: Pat
 
 
 def test_who_is_timed_without_the_small_model_gets_no_draft_of_it(
-    tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_pair: TinyPair, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engines.evaluation import sweep
+    from engines.bundles.manifest import manifest_of
+    from engines.evaluation.contenders import unmetered
     from engines.evaluation.data import data_from_records
+    from engines.evaluation.settings import RANDOM, Setting
+    from engines.evaluation.sweep import Plan, row_of
 
     cascade, drafts = tiny_pair.cascade(), []
     assert cascade.large
@@ -160,8 +163,9 @@ def test_who_is_timed_without_the_small_model_gets_no_draft_of_it(
 
     monkeypatch.setattr(cascade.large, "generate", noted)
     data = data_from_records([{"image": picture_of(0), "question": "red ?", "answer": "3"}], "one")
-    settings = (sweep.Setting((1.0,), None), sweep.Setting((0.25,), "sgl"), sweep.Setting((0.25,), sweep.RANDOM))
-    sweep.row_of(cascade, data.examples[0], sweep.Plan("", data.digest, "cpu", settings, LENGTH, 0), 0)
+    settings = (Setting((1.0,), None), Setting((0.25,), "sgl"), Setting((0.25,), RANDOM))
+    plan = Plan(("",), data.digest, ("cpu",), settings, LENGTH, 0)
+    row_of([unmetered(tiny_bundle, manifest_of(tiny_bundle), cascade)], data.examples[0], plan, 0)
     assert drafts == [False, True, False]
 
 

@@ -17,7 +17,7 @@ from engines.bundles.manifest import manifest_of
 from engines.cascade import Cascade
 from engines.evaluation import sweep
 from engines.evaluation.data import data_from_file
-from engines.evaluation.sweep import Setting
+from engines.evaluation.settings import Setting
 from engines.model import Model
 from engines.tuning import layers
 from engines.tuning.front import BARS, Asked, cheapest, front_of, systems_of
@@ -50,9 +50,9 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small pass takes 1 ms, a large one 10 ms times the retention, whatever the machine does."""
     real = sweep._answer_row
 
-    def row(answer: Any, model: str) -> dict[str, Any]:
+    def row(answer: Any, model: str, flops: Any) -> dict[str, Any]:
         ms = 1.0 if model == "small" else 10.0 * answer.average_retention
-        return {**real(answer, model), "milliseconds": {f"{model}_prefill": ms}}
+        return {**real(answer, model, flops), "milliseconds": {f"{model}_prefill": ms}}
 
     monkeypatch.setattr(sweep, "_answer_row", row)
 
@@ -67,12 +67,12 @@ def by_hand(folder: Path, journals: list[str], data: Path) -> dict[tuple[Any, ..
             for bar in (None, *BARS):
                 right, spent = [], []
                 for row, example in zip(rows, tuned_on.examples, strict=True):
-                    exits = bar is not None and row["score"] > bar
-                    said = row["small"] if exits else row["large"][name]
+                    exits = bar is not None and row["small"]["0"]["score"] > bar
+                    said = row["small"]["0"] if exits else row["large"][name]
                     right.append(" ".join(said["text"].split()) in {" ".join(a.split()) for a in example.answers})
                     ms = {**(row["large"][name]["milliseconds"] if not exits else {})}
                     if bar is not None or name != "1":
-                        ms |= row["small"]["milliseconds"]
+                        ms |= row["small"]["0"]["milliseconds"]
                     spent.append(sum(ms.values()))
                 layer = None if name == "1" else int(journal.partition("-")[2])
                 found[layer, float(name.split()[0]), bar] = float(np.mean(right)), float(np.mean(spent))
