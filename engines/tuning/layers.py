@@ -7,12 +7,12 @@ as it was while it is timed) and removed when it has been asked.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from engines.bundles.manifest import Manifest
 from engines.bundles.targets import TARGETS
@@ -26,6 +26,7 @@ from graphs.spec import ExportSpec, spec_from_folder
 from graphs.talk import step
 
 EXPORT = ("-m", "saccade", "export")
+EXPORTED = ".export.partial"
 DEPTHS = (0.05, 0.125, 0.25, 0.5)  # shares of the depth that are tried beside the bundle's own layer
 SAME = ("architecture", "role", "dtype", "language", "grid", "tokens")
 
@@ -70,10 +71,14 @@ def layers_to_walk(cascade: Cascade, checkpoint: Path | None, asked: Sequence[in
 
 
 @contextmanager
-def cut_before(cascade: Cascade, manifest: Manifest, checkpoint: Path | None, layer: int | None) -> Iterator[Cascade]:
+def cut_before(
+    cascade: Cascade, manifest: Manifest, checkpoint: Path | None, layer: int | None, work: Path
+) -> Iterator[Cascade]:
     """Yield the cascade, its large model exported anew where it is cut before another layer.
 
-    Raises what the export does, by its exit code, and BadArtefact for a checkpoint that is not the bundle's.
+    work: an existing folder for the export, on a disk that has room for the weights once more; what a killed search
+    left there goes. Raises what the export does, by its exit code, and BadArtefact for a checkpoint that is not the
+    bundle's.
     """
     large = cascade.large
     assert large
@@ -81,14 +86,19 @@ def cut_before(cascade: Cascade, manifest: Manifest, checkpoint: Path | None, la
         yield cascade
         return
     assert checkpoint
-    with TemporaryDirectory(prefix="saccade-tune-") as held:
-        folder = Path(held) / "large"
+    held = work / EXPORTED
+    shutil.rmtree(held, ignore_errors=True)
+    try:
+        held.mkdir()
+        folder = held / "large"
         plan = document_of(large.spec.plan, large.spec.plan.name, [1.0] * len(large.spec.plan.budgets), layer)
         with step(f"exporting {checkpoint} with its cut before layer {layer}"):
-            export(checkpoint, folder, plan, large.spec, Path(held) / "plan.toml")
+            export(checkpoint, folder, plan, large.spec, held / "plan.toml")
         spec = spec_from_folder(folder)
         refuse_another(checkpoint, folder, spec, large.spec, manifest)
         yield Cascade(cascade.small, Model(folder, spec, large.target, large.threads), cascade.threshold)
+    finally:
+        shutil.rmtree(held, ignore_errors=True)
 
 
 def export(checkpoint: Path, out: Path, plan: PlanDocument, like: ExportSpec, file: Path) -> None:

@@ -69,7 +69,7 @@ class Search:
         done = opened_journal(journal, plan)
         if len(done) == len(data.examples):
             return done
-        with cut_before(self.cascade, self.manifest, self.wanted.checkpoint, layer) as cascade:
+        with cut_before(self.cascade, self.manifest, self.wanted.checkpoint, layer, self.out) as cascade:
             contenders = [unmetered(self.bundle, self.manifest, cascade)]
             row_of(contenders, data.examples[0], plan, 0)  # so that no question pays for what is done once
             where = "" if layer is None else f", cut before layer {layer}"

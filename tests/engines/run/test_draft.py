@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engines.cache import Cache
 from engines.cascade import Cascade
 from engines.draft import drafted_by
 from engines.generate import Generation
@@ -18,7 +19,7 @@ from engines.guidance import priority_of
 from engines.model import Model
 from engines.sampling import Options
 from graphs.errors import UsageError
-from graphs.spec import spec_from_folder
+from graphs.spec import past_names, spec_from_folder
 from tests.conftest import Outcome
 from tests.engines.run.conftest import TinyPair, picture_of, question_of
 
@@ -40,6 +41,13 @@ def finished(large: Model, seed: int, options: Options, draft: Sequence[int] = (
     return large.generate(prompt, options, KEEP, priority_of(prompt, guidance), draft).finish()
 
 
+def rows_of(model: Model, cache: Cache) -> dict[str, np.ndarray]:
+    """What a cache holds, without the room behind its rows that a buffer may have."""
+    segments = zip(cache.lengths, model.spec.plan.segments(model.spec.language.layers), strict=True)
+    lengths = {name: length for length, segment in segments for layer in segment for name in past_names(layer)}
+    return {name: model.to_host(value)[:, :, : lengths[name]] for name, value in cache.values.items()}
+
+
 def assert_same(got: Generation, wanted: Generation, large: Model) -> None:
     assert got.tokens == wanted.tokens
     assert (got.text, got.stopped, got.seed) == (wanted.text, wanted.stopped, wanted.seed)
@@ -52,8 +60,8 @@ def assert_same(got: Generation, wanted: Generation, large: Model) -> None:
     assert wanted.cache
     assert got.cache.lengths == wanted.cache.lengths
     assert got.cache.next_position == wanted.cache.next_position
-    for name, value in wanted.cache.values.items():
-        np.testing.assert_allclose(large.to_host(got.cache.values[name]), large.to_host(value), atol=1e-4)
+    for name, value in rows_of(large, wanted.cache).items():
+        np.testing.assert_allclose(rows_of(large, got.cache)[name], value, atol=1e-4)
 
 
 WRITING = {
@@ -142,6 +150,31 @@ def test_pieces_and_json_tell_the_same_answer(saccade_cli: Cli, tiny_bundle: Pat
     assert told["draft"].keys() == {"tokens", "accepted", "steps_saved"}
     stream = Cascade.open(tiny_bundle).stream(image_file, "which digit ?", threshold=1, max_new_tokens=LENGTH)
     assert "".join(stream) == stream.answer.text == told["answer"]
+
+
+def test_who_is_timed_without_the_small_model_gets_no_draft_of_it(
+    tiny_pair: TinyPair, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engines.bundles.manifest import manifest_of
+    from engines.evaluation.contenders import unmetered
+    from engines.evaluation.data import data_from_records
+    from engines.evaluation.settings import RANDOM, Setting
+    from engines.evaluation.sweep import Plan, row_of
+
+    cascade, drafts = tiny_pair.cascade(), []
+    assert cascade.large
+    real = cascade.large.generate
+
+    def noted(*arguments: Any) -> Generation:
+        drafts.append(bool(arguments[4]))
+        return real(*arguments)
+
+    monkeypatch.setattr(cascade.large, "generate", noted)
+    data = data_from_records([{"image": picture_of(0), "question": "red ?", "answer": "3"}], "one")
+    settings = (Setting((1.0,), None), Setting((0.25,), "sgl"), Setting((0.25,), RANDOM))
+    plan = Plan(("",), data.digest, ("cpu",), settings, LENGTH, 0)
+    row_of([unmetered(tiny_bundle, manifest_of(tiny_bundle), cascade)], data.examples[0], plan, 0)
+    assert drafts == [False, True, False]
 
 
 def test_other_tokenizers_give_no_draft_and_are_named_once(

@@ -157,6 +157,7 @@ def test_another_layer_is_another_export(
     for layer in (1, 2):
         rows = [json.loads(line) for line in (out / f"layer-{layer}.jsonl").read_text().splitlines()[1:]]
         assert {row["large"]["0.25 sgl"]["retention"] for row in rows} == {(layer + (3 - layer) * 0.25) / 3}
+    assert not list(out.glob(".*")), "the export is removed when it has been asked"
     assert told.stderr.count("exporting") == 2 + 2 * ((document["chosen"] or {}).get("layer") == 2)
 
 
