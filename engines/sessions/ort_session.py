@@ -12,6 +12,7 @@ from engines.sessions.session import Value
 from graphs.errors import BadArtefact, OperationFailed, SaccadeError
 
 ERRORS_ONLY = 3
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class OrtSession:
@@ -44,7 +45,21 @@ class OrtSession:
         self._inputs = {i.name for i in self._session.get_inputs()}
 
     def _opened(self, options: ort.SessionOptions) -> ort.InferenceSession:
-        return ort.InferenceSession(str(self._file), options, providers=["CPUExecutionProvider"])
+        """Weights stay in their file, mapped: ONNX Runtime would transpose and pack them into memory of its own."""
+        import onnx_ir as ir
+
+        from graphs.lowering.host import PACKED, mapped
+
+        model = ir.load(self._file)
+        source: str | bytes = str(self._file)
+        if PACKED in model.metadata_props:
+            in_place = model.metadata_props[PACKED] == "fp32"
+        elif in_place := mapped(model):
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(self._file.parent))
+            source = ir.serde.serialize_model(model).SerializeToString()
+        if in_place:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
     def run(
         self, feeds: Mapping[str, Value], host: Collection[str] = (), device: Collection[str] = ()

@@ -4,8 +4,8 @@ Legend: N outputs, K inputs of a layer.
 
     y = MatMul(x, Transpose(W)),  W [N,K]   →   y = FusedMatMul(x, W, transB=1)
 
-Source: ONNX Runtime's com.microsoft::FusedMatMul. Its own optimiser folds the transpose first, which is a second copy of
-every weight in memory and most of the time it takes to open a graph.
+Source: ONNX Runtime's com.microsoft::FusedMatMul. Its own optimiser folds the transpose first, which is a second copy
+of every weight in memory and most of the time it takes to open a graph.
 """
 
 from __future__ import annotations

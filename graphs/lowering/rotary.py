@@ -94,14 +94,16 @@ def _join(node: ir.Node) -> bool:
     assert graph is not None
     old = list(node.inputs[:3])
     heads = []
-    for i, (x, rotary, count) in enumerate(sources):  # type: ignore[misc]
+    for i, source in enumerate(sources):
+        x, rotary, count = source  # type: ignore[misc]
         heads.append(count)
-        if rotary is not None:
-            new = ir.node("RotaryEmbedding", [x, *rotary.inputs[1:]], {"num_heads": count})
-            new.outputs[0].type, new.name = x.type, f"{rotary.name}_together"
-            graph.insert_before(node, new)
-            x = new.outputs[0]
-        node.replace_input_with(i, x)
+        if rotary is None:
+            node.replace_input_with(i, x)
+            continue
+        new = ir.node("RotaryEmbedding", [x, *rotary.inputs[1:]], {"num_heads": count})
+        new.outputs[0].type, new.name = x.type, f"{rotary.name}_together"
+        graph.insert_before(node, new)
+        node.replace_input_with(i, new.outputs[0])
     node.attributes["q_num_heads"] = ir.AttrInt64("q_num_heads", heads[0])
     node.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", heads[1])
     node.outputs[0].shape = merged.outputs[0].shape
