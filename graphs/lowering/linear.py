@@ -46,6 +46,12 @@ def is_stored_matrix(value: ir.Value) -> bool:
     return value.is_initializer() and isinstance(held, ir.ExternalTensor) and len(held.shape) == 2
 
 
+def sizes_of(weight: ir.Value) -> tuple[int, ...]:
+    """The axes of a stored weight."""
+    assert weight.const_value is not None
+    return tuple(int(size) for size in weight.const_value.shape.numpy())
+
+
 def replace(old: ir.Node, new: ir.Node) -> None:
     """Put ``new`` in the place of ``old``, under its names; nodes that only fed ``old`` are removed with it."""
     graph = old.graph

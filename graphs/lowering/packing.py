@@ -11,6 +11,7 @@ int8, int4: ``graphs.lowering.quantised``, tables included; norms, biases and co
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -21,7 +22,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from graphs.errors import OperationFailed
 from graphs.lowering.derived import CHUNK, DerivedWeights, Pieces
 from graphs.lowering.host import PACKED, one_node_each
-from graphs.lowering.linear import WeightsAsStored, is_stored_matrix, replace, stored_weight
+from graphs.lowering.linear import WeightsAsStored, is_stored_matrix, replace, sizes_of, stored_weight
 from graphs.lowering.precision import Precision
 from graphs.lowering.quantised import Bits, Quantise, Rows, initializer
 
@@ -73,7 +74,7 @@ class Packing:
             weight = stored_weight(node)
             if weight is None or _place(weight) in self._tables:
                 continue
-            n, k = (int(d) for d in weight.const_value.shape)  # type: ignore[union-attr]
+            n, k = sizes_of(weight)
             if n > k:
                 shape, name = (k, n), f"{weight.name}.turned"
                 held = self._sources[_place(weight)]
@@ -87,16 +88,10 @@ class Packing:
             tensor = value.const_value
             if not isinstance(tensor, ir.ExternalTensor) or tensor.location == self.weights.file:
                 continue
-            shape = tuple(int(d) for d in tensor.shape)
-            name, place = str(value.name), _place(value)
-            rows = self.rows_of(value)
-            first = shape[0] if shape else 1
+            shape = sizes_of(value)
+            steps = partial(_in_steps, self.rows_of(value), shape[0] if shape else 1, tensor.size)
             value.const_value = self.weights.place(
-                (*place, "kept"),
-                name,
-                tensor.dtype,
-                shape,
-                lambda rows=rows, n=first, s=tensor.size: _in_steps(rows, n, s),
+                (*_place(value), "kept"), str(value.name), tensor.dtype, shape, steps
             )
 
     def rows_of(self, weight: ir.Value) -> Rows:
@@ -137,7 +132,7 @@ def _table(node: ir.Node) -> ir.Value | None:
 
 def _turned(held: ir.ExternalTensor) -> Pieces:
     def pieces() -> Iterator[np.ndarray]:
-        n, k = (int(d) for d in held.shape)
+        n, k = held.shape.numpy()
         step = max(1, CHUNK // n)
         for first in range(0, k, step):
             yield np.asarray(_mapped(held)[:, first : first + step], np.float32).T
@@ -153,4 +148,4 @@ def _in_steps(rows: Rows, count: int, size: int) -> Iterator[np.ndarray]:
 
 def _mapped(held: ir.ExternalTensor) -> np.ndarray:
     """A weight's values, mapped until they are read no more: the tensor's own map would stay, with all its pages."""
-    return np.memmap(held.path, held.dtype.numpy(), "r", held.offset or 0, tuple(int(d) for d in held.shape))
+    return np.memmap(held.path, np.dtype(held.dtype.numpy()), "r", held.offset or 0, held.shape.numpy())

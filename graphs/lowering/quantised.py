@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphs.lowering.derived import CHUNK, DerivedWeights
-from graphs.lowering.linear import MICROSOFT, is_stored_matrix, replace, stored_weight
+from graphs.lowering.linear import MICROSOFT, is_stored_matrix, replace, sizes_of, stored_weight
 
 ACCURACY_LEVEL = 4
 SMALLEST_BLOCK = 16  # of both ops
@@ -89,7 +89,7 @@ class Quantise(ir.passes.InPlacePass):
             return False
         weight = node.inputs[1]
         plain = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
-        if weight is None or not is_stored_matrix(weight) or not plain or node.attributes.get_int("transA", 0):
+        if weight is None or not is_stored_matrix(weight) or not plain or node.attributes.get_int("transA"):
             return False
         product = self._product(model, node.inputs[0], weight)
         bias = node.inputs[2] if len(node.inputs) > 2 else None
@@ -104,10 +104,10 @@ class Quantise(ir.passes.InPlacePass):
         return True
 
     def _product(self, model: ir.Model, x: ir.Value | None, weight: ir.Value) -> ir.Node:
-        n, k = weight.const_value.shape  # type: ignore[union-attr]
-        block = self.layers.block_of(int(k))
+        n, k = sizes_of(weight)
+        block = self.layers.block_of(k)
         q, s = self._placed(model, weight, flat=False)
-        attributes = {"K": int(k), "N": int(n), "bits": self.layers.bits, "block_size": block}
+        attributes = {"K": k, "N": n, "bits": self.layers.bits, "block_size": block}
         return ir.node("MatMulNBits", [x, q, s], attributes | {"accuracy_level": ACCURACY_LEVEL}, domain=MICROSOFT)
 
     def _table(self, model: ir.Model, node: ir.Node) -> bool:
@@ -116,7 +116,7 @@ class Quantise(ir.passes.InPlacePass):
         table = node.inputs[0]
         if table is None or not is_stored_matrix(table):
             return False
-        width = int(table.const_value.shape[1])  # type: ignore[union-attr, arg-type]
+        width = sizes_of(table)[1]
         block = self.layers.block_of(width)
         if width % block:
             return False  # the op has no padded blocks
@@ -128,7 +128,7 @@ class Quantise(ir.passes.InPlacePass):
     def _placed(self, model: ir.Model, weight: ir.Value, *, flat: bool) -> tuple[ir.Value, ir.Value]:
         held = weight.const_value
         assert isinstance(held, ir.ExternalTensor)
-        (n, k), bits = (int(d) for d in held.shape), self.layers.bits
+        (n, k), bits = sizes_of(weight), self.layers.bits
         block = self.layers.block_of(k)
         blocks, stored = -(-k // block), block * bits // 8
         place = (str(held.path), held.offset)

@@ -34,41 +34,37 @@ class OneRotary(ir.passes.InPlacePass):
 
 def _rotation(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
     """x [B,H,S,d] and the angles' halves cos, sin [B,S,d/2] of an Add that rotates; None for others."""
-    if not _is(node, "Add"):
+    if node.op_type != "Add" or node.domain:
         return None
-    straight, turned = (value.producer() if value else None for value in node.inputs)
-    if not _is(straight, "Mul") or not _is(turned, "Mul"):
+    straight, turned = (_made(value, "Mul") for value in node.inputs)
+    if straight is None or turned is None:
         return None
-    if not _is(_maker(turned.inputs[0]), "Concat"):
+    if _made(turned.inputs[0], "Concat") is None:
         straight, turned = turned, straight
-    x, cos = straight.inputs
-    halves, sin = turned.inputs
-    joined = _maker(halves)
-    cos_half, sin_half = _half(cos), _half(sin)
-    if x is None or cos_half is None or sin_half is None or not _is(joined, "Concat") or len(joined.inputs) != 2:
+    x, joined = straight.inputs[0], _made(turned.inputs[0], "Concat")
+    cos, sin = _half(straight.inputs[1]), _half(turned.inputs[1])
+    if x is None or cos is None or sin is None or joined is None or len(joined.inputs) != 2:
         return None
-    negative, first = (_maker(value) for value in joined.inputs)
-    second = _maker(negative.inputs[0]) if _is(negative, "Neg") else None
-    if not (_is(first, "Slice") and _is(second, "Slice") and first.inputs[0] is x and second.inputs[0] is x):
+    negative, first = _made(joined.inputs[0], "Neg"), _made(joined.inputs[1], "Slice")
+    second = _made(negative.inputs[0], "Slice") if negative else None
+    if first is None or second is None or not first.inputs[0] is second.inputs[0] is x:
         return None
-    width = x.shape[-1] if x.shape is not None else None
-    if len(x.shape or ()) != 4 or not isinstance(width, int):
+    width = x.shape[-1] if x.shape is not None and len(x.shape) == 4 else None
+    if not isinstance(width, int) or _bounds(first) != (0, width // 2) or _bounds(second)[0] != width // 2:
         return None
-    if _bounds(first) != (0, width // 2) or _bounds(second)[0] != width // 2:
-        return None
-    return x, cos_half, sin_half
+    return x, cos, sin
 
 
 def _half(value: ir.Value | None) -> ir.Value | None:
     """a [B,S,d/2] of Unsqueeze(Concat(a, a), 1)."""
-    outer = _maker(value)
-    if not _is(outer, "Unsqueeze") or _ints(outer.inputs[1]) != [1]:
+    outer = _made(value, "Unsqueeze")
+    if outer is None or _ints(outer.inputs[1]) != [1]:
         return None
-    joined = _maker(outer.inputs[0])
-    if not _is(joined, "Concat") or len(joined.inputs) != 2 or joined.inputs[0] is not joined.inputs[1]:
+    joined = _made(outer.inputs[0], "Concat")
+    if joined is None or len(joined.inputs) != 2 or joined.inputs[0] is not joined.inputs[1]:
         return None
     half = joined.inputs[0]
-    return half if half is not None and len(half.shape or ()) == 3 else None
+    return half if half is not None and half.shape is not None and len(half.shape) == 3 else None
 
 
 class HeadsTogether(ir.passes.InPlacePass):
@@ -78,24 +74,24 @@ class HeadsTogether(ir.passes.InPlacePass):
         """Rewrite in place."""
         changed = False
         for node in list(model.graph.all_nodes()):
-            if _is(node, "Attention") and len(node.outputs) > 1:
+            if node.op_type == "Attention" and not node.domain and len(node.outputs) > 1:
                 changed |= _join(node)
         return ir.passes.PassResult(model, changed)
 
 
 def _join(node: ir.Node) -> bool:
     """Rewrite one attention, all of its three inputs and its output or nothing."""
-    sources = [_together(value) for value in node.inputs[:3]]
+    sources = [source for value in node.inputs[:3] if (source := _together(value)) is not None]
     out = _only_user(node.outputs[0])
-    merged = _only_user(out.outputs[0]) if _is(out, "Transpose") and _perm(out) == [0, 2, 1, 3] else None
-    if not _is(merged, "Reshape") or any(source is None for source in sources):
+    turned = out is not None and out.op_type == "Transpose" and _perm(out) == [0, 2, 1, 3]
+    merged = _only_user(out.outputs[0]) if out is not None and turned else None
+    if merged is None or merged.op_type != "Reshape" or len(sources) != 3:
         return False
     graph = node.graph
     assert graph is not None
     old = list(node.inputs[:3])
     heads = []
-    for i, source in enumerate(sources):
-        x, rotary, count = source  # type: ignore[misc]
+    for i, (x, rotary, count) in enumerate(sources):
         heads.append(count)
         if rotary is None:
             node.replace_input_with(i, x)
@@ -114,24 +110,22 @@ def _join(node: ir.Node) -> bool:
 
 def _together(value: ir.Value | None) -> tuple[ir.Value, ir.Node | None, int] | None:
     """x [B,S,H·d] behind a split value, the rotation on the way where there is one, and H."""
-    maker = _maker(value)
-    rotary = maker if _is(maker, "RotaryEmbedding") else None
-    turned = _maker(rotary.inputs[0]) if rotary else maker
-    if not _is(turned, "Transpose") or _perm(turned) != [0, 2, 1, 3]:
+    rotary = _made(value, "RotaryEmbedding")
+    turned = _made(rotary.inputs[0] if rotary else value, "Transpose")
+    if turned is None or _perm(turned) != [0, 2, 1, 3]:
         return None
-    split, heads = _maker(turned.inputs[0]), turned.outputs[0].shape
-    if not _is(split, "Reshape") or heads is None or not isinstance(heads[1], int):
+    split, heads = _made(turned.inputs[0], "Reshape"), turned.outputs[0].shape
+    count = heads[1] if heads is not None else None
+    x = split.inputs[0] if split else None
+    if x is None or x.shape is None or len(x.shape) != 3 or not isinstance(count, int):
         return None
-    x = split.inputs[0]
-    return (x, rotary, heads[1]) if x is not None and len(x.shape or ()) == 3 else None
+    return x, rotary, count
 
 
-def _is(node: ir.Node | None, op_type: str) -> bool:
-    return node is not None and node.domain == "" and node.op_type == op_type
-
-
-def _maker(value: ir.Value | None) -> ir.Node | None:
-    return value.producer() if value is not None else None
+def _made(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The standard node of a type that makes a value."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.domain == "" and node.op_type == op_type else None
 
 
 def _only_user(value: ir.Value) -> ir.Node | None:
