@@ -10,7 +10,7 @@ import os
 from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from engines.bundles.manifest import MANIFEST_FILE, REBUILD, EngineEntry, FileEntry, Manifest, manifest_of
@@ -106,6 +106,9 @@ def _used(manifest: Manifest, target: str, file: str) -> bool:
     """Whether a target reads a file: its own engines, or the shared graphs and weights, and all that is small."""
     if not file.endswith(HEAVY):
         return True
+    own = tuple(f"{m.folder}/{target}/" for m in manifest.members.values())
+    if any(m.targets[target].precision for m in manifest.members.values()):
+        return file.startswith(own)
     others = [f"{m.folder}/{name}/" for m in manifest.members.values() for name in manifest.targets if name != target]
     return not file.startswith(tuple(others)) and (not manifest.engines(target) or file.endswith(ENGINE_SUFFIX))
 
@@ -171,7 +174,7 @@ def _check_external_data(path: Path, members: dict[str, Member], readable: set[s
                 continue  # an engine holds its weights
             stage = stage_from_folder(member.folder, member.spec, name)
             for location in {c.location for c in constants_of(stage) if c.location is not None}:
-                at = path_inside(member.folder, location)
+                at = path_inside(member.folder, (PurePosixPath(interface.file).parent / location).as_posix())
                 if at is None or at.relative_to(path).as_posix() not in readable:
                     raise BadArtefact(
                         f"{member.folder / stage.interface.file} reads {location!r}, which is no file of the bundle; "

@@ -67,7 +67,7 @@ def check(folder: Path, as_json: bool) -> None:
 @click.option("--threshold", type=float, help="Score above which the small model's answer stands. [default: 0.9]")
 @click.option("--overwrite", is_flag=True, help="Replace an older bundle.")
 @click.option("--sm", "sms", type=int, multiple=True, metavar="SM", help="rtx: compute capability, as 89; repeatable.")
-@click.option("--precision", metavar="P", help="rtx: fp16, bf16 or fp32. [the export's]")
+@click.option("--precision", metavar="P", help="cpu: fp32, int8 or int4; rtx: fp16, bf16 or fp32. [the export's]")
 @click.option("--ops", metavar="HOW", help="rtx: plugin or body, what serves the ops that have a kernel. [body]")
 @click.option("--max-prompt", type=int, metavar="N", help="rtx: rows of one chunk. [2048, or what the model has]")
 @click.option("--max-length", type=int, metavar="N", help="rtx: rows of a cache. [4096, or what the model has]")
@@ -85,11 +85,14 @@ def build(
     **of_engines: Any,
 ) -> None:
     """Turn a SMALL and a LARGE export (in any order), or one export alone, into a bundle for one target or several."""
-    from engines.bundles.build import build_bundle
+    from engines.bundles.build import build_bundle, split_precision
     from graphs.talk import say
 
+    packed, of_engines["precision"] = split_precision(targets, of_engines["precision"])
     options = _engine_options(**of_engines)
-    manifest = build_bundle(folders, out, target=targets, threshold=threshold, overwrite=overwrite, engines=options)
+    manifest = build_bundle(
+        folders, out, target=targets, threshold=threshold, overwrite=overwrite, engines=options, precision=packed
+    )
     for name, member in manifest.members.items():
         for target, entry in member.targets.items():
             for op, by in entry.ops.items():
@@ -141,6 +144,7 @@ def verify(bundle: Path, target: str | None, as_json: bool) -> None:
 
     from engines.bundles.bundle import open_bundle
     from engines.bundles.golden import refuse_disagreement, replay
+    from engines.bundles.losses import replay_with_losses
     from engines.sessions.session import open_session
     from engines.words import replays_in_words
 
@@ -150,7 +154,12 @@ def verify(bundle: Path, target: str | None, as_json: bool) -> None:
     replays = {}
     for name, member in opened.members.items():
         with step(f"golden replay of the {name} model"):
-            replays[name] = list(replay(member.folder, member.spec, open_stage))
+            losses = opened.manifest.members[name].targets[opened.target].losses  # type: ignore[index]
+            replays[name] = list(
+                replay_with_losses(member.folder, member.spec, losses, open_stage)
+                if losses
+                else replay(member.folder, member.spec, open_stage)
+            )
     if as_json:
         models = {name: [replayed.document() for replayed in of_one] for name, of_one in replays.items()}
         emit_json({"schema": "saccade.verify/1", "bundle": bundle, "target": opened.target, "models": models})

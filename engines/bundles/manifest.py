@@ -74,11 +74,28 @@ class Footprint(Record):
         return self.weight_bytes + self.cache_bytes + sum(self.activation_bytes.values())
 
 
+class Loss(Record):
+    """How far one golden output is from its reference in a narrower precision.
+
+    max_error, mean_error: of |got − wanted|, as a share of the largest wanted magnitude. top1: share of logit rows
+    whose first token is the same. overlap: for kept rows, the share in common.
+    """
+
+    stage: str
+    case: str
+    tensor: str
+    max_error: float = 0.0
+    mean_error: float = 0.0
+    top1: float | None = None
+    overlap: float | None = None
+
+
 class TargetEntry(Record):
     """One model on one target.
 
     spec: its spec.json and stages[…].file: its stages, both below the model's folder; targets that run graphs share
-    them. ops: for each op of the plan whether a kernel or the body serves it.
+    them. ops: for each op of the plan whether a kernel or the body serves it. precision: of packed stages (fp32, int8,
+    int4), with what quantising costs; '' where the canonical stages are run.
     """
 
     spec: str
@@ -87,6 +104,8 @@ class TargetEntry(Record):
     ops: dict[str, Served]
     weight_bytes: int
     engines: dict[str, EngineEntry] = {}
+    precision: str = ""
+    losses: tuple[Loss, ...] = ()
     footprint: Footprint
 
 

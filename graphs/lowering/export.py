@@ -65,7 +65,7 @@ def lowered_export(
         weight_bytes[name] = sum(int(t.nbytes) for t in external)
         ops[name] = {str(n.name): n.op_type for n in model.graph.all_nodes() if n.domain}
         ir.save(model, out / stage.file)
-        stages[name] = _retyped(stage, model)
+        stages[name] = retyped(stage, model)
     link = link and not weights.is_needed  # one folder has all of them
     for location in sorted(kept):
         _place(folder, location, out, link)
@@ -77,7 +77,7 @@ def lowered_export(
     return LoweredExport(out, lowered, folder if link else out, weight_bytes, ops)
 
 
-def _retyped(stage: StageSpec, model: ir.Model) -> StageSpec:
+def retyped(stage: StageSpec, model: ir.Model) -> StageSpec:
     """A stage's interface with the types of its lowered graph."""
     types = {v.name: DTYPES[v.dtype] for v in (*model.graph.inputs, *model.graph.outputs) if v.dtype in DTYPES}
 
