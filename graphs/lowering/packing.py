@@ -5,7 +5,8 @@ Legend: N outputs, K inputs of a layer.
 fp32: a weight [N,K] with N > K is stored turned, [K,N], else as the checkpoint has it; what is an embedding table too
 stays as it is, so that both are one. Read in place, decode is then within 5 % of what ONNX Runtime's own packed copies
 reach, which take as much memory again and are made at every open (benchmarks/LOG-cpu.md).
-int8, int4: ``graphs.lowering.quantised``, tables included; norms, biases and convolutions stay fp32.
+int8, int4: ``graphs.lowering.quantised``, tables included; norms, biases and convolutions stay fp32. Of int4, the
+vision tower, the embedding table and the head are int8: they are few bytes and most of the error.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from graphs.lowering.quantised import Bits, Quantise, Rows, initializer
 
 HostPrecision = Literal["fp32", "int8", "int4"]
 PRECISIONS: tuple[HostPrecision, ...] = get_args(HostPrecision)
-BITS = {"int8": Bits(8, 128), "int4": Bits(4, 64)}
+INT8 = Bits(8, 128)
+BITS = {"int8": INT8, "int4": Bits(4, 64)}
+HEAD, TOWER = "logits", "visual_embeds"  # the outputs that tell the decoder and the vision stage
 Place = tuple[str, int]
 
 
@@ -61,7 +64,10 @@ class Packing:
             Precision(ir.DataType.FLOAT, _claimed)(model)
         self._tables |= {_place(table) for node in model.graph.all_nodes() if (table := _table(node)) is not None}
         if self.precision in BITS:
-            Quantise(BITS[self.precision], self.weights, self.rows_of)(model)
+            wide = self._tables | _heads(model)
+            tower = any(output.name == TOWER for output in model.graph.outputs)
+            layers = INT8 if tower else BITS[self.precision]
+            Quantise(self.weights, lambda w: INT8 if _place(w) in wide else layers, self.rows_of)(model)
         else:
             self._turn(model)
         one_node_each(model)
@@ -128,6 +134,14 @@ def _table(node: ir.Node) -> ir.Value | None:
     """The stored matrix whose rows a node gathers."""
     table = node.inputs[0] if node.op_type == "Gather" and node.inputs else None
     return table if table is not None and is_stored_matrix(table) else None
+
+
+def _heads(model: ir.Model) -> set[Place]:
+    """The weight whose product is the logits, a cast behind it or not."""
+    outputs = [output.producer() for output in model.graph.outputs if output.name == HEAD]
+    cast = [node.inputs[0] for node in outputs if node is not None and node.op_type == "Cast"]
+    nodes = [*outputs, *(value.producer() for value in cast if value is not None)]
+    return {_place(weight) for node in nodes if node is not None and (weight := stored_weight(node)) is not None}
 
 
 def _turned(held: ir.ExternalTensor) -> Pieces:

@@ -30,14 +30,15 @@ Rows = Callable[[int, int], np.ndarray]
 
 @dataclass(frozen=True)
 class Bits:
-    """bits: 4 or 8. block: values that share a scale; shorter rows have shorter blocks."""
+    """bits: 4 or 8. block: the most values that share a scale."""
 
     bits: int
     block: int
 
     def block_of(self, width: int) -> int:
-        """The block of a row of ``width`` values: a power of two, at most as long as the row needs."""
-        return max(SMALLEST_BLOCK, min(self.block, 1 << (width - 1).bit_length()))
+        """The block of a row of ``width`` values: a power of two that divides it, else one that pads it."""
+        divisor = min(self.block, width & -width)
+        return divisor if divisor >= SMALLEST_BLOCK else max(SMALLEST_BLOCK, min(self.block, 1 << width.bit_length()))
 
 
 def quantised(weight_NK: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.ndarray]:
@@ -60,12 +61,15 @@ def quantised(weight_NK: np.ndarray, bits: int, block: int) -> tuple[np.ndarray,
 class Quantise(ir.passes.InPlacePass):
     """Quantise every stored matrix that is multiplied with, or whose rows are gathered.
 
-    rows_of: gives what reads fp32 rows of a weight by first and end.
+    bits_of: how a weight is quantised; a tied one is to be alike in all graphs. rows_of: gives what reads fp32 rows of
+    a weight by first and end.
     """
 
-    def __init__(self, layers: Bits, weights: DerivedWeights, rows_of: Callable[[ir.Value], Rows]) -> None:
+    def __init__(
+        self, weights: DerivedWeights, bits_of: Callable[[ir.Value], Bits], rows_of: Callable[[ir.Value], Rows]
+    ) -> None:
         super().__init__()
-        self.layers, self.weights, self.rows_of = layers, weights, rows_of
+        self.weights, self.bits_of, self.rows_of = weights, bits_of, rows_of
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite in place."""
@@ -105,9 +109,9 @@ class Quantise(ir.passes.InPlacePass):
 
     def _product(self, model: ir.Model, x: ir.Value | None, weight: ir.Value) -> ir.Node:
         n, k = sizes_of(weight)
-        block = self.layers.block_of(k)
+        how = self.bits_of(weight)
         q, s = self._placed(model, weight, flat=False)
-        attributes = {"K": k, "N": n, "bits": self.layers.bits, "block_size": block}
+        attributes = {"K": k, "N": n, "bits": how.bits, "block_size": how.block_of(k)}
         return ir.node("MatMulNBits", [x, q, s], attributes | {"accuracy_level": ACCURACY_LEVEL}, domain=MICROSOFT)
 
     def _table(self, model: ir.Model, node: ir.Node) -> bool:
@@ -117,19 +121,20 @@ class Quantise(ir.passes.InPlacePass):
         if table is None or not is_stored_matrix(table):
             return False
         width = sizes_of(table)[1]
-        block = self.layers.block_of(width)
+        how = self.bits_of(table)
+        block = how.block_of(width)
         if width % block:
             return False  # the op has no padded blocks
         q, s = self._placed(model, table, flat=True)
-        attributes = {"bits": self.layers.bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
+        attributes = {"bits": how.bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
         replace(node, ir.node("GatherBlockQuantized", [q, node.inputs[1], s], attributes, domain=MICROSOFT))
         return True
 
     def _placed(self, model: ir.Model, weight: ir.Value, *, flat: bool) -> tuple[ir.Value, ir.Value]:
         held = weight.const_value
         assert isinstance(held, ir.ExternalTensor)
-        (n, k), bits = sizes_of(weight), self.layers.bits
-        block = self.layers.block_of(k)
+        (n, k), how = sizes_of(weight), self.bits_of(weight)
+        bits, block = how.bits, how.block_of(k)
         blocks, stored = -(-k // block), block * bits // 8
         place = (str(held.path), held.offset)
         rows = self.rows_of(weight)
