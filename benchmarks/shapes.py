@@ -181,7 +181,8 @@ def write_tokenizer(folder: Path, named: dict[str, str], template: str) -> dict[
         chat_template=template,
     )
     fast.save_pretrained(folder)
-    return {name: tokenizer.token_to_id(token) for name, token in named.items()}
+    vocab = tokenizer.get_vocab()
+    return {name: vocab[token] for name, token in named.items()}
 
 
 def name_processor(folder: Path, processor: str, image_processor: str) -> None:

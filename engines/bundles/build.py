@@ -14,7 +14,7 @@ from engines.bundles.manifest import MANIFEST_FILE, FileEntry, Manifest, MemberE
 from engines.bundles.pair import Source, members_from_sources, prunes_nothing
 from engines.bundles.targets import TARGETS, checked_targets
 from graphs.errors import UsageError
-from graphs.files import atomic_folder, clone_or_copy, path_inside, sha256_of
+from graphs.files import atomic_folder, clone_or_copy, digests_of, path_inside
 from graphs.ops import DOMAIN
 from graphs.rules import Export, refuse_findings
 from graphs.rules.rule import nodes_of
@@ -228,7 +228,8 @@ def _host_precision(targets: Sequence[str], precision: str | None) -> HostPrecis
 
 
 def _file(work: Path, path: str) -> FileEntry:
-    return FileEntry(path=path, bytes=(work / path).stat().st_size, sha256=sha256_of(work / path))
+    whole, pieces = digests_of(work / path)
+    return FileEntry(path=path, bytes=(work / path).stat().st_size, sha256=whole, pieces=pieces)
 
 
 def _tools() -> dict[str, str]:

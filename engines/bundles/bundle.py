@@ -1,7 +1,7 @@
 """Opening a bundle: nothing of it is used before format, files, digests and paths are checked.
 
-What the chosen target uses is hashed on opening (about 1.5 GB/s on one core, several files in parallel); of the rest
-presence and size are checked.
+What the chosen target uses is hashed on opening (about 1.5 GB/s on one core, several files, and pieces of large ones,
+in parallel); of the rest presence and size are checked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 from engines.bundles.manifest import MANIFEST_FILE, REBUILD, EngineEntry, FileEntry, Manifest, manifest_of
 from engines.bundles.targets import choose
 from graphs.errors import BadArtefact
-from graphs.files import path_inside, sha256_of, unreadable
+from graphs.files import path_inside, sha256_of, sha256_of_piece, unreadable
 from graphs.rules.rule import stage_from_folder
 from graphs.rules.tensors import constants_of
 from graphs.spec import ExportSpec, spec_from_folder
@@ -137,9 +137,10 @@ def check_files(path: Path, manifest: Manifest, hashed: Container[str]) -> None:
                 f"{path}: {entry.path} was {what}: it has {size} bytes, the manifest says {entry.bytes}; {REBUILD}"
             )
     entries = [entry for entry in manifest.files if entry.path in hashed]
+    parts = [(entry, i) for entry in entries for i in (range(len(entry.pieces)) if entry.pieces else [None])]
     with ThreadPoolExecutor(THREADS) as pool:
-        for entry, digest in zip(entries, pool.map(lambda e: _digest(path, e), entries), strict=True):
-            if digest != entry.sha256:
+        for (entry, i), digest in zip(parts, pool.map(lambda part: _digest(path, *part), parts), strict=True):
+            if digest != (entry.sha256 if i is None else entry.pieces[i]):
                 raise BadArtefact(
                     f"{path}: {entry.path} was changed after the build (its digest does not match); {REBUILD}"
                 )
@@ -154,9 +155,9 @@ def files_below(folder: Path) -> set[str]:
     return found
 
 
-def _digest(path: Path, entry: FileEntry) -> str:
+def _digest(path: Path, entry: FileEntry, piece: int | None = None) -> str:
     try:
-        return sha256_of(path / entry.path)
+        return sha256_of(path / entry.path) if piece is None else sha256_of_piece(path / entry.path, piece)
     except OSError as e:
         raise unreadable(path / entry.path, e, REBUILD) from None
 

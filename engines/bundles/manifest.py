@@ -29,11 +29,15 @@ Served = Literal["kernel", "body"]
 
 
 class FileEntry(Record):
-    """One file of the bundle; ``path`` is relative, with forward slashes."""
+    """One file of the bundle; ``path`` is relative, with forward slashes.
+
+    pieces: of a file longer than ``graphs.files.PIECE``, the digests of its pieces, so that cores can share it.
+    """
 
     path: str
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    pieces: tuple[str, ...] = ()
 
 
 class EngineEntry(Record):
