@@ -30,7 +30,7 @@ from graphs.lowering.quantised import Bits, Quantise, Rows, initializer
 HostPrecision = Literal["fp32", "int8", "int4"]
 PRECISIONS: tuple[HostPrecision, ...] = get_args(HostPrecision)
 INT8 = Bits(8, 128)
-BITS = {"int8": INT8, "int4": Bits(4, 64)}
+BITS = {"int8": INT8, "int4": Bits(4, 128)}
 HEAD, TOWER = "logits", "visual_embeds"  # the outputs that tell the decoder and the vision stage
 Place = tuple[str, int]
 

@@ -260,7 +260,7 @@ def test_quantised_files_compute_with_the_quantised_weights(
     rounded = {}
     for name, value in held.items():
         of = 8 if name in ("table", "head") else bits
-        block = Bits(of, 128 if of == 8 else 64).block_of(value.shape[-1])
+        block = Bits(of, 128).block_of(value.shape[-1])
         rounded[name] = value if value.ndim < 2 else dequantised(*quantised(value, of, block), of, value.shape[1])
     reference = tmp_path / "rounded"
     reference.mkdir()
