@@ -23,6 +23,7 @@ from engines.draft import takes_draft, tokens_that_differ
 from engines.guidance import drawn_priority, priority_of
 from engines.images import Picture
 from engines.model import Model
+from engines.processing import load_ahead
 from engines.sampling import OptionKeywords, Options
 from engines.stream import Stream, pieces_of
 from engines.talk.memory import Memory
@@ -68,6 +69,7 @@ class Cascade:
         from engines.bundles.footprint import refuse_what_cannot_fit
         from engines.calibration.promise import promises_of
 
+        load_ahead()
         bundle = open_bundle(Path(path), target=target, check="used")
         refuse_what_cannot_fit(bundle)
         models = {

@@ -10,8 +10,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,22 @@ from engines.families import FAMILIES, HostFamily, Seen, expanded
 from engines.talk.messages import Talk
 from graphs.errors import BadArtefact, UsageError
 from graphs.spec import PROCESSOR_FOLDER, ExportSpec
+
+# In an environment without torch, transformers would say so on every start.
+QUIET = ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+AHEAD: list[Thread] = []
+
+
+def load_ahead() -> None:
+    """Begin to import what reads processors, beside the hashing of a bundle; what fails will fail where it is used."""
+
+    def load() -> None:
+        with suppress(Exception):
+            import_module("transformers.models.auto")
+
+    os.environ.setdefault(*QUIET)
+    AHEAD.append(Thread(target=load, daemon=True))
+    AHEAD[-1].start()
 
 
 class Processor:
@@ -179,8 +198,10 @@ class Processor:
             ) from None
 
     def _loaded(self, auto_class: str, **options: Any) -> Any:
-        # In an environment without torch, transformers would say so on every start.
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        os.environ.setdefault(*QUIET)
+        # transformers puts another object in its own place while it is imported: two at once see the wrong one.
+        while AHEAD:
+            AHEAD.pop().join()
         import transformers
 
         try:

@@ -16,12 +16,15 @@ __all__ = [
     "atomic_file",
     "atomic_folder",
     "clone_or_copy",
+    "digests_of",
     "is_disk_full",
     "path_inside",
     "sha256_of",
+    "sha256_of_piece",
     "unreadable",
 ]
 
+PIECE, READ = 1 << 26, 1 << 18  # bytes with a digest of their own; bytes read at once, which a cache holds
 FICLONE = 0x40049409  # linux/fs.h
 
 
@@ -45,6 +48,27 @@ def sha256_of(path: Path) -> str:
     """The file's SHA-256 in hexadecimal, read as a stream."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def digests_of(path: Path) -> tuple[str, tuple[str, ...]]:
+    """The file's SHA-256 and, where it is longer than one piece, that of every piece, in one reading."""
+    whole, pieces = hashlib.sha256(), []
+    with path.open("rb") as f:
+        while data := f.read(PIECE):
+            whole.update(data)
+            pieces.append(hashlib.sha256(data).hexdigest())
+    return whole.hexdigest(), tuple(pieces) if len(pieces) > 1 else ()
+
+
+def sha256_of_piece(path: Path, index: int) -> str:
+    """The SHA-256 of one piece of a file."""
+    digest, left = hashlib.sha256(), PIECE
+    with path.open("rb") as f:
+        f.seek(index * PIECE)
+        while left and (data := f.read(min(left, READ))):
+            digest.update(data)
+            left -= len(data)
+    return digest.hexdigest()
 
 
 def path_inside(folder: Path, name: str) -> Path | None:

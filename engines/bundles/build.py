@@ -14,7 +14,7 @@ from engines.bundles.manifest import MANIFEST_FILE, FileEntry, Manifest, MemberE
 from engines.bundles.pair import Source, members_from_sources, prunes_nothing
 from engines.bundles.targets import TARGETS, checked_targets
 from graphs.errors import UsageError
-from graphs.files import atomic_folder, clone_or_copy, path_inside, sha256_of
+from graphs.files import atomic_folder, clone_or_copy, digests_of, path_inside
 from graphs.ops import DOMAIN
 from graphs.rules import Export, refuse_findings
 from graphs.rules.rule import nodes_of
@@ -24,8 +24,10 @@ from graphs.versions import installed_version
 
 if TYPE_CHECKING:
     from engines.trt.options import EngineOptions
+    from graphs.lowering.packing import HostPrecision
 
 DEFAULT_THRESHOLD = 0.9  # none is published; ``calibrate`` finds one for a wanted agreement
+HOST, PACKED_PRECISIONS = "cpu", ("fp32", "int8", "int4")  # of graphs.lowering.packing
 TOOLS = ("saccade", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "polygraphy", "transformers", "numpy")
 
 
@@ -37,6 +39,7 @@ def build_bundle(
     threshold: float | None = None,
     overwrite: bool = False,
     engines: EngineOptions | None = None,
+    precision: str | None = None,
 ) -> Manifest:
     """Build a bundle from one export, or from a small and a large one in any order; return its manifest.
 
@@ -44,11 +47,14 @@ def build_bundle(
     beside.
     threshold: the score S above which the small model's answer stands, in [0, 1]. overwrite: replace an
     older bundle at ``out``. engines: how engines are built (``engines.trt.options.EngineOptions``).
+    precision: fp32, int8 or int4 for cpu: files of its own, packed for it, int8 and int4 with the error they cost in
+    the manifest; None: the canonical graphs, their weights mapped.
     Errors: BadArtefact for an export that breaks a rule, UsageError for a pair that does not fit,
     OperationFailed for a full disk or a failed build; nothing is left under the final name then.
     """
     targets = checked_targets(target)
     options = _engine_options(targets, engines)
+    packed = _host_precision(targets, precision)
     chosen = DEFAULT_THRESHOLD if threshold is None else threshold
     if not 0 <= chosen <= 1:
         raise UsageError(f"threshold is {chosen:g}, but must lie in [0, 1]; 1 never exits early, 0 always")
@@ -61,7 +67,7 @@ def build_bundle(
             warn(f"the {name} model prunes nothing, as its plan {source.spec.plan.name} asks")
     with atomic_folder(Path(out), overwrite, holds=MANIFEST_FILE) as work:
         entries = {
-            name: _member(name, by_folder[source.folder], work / name, targets, options)
+            name: _member(name, by_folder[source.folder], work / name, targets, options, packed)
             for name, source in members.items()
         }
         with step("computing digests"):
@@ -76,6 +82,13 @@ def build_bundle(
             ).signed()
         (work / MANIFEST_FILE).write_text(manifest.dumps(), "utf-8")
     return manifest
+
+
+def split_precision(targets: Sequence[str], precision: str | None) -> tuple[str | None, str | None]:
+    """What of a precision asked for on the command line is the CPU's and what the engines'."""
+    of_engines = any(target in TARGETS and _has_engines(target) for target in targets)
+    packed = precision if not of_engines or (HOST in targets and precision in PACKED_PRECISIONS) else None
+    return packed, precision if of_engines else None
 
 
 def copy_shared(source: Path, folder: Path) -> None:
@@ -106,17 +119,28 @@ def ops_served(export: Export) -> dict[str, Served]:
 
 
 def _member(
-    name: str, export: Export, folder: Path, targets: Sequence[str], options: EngineOptions | None
+    name: str,
+    export: Export,
+    folder: Path,
+    targets: Sequence[str],
+    options: EngineOptions | None,
+    packed: HostPrecision | None,
 ) -> MemberEntry:
     """One model in the new folder ``folder``, for every target."""
     spec = export.spec
     folder.mkdir()
     with step(f"copying the {name} model"):
         copy_shared(export.folder, folder)
-        how = "" if all(_has_engines(target) for target in targets) else copy_graphs(export.folder, spec, folder)
+        own = all(_has_engines(target) or (packed and target == HOST) for target in targets)
+        how = "" if own else copy_graphs(export.folder, spec, folder)
     if how:
         say(f"{name}: {_in_words(how)} of {export.folder}")
-    on = {target: _target(name, export, folder, target, options) for target in targets}
+    on = {
+        target: _packed(name, export, folder, packed)
+        if packed and target == HOST
+        else _target(name, export, folder, target, options)
+        for target in targets
+    }
     same = {k: getattr(spec, k) for k in ("family", "architecture", "role", "plan", "language", "grid")}
     return MemberEntry(folder=name, targets=on, **same)
 
@@ -149,6 +173,23 @@ def _target(name: str, export: Export, folder: Path, target: str, options: Engin
     )
 
 
+def _packed(name: str, export: Export, folder: Path, precision: HostPrecision) -> TargetEntry:
+    """What a model is on the CPU, packed into a folder of the target's name."""
+    from engines.bundles.packed import pack_member
+
+    packed = pack_member(name, export.folder, export.spec, folder / HOST, precision)
+    return TargetEntry(
+        spec=f"{HOST}/{SPEC_FILE}",
+        dtype=packed.spec.dtype,
+        stages=packed.spec.stages,
+        ops=ops_served(export),
+        weight_bytes=packed.weight_bytes,
+        precision=precision,
+        losses=packed.losses,
+        footprint=footprint_of(export, HOST, packed.spec.dtype, packed.weight_bytes, {}),
+    )
+
+
 def _inside(folder: Path, name: str) -> Path:
     path = path_inside(folder, name)
     if path is None:
@@ -177,8 +218,22 @@ def _engine_options(targets: Sequence[str], engines: EngineOptions | None) -> En
     return None
 
 
+def _host_precision(targets: Sequence[str], precision: str | None) -> HostPrecision | None:
+    """How the CPU's files are packed, None for the canonical ones; UsageError for what no target reads."""
+    if precision is None:
+        return None
+    if HOST not in targets:
+        raise UsageError(
+            f"the targets {', '.join(targets)} run the graphs as they are, so a precision does nothing; leave it out"
+        )
+    if precision not in PACKED_PRECISIONS:
+        raise UsageError(f"precision {precision!r} is none that target cpu has; choose {', '.join(PACKED_PRECISIONS)}")
+    return precision  # type: ignore[return-value]
+
+
 def _file(work: Path, path: str) -> FileEntry:
-    return FileEntry(path=path, bytes=(work / path).stat().st_size, sha256=sha256_of(work / path))
+    whole, pieces = digests_of(work / path)
+    return FileEntry(path=path, bytes=(work / path).stat().st_size, sha256=whole, pieces=pieces)
 
 
 def _tools() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Opening a bundle: nothing of it is used before format, files, digests and paths are checked.
 
-What the chosen target uses is hashed on opening (about 1.5 GB/s on one core, several files in parallel); of the rest
-presence and size are checked.
+What the chosen target uses is hashed on opening (about 1.5 GB/s on one core, several files, and pieces of large ones,
+in parallel); of the rest presence and size are checked.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import os
 from collections.abc import Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, TypeAlias
 
 from engines.bundles.manifest import MANIFEST_FILE, REBUILD, EngineEntry, EngineFile, FileEntry, Manifest, manifest_of
 from engines.bundles.targets import choose
 from graphs.errors import BadArtefact
-from graphs.files import path_inside, sha256_of, unreadable
+from graphs.files import path_inside, sha256_of, sha256_of_piece, unreadable
 from graphs.rules.rule import stage_from_folder
 from graphs.rules.tensors import constants_of
 from graphs.spec import ExportSpec, spec_from_folder
@@ -110,6 +110,9 @@ def _used(manifest: Manifest, target: str, file: str) -> bool:
     """Whether a target reads a file: its own engines, or the shared graphs and weights, and all that is small."""
     if not file.endswith(HEAVY):
         return True
+    own = tuple(f"{m.folder}/{target}/" for m in manifest.members.values())
+    if any(m.targets[target].precision for m in manifest.members.values()):
+        return file.startswith(own)
     others = [f"{m.folder}/{name}/" for m in manifest.members.values() for name in manifest.targets if name != target]
     return not file.startswith(tuple(others)) and (not manifest.engines(target) or file.endswith(ENGINE_SUFFIX))
 
@@ -138,9 +141,10 @@ def check_files(path: Path, manifest: Manifest, hashed: Container[str]) -> None:
                 f"{path}: {entry.path} was {what}: it has {size} bytes, the manifest says {entry.bytes}; {REBUILD}"
             )
     entries = [entry for entry in manifest.files if entry.path in hashed]
+    parts = [(entry, i) for entry in entries for i in (range(len(entry.pieces)) if entry.pieces else [None])]
     with ThreadPoolExecutor(THREADS) as pool:
-        for entry, digest in zip(entries, pool.map(lambda e: _digest(path, e), entries), strict=True):
-            if digest != entry.sha256:
+        for (entry, i), digest in zip(parts, pool.map(lambda part: _digest(path, *part), parts), strict=True):
+            if digest != (entry.sha256 if i is None else entry.pieces[i]):
                 raise BadArtefact(
                     f"{path}: {entry.path} was changed after the build (its digest does not match); {REBUILD}"
                 )
@@ -155,9 +159,9 @@ def files_below(folder: Path) -> set[str]:
     return found
 
 
-def _digest(path: Path, entry: FileEntry) -> str:
+def _digest(path: Path, entry: FileEntry, piece: int | None = None) -> str:
     try:
-        return sha256_of(path / entry.path)
+        return sha256_of(path / entry.path) if piece is None else sha256_of_piece(path / entry.path, piece)
     except OSError as e:
         raise unreadable(path / entry.path, e, REBUILD) from None
 
@@ -175,7 +179,7 @@ def _check_external_data(path: Path, members: dict[str, Member], readable: set[s
                 continue  # an engine holds its weights
             stage = stage_from_folder(member.folder, member.spec, name)
             for location in {c.location for c in constants_of(stage) if c.location is not None}:
-                at = path_inside(member.folder, location)
+                at = path_inside(member.folder, (PurePosixPath(interface.file).parent / location).as_posix())
                 if at is None or at.relative_to(path).as_posix() not in readable:
                     raise BadArtefact(
                         f"{member.folder / stage.interface.file} reads {location!r}, which is no file of the bundle; "

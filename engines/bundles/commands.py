@@ -79,11 +79,14 @@ def build(
     **of_engines: Any,
 ) -> None:
     """Turn a SMALL and a LARGE export (in any order), or one export alone, into a bundle for one target or several."""
-    from engines.bundles.build import build_bundle
+    from engines.bundles.build import build_bundle, split_precision
     from graphs.talk import say
 
+    packed, of_engines["precision"] = split_precision(targets, of_engines["precision"])
     options = engine_options_from(**of_engines)
-    manifest = build_bundle(folders, out, target=targets, threshold=threshold, overwrite=overwrite, engines=options)
+    manifest = build_bundle(
+        folders, out, target=targets, threshold=threshold, overwrite=overwrite, engines=options, precision=packed
+    )
     for name, member in manifest.members.items():
         for target, entry in member.targets.items():
             for op, by in entry.ops.items():
@@ -125,6 +128,7 @@ def verify(bundle: Path, target: str | None, as_json: bool) -> None:
 
     from engines.bundles.bundle import open_bundle
     from engines.bundles.golden import refuse_disagreement, replay
+    from engines.bundles.losses import replay_with_losses
     from engines.sessions.session import open_session
     from engines.words import replays_in_words
 
@@ -134,7 +138,12 @@ def verify(bundle: Path, target: str | None, as_json: bool) -> None:
     for name, member in opened.members.items():
         open_stage = partial(open_session, target=opened.target, engines=member.engines)
         with step(f"golden replay of the {name} model"):
-            replays[name] = list(replay(member.folder, member.spec, open_stage))
+            losses = opened.manifest.members[name].targets[opened.target].losses  # type: ignore[index]
+            replays[name] = list(
+                replay_with_losses(member.folder, member.spec, losses, open_stage)
+                if losses
+                else replay(member.folder, member.spec, open_stage)
+            )
     if as_json:
         models = {name: [replayed.document() for replayed in of_one] for name, of_one in replays.items()}
         emit_json({"schema": "saccade.verify/1", "bundle": bundle, "target": opened.target, "models": models})

@@ -14,7 +14,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 # For every target that has engines: rtx and tensorrt.
 _OF_ENGINES = (
     click.option("--sm", "sms", type=int, multiple=True, metavar="SM", help="rtx: compute capability, as 89; several."),
-    click.option("--precision", metavar="P", help="fp16, bf16 or fp32. [the export's]"),
+    click.option(
+        "--precision", metavar="P", help="engines: fp16, bf16 or fp32; cpu: fp32, int8 or int4. [the export's]"
+    ),
     click.option("--ops", metavar="HOW", help="plugin or body, what serves the ops that have a kernel. [body]"),
 )
 _BOUNDS = (

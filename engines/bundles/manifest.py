@@ -33,11 +33,15 @@ Parser = Literal["current", "10.3"]
 
 
 class FileEntry(Record):
-    """One file of the bundle; ``path`` is relative, with forward slashes."""
+    """One file of the bundle; ``path`` is relative, with forward slashes.
+
+    pieces: of a file longer than ``graphs.files.PIECE``, the digests of its pieces, so that cores can share it.
+    """
 
     path: str
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    pieces: tuple[str, ...] = ()
 
 
 class Compatibility(Record):
@@ -105,11 +109,28 @@ class Footprint(Record):
         return self.weight_bytes + self.cache_bytes + sum(self.activation_bytes.values())
 
 
+class Loss(Record):
+    """How far one golden output is from its reference in a narrower precision.
+
+    max_error, mean_error: of |got − wanted|, as a share of the largest wanted magnitude. top1: share of logit rows
+    whose first token is the same. overlap: for kept rows, the share in common.
+    """
+
+    stage: str
+    case: str
+    tensor: str
+    max_error: float = 0.0
+    mean_error: float = 0.0
+    top1: float | None = None
+    overlap: float | None = None
+
+
 class TargetEntry(Record):
     """One model on one target.
 
     spec: its spec.json and stages[…].file: its stages, both below the model's folder; targets that run graphs share
-    them. ops: for each op of the plan whether a kernel or the body serves it.
+    them. ops: for each op of the plan whether a kernel or the body serves it. precision: of packed stages (fp32, int8,
+    int4), with what quantising costs; '' where the canonical stages are run.
     """
 
     spec: str
@@ -118,6 +139,8 @@ class TargetEntry(Record):
     ops: dict[str, Served]
     weight_bytes: int
     engines: dict[str, EngineEntry] = {}
+    precision: str = ""
+    losses: tuple[Loss, ...] = ()
     footprint: Footprint
 
 

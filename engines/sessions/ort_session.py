@@ -56,16 +56,22 @@ class OrtSession:
         self.form: CacheForm = form_of(self._inputs)
 
     def _opened(self, options: ort.SessionOptions) -> ort.InferenceSession:
+        """Weights stay in their file, mapped: ONNX Runtime would transpose and pack them into memory of its own."""
+        import onnx_ir as ir
+
+        from graphs.lowering.host import PACKED, mapped
+        from graphs.lowering.in_place import grouped
+
+        model = ir.load(self._file)
         source: str | bytes = str(self._file)
-        if self._in_place:
-            import onnx_ir as ir
-
-            from graphs.lowering.in_place import grouped
-
-            model = ir.load(self._file)
-            if grouped(model):
-                options.add_session_config_entry(WEIGHTS_FOLDER, str(self._file.parent))
-                source = ir.to_proto(model).SerializeToString()
+        packed = model.metadata_props.get(PACKED)
+        changed = packed is None and mapped(model)
+        if packed == "fp32" or changed:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        changed = (self._in_place and grouped(model)) or changed
+        if changed:
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(self._file.parent))
+            source = ir.serde.serialize_model(model).SerializeToString()
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
     def run(

@@ -28,7 +28,7 @@ def test_every_case_agrees(exports, role):
         ("decoder", "decode"),
         ("decoder", "prefill"),
     ]
-    assert all(r.agrees and r.max_error == 0 for r in replays)
+    assert all(r.agrees and r.max_error < 1e-6 for r in replays)
     pruned = role in ("large", "alone")
     assert {r.overlap for r in replays if r.stage == "decoder"} == ({1.0} if pruned else {None})
     refuse_disagreement(replays, role)

@@ -48,7 +48,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that were hashed."""
     seen: list[str] = []
     real = bundle_module._digest
-    monkeypatch.setattr(bundle_module, "_digest", lambda path, e: (seen.append(e.path), real(path, e))[1])
+    monkeypatch.setattr(bundle_module, "_digest", lambda path, e, i=None: (seen.append(e.path), real(path, e, i))[1])
     return seen
 
 

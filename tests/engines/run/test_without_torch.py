@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from engines.cascade import Cascade
@@ -46,3 +47,28 @@ def test_a_python_without_torch_calibrates_and_evaluates(
         )
         assert told.returncode == 0, told.stderr
     assert (tmp_path / "out" / "results.csv").exists()
+
+
+MAIN = """
+import sys, saccade
+try:
+    saccade.main()
+finally:
+    loaded = {name for name, module in sys.modules.items() if module is not None}
+    unused = {"torch", "onnxscript", "scipy", "sklearn", "triton", "tensorrt_rtx", "openvino", "rich", "exporter",
+              "glyphs", "plugins"}
+    print("LOADED", *sorted(unused & loaded), file=sys.stderr)
+"""
+
+
+def test_run_imports_nothing_that_it_does_not_use(tiny_bundle: Path, image_file: Path) -> None:
+    """In this very Python, where torch and the others are installed."""
+    told = subprocess.run(
+        [sys.executable, "-c", MAIN, "run", tiny_bundle, "--image", image_file, QUESTION, "--max-new-tokens", "2"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[3],
+    )
+    assert told.returncode == 0, told.stderr
+    assert told.stderr.splitlines()[-1].split() == ["LOADED"]

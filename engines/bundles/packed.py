@@ -1,0 +1,61 @@
+"""One model of a bundle for the CPU, packed: stages and weights in a folder of their own, laid out or quantised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from engines.bundles.losses import losses_in_words, losses_of
+from engines.bundles.manifest import Loss
+from engines.sessions.session import open_session
+from graphs.lowering.export import interface_of
+from graphs.lowering.packing import BITS, HostPrecision, Packing
+from graphs.spec import SPEC_FILE, ExportSpec, StageSpec, WeightFile
+from graphs.talk import say, step
+
+
+@dataclass(frozen=True)
+class PackedMember:
+    """The spec of the packed stages, whose files are relative to the model's folder, and what they cost."""
+
+    spec: ExportSpec
+    weight_bytes: int
+    losses: tuple[Loss, ...]
+
+
+def pack_member(name: str, source: Path, spec: ExportSpec, out: Path, precision: HostPrecision) -> PackedMember:
+    """Write an export's stages and weights into the new folder ``out``, which lies in the model's.
+
+    Quantised ones are replayed against the golden tensors of ``source``; the errors are told and returned.
+    """
+    out.mkdir()
+    packing = Packing(precision, out)
+    stages: dict[str, StageSpec] = {}
+    with step(f"packing the {name} model as {precision}"):
+        for stage, interface in sorted(spec.stages.items(), key=lambda item: item[0] == "decoder"):
+            model = ir.load(source / interface.file)
+            packing.apply(model)
+            ir.save(model, out / interface.file)
+            typed = interface_of(interface, model)
+            stages[stage] = typed.model_copy(update={"file": f"{out.name}/{interface.file}"})
+        packing.write()
+    weights = packing.weights
+    size = (out / weights.file).stat().st_size
+    packed = spec.model_copy(
+        update={
+            "stages": {stage: stages[stage] for stage in spec.stages},
+            "dtype": "float32",
+            "weights": (WeightFile(name=f"{out.name}/{weights.file}", bytes=size),),
+            "weights_are": "converted",
+        }
+    )
+    (out / SPEC_FILE).write_text(packed.dumps(), "utf-8")
+    losses: tuple[Loss, ...] = ()
+    if precision in BITS:
+        with step(f"measuring what {precision} costs the {name} model"):
+            losses = losses_of(source, packed, out.parent, open_session)
+        for line in losses_in_words(losses):
+            say(f"{name} in {precision}, golden tensors: {line}")
+    return PackedMember(packed, size, losses)
