@@ -18,7 +18,7 @@ from graphs.files import atomic_folder, clone_or_copy, path_inside, sha256_of
 from graphs.ops import DOMAIN
 from graphs.rules import Export, refuse_findings
 from graphs.rules.rule import nodes_of
-from graphs.spec import GOLDEN_FILE, PROCESSOR_FOLDER, SPEC_FILE, ExportSpec
+from graphs.spec import GOLDEN_FILE, PROCESSOR_FOLDER, SPEC_FILE, ExportSpec, FloatType
 from graphs.talk import say, step, warn
 from graphs.versions import installed_version
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from engines.trt.member import EngineOptions
 
 DEFAULT_THRESHOLD = 0.9  # none is published; ``calibrate`` finds one for a wanted agreement
-TOOLS = ("saccade", "onnx", "onnxruntime", "tensorrt-rtx", "transformers", "numpy")
+TOOLS = ("saccade", "onnx", "onnxruntime", "openvino", "tensorrt-rtx", "transformers", "numpy")
 
 
 def build_bundle(
@@ -43,7 +43,8 @@ def build_bundle(
     target: one of ``engines.bundles.targets.TABLE``, or several: those that run graphs share the stages, engines lie
     beside.
     threshold: the score S above which the small model's answer stands, in [0, 1]. overwrite: replace an
-    older bundle at ``out``. engines: how engines are built (``engines.trt.member.EngineOptions``), for rtx.
+    older bundle at ``out``. engines: how engines are built (``engines.trt.member.EngineOptions``), for rtx; of it,
+    openvino takes the precision.
     Errors: BadArtefact for an export that breaks a rule, UsageError for a pair that does not fit,
     OperationFailed for a full disk or a failed build; nothing is left under the final name then.
     """
@@ -122,16 +123,22 @@ def _member(
 
 
 def _target(name: str, export: Export, folder: Path, target: str, options: EngineOptions | None) -> TargetEntry:
-    """What a model is on one target; engines are built into a folder of the target's name."""
+    """What a model is on one target; engines, or a spec.json of its own, lie in a folder of the target's name."""
     if not _has_engines(target):
         weight_bytes = sum(weight.bytes for weight in export.spec.weights)
+        dtype = _computed_in(target, export.spec, options)
+        at = SPEC_FILE
+        if dtype != export.spec.dtype:
+            at = f"{target}/{SPEC_FILE}"
+            (folder / target).mkdir()
+            (folder / at).write_text(export.spec.model_copy(update={"dtype": dtype}).dumps(), "utf-8")
         return TargetEntry(
-            spec=SPEC_FILE,
-            dtype=export.spec.dtype,
+            spec=at,
+            dtype=dtype,
             stages=export.spec.stages,
             ops=ops_served(export),
             weight_bytes=weight_bytes,
-            footprint=footprint_of(export, target, export.spec.dtype, weight_bytes, {}),
+            footprint=footprint_of(export, target, dtype, weight_bytes, {}),
         )
     from engines.trt.member import build_member
 
@@ -159,12 +166,23 @@ def _has_engines(target: str) -> bool:
     return TARGETS[target].runs == "engines"
 
 
+def _computed_in(target: str, spec: ExportSpec, options: EngineOptions | None) -> FloatType:
+    """bf16 where it is asked for and the target can choose, else what the export is in."""
+    asked = options.precision if options else None
+    return "bfloat16" if asked == "bf16" and asked in TARGETS[target].precisions else spec.dtype
+
+
 def _engine_options(targets: Sequence[str], engines: EngineOptions | None) -> EngineOptions | None:
-    """Options for targets that have engines; UsageError for options that no target reads."""
+    """Options for targets that have engines or can choose a precision; UsageError for options that no target reads."""
     if any(map(_has_engines, targets)):
         from engines.trt.member import EngineOptions
 
         return (engines or EngineOptions()).checked()
+    if engines is not None and any(engines.precision in TARGETS[target].precisions for target in targets):
+        from engines.trt.member import EngineOptions
+
+        if engines == EngineOptions(precision=engines.precision):
+            return engines
     if engines is not None:
         raise UsageError(
             f"the target {' or '.join(targets)} has no engines to build, so options of engines do nothing; "

@@ -67,7 +67,7 @@ def check(folder: Path, as_json: bool) -> None:
 @click.option("--threshold", type=float, help="Score above which the small model's answer stands. [default: 0.9]")
 @click.option("--overwrite", is_flag=True, help="Replace an older bundle.")
 @click.option("--sm", "sms", type=int, multiple=True, metavar="SM", help="rtx: compute capability, as 89; repeatable.")
-@click.option("--precision", metavar="P", help="rtx: fp16, bf16 or fp32. [the export's]")
+@click.option("--precision", metavar="P", help="rtx: fp16, bf16 or fp32; openvino: bf16 or fp32. [the export's]")
 @click.option("--ops", metavar="HOW", help="rtx: plugin or body, what serves the ops that have a kernel. [body]")
 @click.option("--max-prompt", type=int, metavar="N", help="rtx: rows of one chunk. [2048, or what the model has]")
 @click.option("--max-length", type=int, metavar="N", help="rtx: rows of a cache. [4096, or what the model has]")
@@ -146,9 +146,9 @@ def verify(bundle: Path, target: str | None, as_json: bool) -> None:
 
     with step("checking digests"):
         opened = open_bundle(bundle, target=target)
-    open_stage = partial(open_session, target=opened.target)
     replays = {}
     for name, member in opened.members.items():
+        open_stage = partial(open_session, target=opened.target, dtype=member.spec.dtype)
         with step(f"golden replay of the {name} model"):
             replays[name] = list(replay(member.folder, member.spec, open_stage))
     if as_json:

@@ -1,4 +1,4 @@
-"""Which device OpenVINO runs on, and why target openvino cannot be had here; imports no runtime unless it is installed."""
+"""Which device OpenVINO runs on, and why target openvino cannot be had here."""
 
 from __future__ import annotations
 

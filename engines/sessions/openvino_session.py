@@ -127,9 +127,8 @@ class OpenVinoSession:
     def _room_for(self, pasts: Mapping[str, Value]) -> Room:
         """Where a run that begins with these caches takes place: theirs, or a new one that holds a copy of them."""
         first = next(iter(pasts.values()), None)
-        if isinstance(first, Rows) and first.run is first.room.newest:
-            if all(isinstance(v, Rows) and v.run is first.run and v.state == name for name, v in pasts.items()):
-                return first.room
+        if isinstance(first, Rows) and all(_is_newest(first.room, name, value) for name, value in pasts.items()):
+            return first.room
         request = self._idle.pop() if self._idle else self._compiled.create_infer_request()
         states = {state.name: state for state in request.query_state()}
         room = Room(request, states)
@@ -164,8 +163,13 @@ def _refuse_unfused(compiled: Any, attentions: int, file: Path) -> None:
     if found != attentions:
         raise BackendMissing(
             f"OpenVINO {ov.get_version()} appends to the cache in place in {found} of the {attentions} attentions of "
-            f"{file.name}, and the others would be wrong; use --target cpu, or the OpenVINO that saccade[openvino] names"
+            f"{file.name}, and the others would be wrong; use --target cpu, or pip install 'saccade[openvino]'"
         )
+
+
+def _is_newest(room: Room, name: str, value: Value) -> bool:
+    """Whether a state of a room ends with the rows of a value, and is the one for this input."""
+    return isinstance(value, Rows) and value.room is room and value.run is room.newest and value.state == name
 
 
 def _kind(node: Any) -> str:

@@ -15,12 +15,14 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from graphs.errors import BackendMissing, UsageError
+from graphs.spec import FloatType
 
 # A tensor on the host (numpy.ndarray) or a runtime's own handle of one on its device.
 Value: TypeAlias = Any
 
 # target → the class that serves it
 SESSIONS = {
+    "openvino": "engines.sessions.openvino_session:OpenVinoSession",
     "cpu": "engines.sessions.ort_session:OrtSession",
     "cuda": "engines.sessions.ort_gpu:cuda_session",
     "ort-tensorrt": "engines.sessions.ort_gpu:tensorrt_session",
@@ -44,21 +46,26 @@ class Session(Protocol):
         """Copy a handle (or pass an array through) to the host."""
 
 
-def open_session(file: Path, target: str = "cpu", threads: int | None = None) -> Session:
+def open_session(
+    file: Path, target: str = "cpu", threads: int | None = None, dtype: FloatType | None = None
+) -> Session:
     """Open one graph file for a target.
 
-    threads: how many CPU threads a run may use, None for the runtime's own choice. Raises UsageError
-    for an unknown target, BackendMissing where its runtime is not installed, BadArtefact where the
+    threads: how many CPU threads a run may use, None for the runtime's own choice. dtype: what the graph is computed
+    in, where the target can choose (its ``precisions``); None for what the file says. Raises UsageError for an unknown target, BackendMissing where its runtime is not installed, BadArtefact where the
     file cannot be read.
     """
+    from engines.bundles.targets import TARGETS
+
     refuse_unrunnable(target)
     if target not in SESSIONS:
         raise UsageError(f"no runtime serves target {target!r} here; known are {', '.join(sorted(SESSIONS))}")
     if threads is not None and threads < 1:
         raise UsageError(f"threads is {threads}, but a run needs at least 1; leave it out for the runtime's choice")
     module, _, name = SESSIONS[target].partition(":")
+    chosen = {"dtype": dtype} if dtype and TARGETS[target].precisions else {}
     try:
-        session: Session = getattr(import_module(module), name)(file, threads=threads)
+        session: Session = getattr(import_module(module), name)(file, threads=threads, **chosen)
     except ModuleNotFoundError as e:
         if (e.name or "").partition(".")[0] in {"engines", "graphs", "plugins"}:
             raise
