@@ -52,8 +52,8 @@ def open_session(
     """Open one graph file for a target.
 
     threads: how many CPU threads a run may use, None for the runtime's own choice. dtype: what the graph is computed
-    in, where the target can choose (its ``precisions``); None for what the file says. Raises UsageError for an unknown target, BackendMissing where its runtime is not installed, BadArtefact where the
-    file cannot be read.
+    in, where the target can choose (its ``precisions``); None for what the file says. Raises UsageError for an unknown
+    target, BackendMissing where its runtime is not installed, BadArtefact where the file cannot be read.
     """
     from engines.bundles.targets import TARGETS
 
