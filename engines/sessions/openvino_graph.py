@@ -1,14 +1,15 @@
 """A graph of ours as OpenVINO takes it: functions inlined, and a decoder's caches as states that grow in place.
 
-OpenVINO's frontend knows no model-local functions, and with a past its own reading of ``Attention`` concatenates the
-cache, tiles it to the query heads and makes a mask per layer. So three nodes of a domain of ours stand in memory
-between the file and the frontend, which calls us back for each:
+OpenVINO's frontend knows no model-local functions, its ``TopK`` breaks ties by chance, and with a past its ``Attention``
+concatenates the cache, tiles it to the query heads and makes a mask per layer. So nodes of a domain of ours stand in
+memory between the file and the frontend, which calls us back for each:
 
     Past()                            the state of one cache input, empty in the beginning
     Grown(past, new)                  Concat(past, new), which becomes the state
     CachedAttention(q, k, v, …)       Grown k and v, shared by groups of heads, and one causal attention over them
+    TopK(x, k)                        ONNX's, ties to the lower index
 
-The last is the pattern that OpenVINO's CPU plugin turns into its one node that appends to the cache and attends
+CachedAttention is the pattern that OpenVINO's CPU plugin turns into its one node that appends to the cache and attends
 (StatefulSDPAFusion); that node aligns causality bottom-right, as ONNX's Attention with a past. It gives its keys to
 nobody else, so keys that another node reads (AttentionReceived) are kept in a second state, ``heard_…``.
 Source: openvinotoolkit/openvino, intel_cpu stateful_sdpa_fusion.cpp; ONNX Attention-23.
@@ -74,6 +75,9 @@ def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
     for node in nodes_of(proto.graph):
         for attribute in [a for a in node.attribute if a.name.startswith(PLUGIN_ATTRIBUTES)]:
             node.attribute.remove(attribute)
+        if node.op_type == "TopK" and not node.domain:
+            node.domain = DOMAIN
+    proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
     inputs, outputs = ({v.name: _dims(v) for v in values} for values in (proto.graph.input, proto.graph.output))
     states, grown = _cached(proto, file) if with_states else ({}, {})
     conversions = _Conversions()
@@ -83,6 +87,7 @@ def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
             ("Past", conversions.past),
             ("Grown", conversions.grown),
             ("CachedAttention", conversions.attention),
+            ("TopK", conversions.top),
         )
     ]
     for extension in extensions:
@@ -175,7 +180,6 @@ def _cached(proto: onnx.ModelProto, file: Path) -> tuple[dict[str, str], dict[st
         for value in [v for v in values if v.name in grown or v.name in states]:
             values.remove(value)
     graph.input.append(onnx.helper.make_tensor_value_info(BEAM, onnx.TensorProto.INT32, [1]))
-    proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
     return states, grown
 
 
@@ -242,6 +246,14 @@ class _Conversions:
             q, _shared(keys, heads), _shared(values, heads), scale=scale, causal=True
         )
         return [out.output(0)]
+
+    def top(self, node: Any) -> list[Any]:
+        """TopK-11 of ONNX, ties to the lower index: values and their indices."""
+        k = ops.squeeze(node.get_input(1), ops.constant(np.array([0], np.int64)))
+        mode = "max" if node.get_attribute("largest", 1) else "min"
+        axis = node.get_attribute("axis", -1)
+        out = ops.topk(node.get_input(0), k, axis, mode, "value", "i64", stable=True)
+        return [out.output(0), out.output(1)]
 
     def _assigned(self, state: str, parts: list[Any]) -> Any:
         whole = ops.concat(parts, 2)
