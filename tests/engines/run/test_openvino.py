@@ -42,7 +42,7 @@ def test_the_cascade_says_what_it_says_on_cpu(tiny_pair: TinyPair) -> None:
         assert answer.guidance is not None
         said.append((answer, cascade.ask(None, "what is red ?", max_new_tokens=NEW_TOKENS)))
     (one, alone), (other, other_alone) = said
-    assert (other.tokens, other.by, other_alone.tokens) == (one.tokens, one.by, alone.tokens)
+    assert (other.tokens, other.model, other_alone.tokens) == (one.tokens, one.model, alone.tokens)
     assert [k.tolist() for k in other.kept or ()] == [k.tolist() for k in one.kept or ()]
     np.testing.assert_allclose(other.guidance, one.guidance, rtol=1e-4)
     assert other.confidence.score == pytest.approx(one.confidence.score, rel=1e-4)
