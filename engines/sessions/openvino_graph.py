@@ -34,6 +34,8 @@ from openvino import opset13 as ops
 from openvino.frontend.onnx import ConversionExtension
 
 from graphs.errors import BadArtefact
+from graphs.ops import DOMAIN as OUR_OPS
+from graphs.ops import OPS
 from graphs.rules.rule import all_inputs_of, nodes_of
 
 DOMAIN = "saccade.openvino"
@@ -43,6 +45,9 @@ K, V, PAST_K, PAST_V = 1, 2, 4, 5  # inputs of Attention
 MASK = 3
 UNDERSTOOD = {"is_causal", "scale"}
 PLUGIN_ATTRIBUTES = "plugin_"
+
+# A Loop copies what it reads from outside, here all keys at every step. Flat, the map H·G·T is there at once.
+FLAT = {"AttentionReceived", "RatedAttentionReceived"}
 
 Dims: TypeAlias = tuple[int | str, ...]
 
@@ -69,7 +74,11 @@ def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
     Raises BadArtefact where the file is no graph or holds an attention on a cache that is not causal.
     """
     try:
-        proto = onnx.inliner.inline_local_functions(onnx.load(file, load_external_data=False))
+        proto = onnx.load(file, load_external_data=False)
+        for function in proto.functions:
+            if function.domain == OUR_OPS and function.name in FLAT:
+                function.CopyFrom(OPS[function.name].flat_function)
+        proto = onnx.inliner.inline_local_functions(proto)
     except Exception as e:  # protobuf's and the inliner's share no base class
         raise BadArtefact(f"{file} cannot be read as a graph ({e}); build the bundle again") from None
     for node in nodes_of(proto.graph):
