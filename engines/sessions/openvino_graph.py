@@ -1,6 +1,6 @@
 """A graph of ours as OpenVINO takes it: functions inlined, and a decoder's caches as states that grow in place.
 
-OpenVINO's frontend knows no model-local functions, its ``TopK`` breaks ties by chance, and with a past its ``Attention``
+OpenVINO's frontend knows no model-local functions, its ``TopK`` breaks ties by chance, and its ``Attention`` with a past
 concatenates the cache, tiles it to the query heads and makes a mask per layer. So nodes of a domain of ours stand in
 memory between the file and the frontend, which calls us back for each:
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from mmap import ACCESS_COPY, MADV_DONTNEED, mmap
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -57,7 +58,7 @@ class Read:
     """A model, and how the file's interface maps to it.
 
     inputs, outputs: of the file, name → dimensions. states: state → the cache input whose rows it holds. grown: cache
-    output → the cache input that continues it.
+    output → the cache input that continues it. files: the weights, mapped.
     """
 
     model: ov.Model
@@ -65,6 +66,12 @@ class Read:
     outputs: dict[str, Dims]
     states: dict[str, str]
     grown: dict[str, str]
+    files: list[mmap]
+
+    def forget_pages(self) -> None:
+        """Give back the pages of the files: what was compiled holds weights of its own, or reads a page again."""
+        for file in self.files:
+            file.madvise(MADV_DONTNEED)
 
 
 def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
@@ -101,7 +108,7 @@ def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
     ]
     for extension in extensions:
         core.add_extension(extension)
-    weights = _weights_as_inputs(proto, file.parent)
+    weights, files = _weights_as_inputs(proto, file.parent)
     model = core.read_model(proto.SerializeToString())
     for parameter in [p for p in model.get_parameters() if p.output(0).any_name in weights]:
         constant = ops.constant(weights[parameter.output(0).any_name], shared_memory=True)
@@ -110,23 +117,27 @@ def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
         model.remove_parameter(parameter)
     model.add_sinks(conversions.sinks)
     model.validate_nodes_and_infer_types()
-    return Read(model, inputs, outputs, states, grown)
+    return Read(model, inputs, outputs, states, grown, files)
 
 
 def _dims(value: onnx.ValueInfoProto) -> Dims:
     return tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
 
 
-def _weights_as_inputs(proto: onnx.ModelProto, folder: Path) -> dict[str, np.ndarray]:
-    """Make an input of every external tensor; return what is in the files, mapped (OpenVINO wants them writable).
+def _weights_as_inputs(proto: onnx.ModelProto, folder: Path) -> tuple[dict[str, np.ndarray], list[mmap]]:
+    """Make an input of every external tensor; return them as they lie in the files, and the files, mapped.
 
-    OpenVINO maps external tensors itself only for a graph that lies beside them.
+    OpenVINO maps external tensors itself only for a graph that lies beside them. It wants constants writable, so the
+    mapping is private; nobody writes.
     """
-    graph, files, found = proto.graph, {}, {}
+    graph = proto.graph
+    files: dict[str, mmap] = {}
+    found: dict[str, np.ndarray] = {}
     for tensor in [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]:
         where = {entry.key: entry.value for entry in tensor.external_data}
         if where["location"] not in files:
-            files[where["location"]] = np.memmap(folder / where["location"], np.uint8, "c")
+            with (folder / where["location"]).open("rb") as opened:
+                files[where["location"]] = mmap(opened.fileno(), 0, access=ACCESS_COPY)
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         count = prod(tensor.dims)
         found[tensor.name] = np.frombuffer(files[where["location"]], dtype, count, int(where.get("offset", 0))).reshape(
@@ -134,7 +145,7 @@ def _weights_as_inputs(proto: onnx.ModelProto, folder: Path) -> dict[str, np.nda
         )
         graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         graph.initializer.remove(tensor)
-    return found
+    return found, list(files.values())
 
 
 def _cached(proto: onnx.ModelProto, file: Path) -> tuple[dict[str, str], dict[str, str]]:

@@ -67,6 +67,7 @@ class OpenVinoSession:
         try:
             read = read_graph(core, self._file, with_states=device == CPU)
             self._compiled = core.compile_model(read.model, device, _settings(core, device, threads, dtype))
+            read.forget_pages()
         except SaccadeError:
             raise
         except Exception as e:  # the binding's exceptions share no base class
@@ -74,6 +75,7 @@ class OpenVinoSession:
                 f"OpenVINO cannot open {self._file} ({_first_line(e)}); "
                 "replay its golden tensors with: saccade verify, or build the bundle again"
             ) from None
+        self._forget_once = read.forget_pages
         self._states, self._grown = read.states, read.grown
         self._inputs, self._outputs = read.inputs, read.outputs
         if read.states:
@@ -102,6 +104,8 @@ class OpenVinoSession:
             raise OperationFailed(
                 f"OpenVINO failed in {self._file.name} ({_first_line(e)}); check the bundle with: saccade verify"
             ) from None
+        self._forget_once()  # the first run packs what opening did not
+        self._forget_once = _nothing
         room.newest = run = object()
         sizes = {
             dim: size
@@ -175,6 +179,10 @@ def _is_newest(room: Room, name: str, value: Value) -> bool:
 def _kind(node: Any) -> str:
     """What a node of a compiled model is there."""
     return str(node.get_rt_info()["layerType"].astype(str))
+
+
+def _nothing() -> None:
+    """What is left to be done after it was done once."""
 
 
 def _size(dim: int | str, sizes: Mapping[str, int]) -> int:

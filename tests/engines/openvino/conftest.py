@@ -6,9 +6,4 @@ from importlib.util import find_spec
 
 import pytest
 
-if find_spec("openvino"):
-    from engines.sessions.openvino_session import OpenVinoSession
-else:
-    collect_ignore_glob = ["test_*.py"]
-
 needs_openvino = pytest.mark.skipif(not find_spec("openvino"), reason="openvino is not installed: saccade[openvino]")

@@ -9,9 +9,12 @@ import onnx
 import pytest
 import torch
 
+from engines.sessions.session import Session, open_session
 from graphs.ops import DOMAIN, OPS, VERSION
 from graphs.ops.op import BODY_OPSET
-from tests.engines.openvino.conftest import OpenVinoSession
+from tests.engines.openvino.conftest import needs_openvino
+
+pytestmark = needs_openvino
 
 SCALE = 0.37
 HALF = np.float16
@@ -83,7 +86,7 @@ CASES: dict[str, list[tuple[np.ndarray, ...]]] = {
 def test_a_body_is_its_torch_meaning(name: str, tmp_path: Path) -> None:
     op = OPS[name]
     attributes = [SCALE] * len(op.function.attribute)
-    sessions: dict[tuple[object, ...], OpenVinoSession] = {}
+    sessions: dict[tuple[object, ...], Session] = {}
     for arrays in CASES[name]:
         wanted = op.torch_op(*(torch.from_numpy(np.array(a)) for a in arrays), *attributes)
         wanted = [t.numpy() for t in (wanted if isinstance(wanted, tuple) else (wanted,))]
@@ -91,7 +94,7 @@ def test_a_body_is_its_torch_meaning(name: str, tmp_path: Path) -> None:
         if kinds not in sessions:
             file = tmp_path / f"{len(sessions)}.onnx"
             onnx.save(one_op(name, arrays, wanted), file)
-            sessions[kinds] = OpenVinoSession(file, threads=1)
+            sessions[kinds] = open_session(file, "openvino", threads=1)
         feeds = dict(zip(op.function.input, arrays, strict=True))
         got = sessions[kinds].run(feeds, host=list(op.function.output))
         for label, tensor in zip(op.function.output, wanted, strict=True):

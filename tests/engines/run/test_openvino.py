@@ -1,4 +1,4 @@
-"""Target openvino: the cascade's answers, caches that are continued twice, what is refused, bf16, the choice at open."""
+"""Target openvino: the cascade's answers, caches that are continued twice, refusals, bf16, the choice at open."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_bf16_is_asked_for_at_the_build(tiny_pair: TinyPair, tmp_path: Path, sac
     )
     assert built.code == 0, built.stderr
     dtypes = {n: {t: e.dtype for t, e in m.targets.items()} for n, m in manifest_of(bundle).members.items()}
-    assert dtypes == dict.fromkeys(("small", "large"), {"openvino": "bfloat16", "cpu": "float32"})
+    assert dtypes == {name: {"openvino": "bfloat16", "cpu": "float32"} for name in ("small", "large")}
     assert "on openvino: bfloat16" in saccade_cli("show", bundle).stdout
     told = saccade_cli("verify", bundle, "--target", "openvino")
     assert (told.code, told.stdout.count(" agrees ")) == (0, 12), told.stderr
