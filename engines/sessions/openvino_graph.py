@@ -1,7 +1,7 @@
 """A graph of ours as OpenVINO takes it: functions inlined, and a decoder's caches as states that grow in place.
 
-OpenVINO's frontend knows no model-local functions, its ``TopK`` breaks ties by chance, and its ``Attention`` with a past
-concatenates the cache, tiles it to the query heads and makes a mask per layer. So nodes of a domain of ours stand in
+OpenVINO's frontend knows no model-local functions, its ``TopK`` breaks ties by chance, and its ``Attention`` on a past
+joins the cache anew, tiles it to the query heads and makes a mask per layer. So nodes of a domain of ours stand in
 memory between the file and the frontend, which calls us back for each:
 
     Past()                            the state of one cache input, empty in the beginning
