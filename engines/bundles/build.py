@@ -18,7 +18,7 @@ from graphs.files import atomic_folder, clone_or_copy, digests_of, path_inside
 from graphs.ops import DOMAIN
 from graphs.rules import Export, refuse_findings
 from graphs.rules.rule import nodes_of
-from graphs.spec import GOLDEN_FILE, PROCESSOR_FOLDER, SPEC_FILE, ExportSpec
+from graphs.spec import GOLDEN_FILE, PROCESSOR_FOLDER, SPEC_FILE, ExportSpec, FloatType
 from graphs.talk import say, step, warn
 from graphs.versions import installed_version
 
@@ -27,8 +27,18 @@ if TYPE_CHECKING:
     from graphs.lowering.packing import HostPrecision
 
 DEFAULT_THRESHOLD = 0.9  # none is published; ``calibrate`` finds one for a wanted agreement
-HOST, PACKED_PRECISIONS = "cpu", ("fp32", "int8", "int4")  # of graphs.lowering.packing
-TOOLS = ("saccade", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "polygraphy", "transformers", "numpy")
+HOST = "cpu"
+TOOLS = (
+    "saccade",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx",
+    "polygraphy",
+    "transformers",
+    "numpy",
+)
 
 
 def build_bundle(
@@ -47,14 +57,15 @@ def build_bundle(
     beside.
     threshold: the score S above which the small model's answer stands, in [0, 1]. overwrite: replace an
     older bundle at ``out``. engines: how engines are built (``engines.trt.options.EngineOptions``).
-    precision: fp32, int8 or int4 for cpu: files of its own, packed for it, int8 and int4 with the error they cost in
-    the manifest; None: the canonical graphs, their weights mapped.
+    precision: of a target that has ``precisions``. fp32, int8 or int4 for cpu: files of its own, packed for it, int8
+    and int4 with the error they cost in the manifest; bf16 or fp32 for openvino, which computes the same graphs in it;
+    None: the canonical graphs in the export's own.
     Errors: BadArtefact for an export that breaks a rule, UsageError for a pair that does not fit,
     OperationFailed for a full disk or a failed build; nothing is left under the final name then.
     """
     targets = checked_targets(target)
     options = _engine_options(targets, engines)
-    packed = _host_precision(targets, precision)
+    chosen_precision = _host_precision(targets, precision)
     chosen = DEFAULT_THRESHOLD if threshold is None else threshold
     if not 0 <= chosen <= 1:
         raise UsageError(f"threshold is {chosen:g}, but must lie in [0, 1]; 1 never exits early, 0 always")
@@ -67,7 +78,7 @@ def build_bundle(
             warn(f"the {name} model prunes nothing, as its plan {source.spec.plan.name} asks")
     with atomic_folder(Path(out), overwrite, holds=MANIFEST_FILE) as work:
         entries = {
-            name: _member(name, by_folder[source.folder], work / name, targets, options, packed)
+            name: _member(name, by_folder[source.folder], work / name, targets, options, chosen_precision)
             for name, source in members.items()
         }
         with step("computing digests"):
@@ -85,10 +96,11 @@ def build_bundle(
 
 
 def split_precision(targets: Sequence[str], precision: str | None) -> tuple[str | None, str | None]:
-    """What of a precision asked for on the command line is the CPU's and what the engines'."""
-    of_engines = any(target in TARGETS and _has_engines(target) for target in targets)
-    packed = precision if not of_engines or (HOST in targets and precision in PACKED_PRECISIONS) else None
-    return packed, precision if of_engines else None
+    """What of a precision asked for on the command line is that of graphs and what the engines'."""
+    known = [TARGETS[target] for target in targets if target in TARGETS]
+    of_engines = any(target.runs == "engines" for target in known)
+    of_graphs = not of_engines or any(precision in target.precisions for target in known)
+    return precision if of_graphs else None, precision if of_engines else None
 
 
 def copy_shared(source: Path, folder: Path) -> None:
@@ -124,10 +136,10 @@ def _member(
     folder: Path,
     targets: Sequence[str],
     options: EngineOptions | None,
-    packed: HostPrecision | None,
+    precision: str | None,
 ) -> MemberEntry:
     """One model in the new folder ``folder``, for every target."""
-    spec = export.spec
+    spec, packed = export.spec, _packed_as(targets, precision)
     folder.mkdir()
     with step(f"copying the {name} model"):
         copy_shared(export.folder, folder)
@@ -138,24 +150,32 @@ def _member(
     on = {
         target: _packed(name, export, folder, packed)
         if packed and target == HOST
-        else _target(name, export, folder, target, options)
+        else _target(name, export, folder, target, options, precision)
         for target in targets
     }
     same = {k: getattr(spec, k) for k in ("family", "architecture", "role", "plan", "language", "grid")}
     return MemberEntry(folder=name, targets=on, **same)
 
 
-def _target(name: str, export: Export, folder: Path, target: str, options: EngineOptions | None) -> TargetEntry:
-    """What a model is on one target; engines are built into a folder of the target's name."""
+def _target(
+    name: str, export: Export, folder: Path, target: str, options: EngineOptions | None, precision: str | None
+) -> TargetEntry:
+    """What a model is on one target; engines, or a spec.json of its own, lie in a folder of the target's name."""
     if not _has_engines(target):
         weight_bytes = sum(weight.bytes for weight in export.spec.weights)
+        dtype = _computed_in(target, export.spec, precision)
+        at = SPEC_FILE
+        if dtype != export.spec.dtype:
+            at = f"{target}/{SPEC_FILE}"
+            (folder / target).mkdir()
+            (folder / at).write_text(export.spec.model_copy(update={"dtype": dtype}).dumps(), "utf-8")
         return TargetEntry(
-            spec=SPEC_FILE,
-            dtype=export.spec.dtype,
+            spec=at,
+            dtype=dtype,
             stages=export.spec.stages,
             ops=ops_served(export),
             weight_bytes=weight_bytes,
-            footprint=footprint_of(export, target, export.spec.dtype, weight_bytes, {}),
+            footprint=footprint_of(export, target, dtype, weight_bytes, {}),
         )
     from engines.trt.flavour import FLAVOURS
     from engines.trt.member import build_member
@@ -201,6 +221,18 @@ def _has_engines(target: str) -> bool:
     return TARGETS[target].runs == "engines"
 
 
+def _packed_as(targets: Sequence[str], precision: str | None) -> HostPrecision | None:
+    """How the CPU's files are packed; None for the canonical ones."""
+    if HOST in targets and precision in TARGETS[HOST].precisions:
+        return precision  # type: ignore[return-value]
+    return None
+
+
+def _computed_in(target: str, spec: ExportSpec, precision: str | None) -> FloatType:
+    """bf16 where it is asked for and the target can choose, else what the export is in."""
+    return "bfloat16" if precision == "bf16" and precision in TARGETS[target].precisions else spec.dtype
+
+
 def _engine_options(targets: Sequence[str], engines: EngineOptions | None) -> EngineOptions | None:
     """Options for targets that have engines.
 
@@ -218,17 +250,17 @@ def _engine_options(targets: Sequence[str], engines: EngineOptions | None) -> En
     return None
 
 
-def _host_precision(targets: Sequence[str], precision: str | None) -> HostPrecision | None:
-    """How the CPU's files are packed, None for the canonical ones; UsageError for what no target reads."""
-    if precision is None:
-        return None
-    if HOST not in targets:
+def _host_precision(targets: Sequence[str], precision: str | None) -> str | None:
+    """The precision of what runs graphs; UsageError for one that no target can choose."""
+    if precision is None or any(precision in TARGETS[target].precisions for target in targets):
+        return precision
+    known = {target: TARGETS[target].precisions for target in targets if TARGETS[target].precisions}
+    if not known:
         raise UsageError(
             f"the targets {', '.join(targets)} run the graphs as they are, so a precision does nothing; leave it out"
         )
-    if precision not in PACKED_PRECISIONS:
-        raise UsageError(f"precision {precision!r} is none that target cpu has; choose {', '.join(PACKED_PRECISIONS)}")
-    return precision  # type: ignore[return-value]
+    choices = "; ".join(f"{target}: {', '.join(precisions)}" for target, precisions in known.items())
+    raise UsageError(f"precision {precision!r} is none that these targets have; choose one of {choices}")
 
 
 def _file(work: Path, path: str) -> FileEntry:

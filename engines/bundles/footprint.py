@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # Bytes in memory per byte of weights: a decoder of 8 layers of width 768, ONNX Runtime 1.31.1 on x86-64. Its whole
 # estimate was 0.84 (fp32) and 0.99 (fp16) of what a prefill of 2,000 rows and three steps took at their peak.
-ON_A_CPU = {"float32": 1.2, "float16": 2.2}
+ON_A_CPU = {"float32": 1.2, "float16": 2.2, "bfloat16": 1.2}
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 OLD_AND_NEW = 2  # a step reads one cache and writes the next; written in place, two conversations' views
 PIECE = 64  # guide rows that AttentionReceived walks at once

@@ -22,13 +22,15 @@ class Target:
     """runs: the ONNX stages that all such targets of a bundle share, or engines built beside them.
 
     memory: where weights and caches lie. reasons: ``module:function`` from the bundle's engines for this target
-    (none for graphs) to every reason why this machine cannot run it; an empty list where it can.
+    (none for graphs) to every reason why this machine cannot run it; an empty list where it can. precisions: what
+    its graphs can be packed or computed in, where a build may choose.
     """
 
     name: str
     runs: Literal["graphs", "engines"]
     memory: Literal["host", "device"]
     reasons: str
+    precisions: tuple[str, ...] = ()
 
 
 TABLE = (
@@ -37,7 +39,8 @@ TABLE = (
     Target("ort-tensorrt", "graphs", "device", "engines.sessions.ort_providers:tensorrt_reasons"),
     Target("ort-rtx", "graphs", "device", "engines.sessions.ort_providers:rtx_reasons"),
     Target("cuda", "graphs", "device", "engines.sessions.ort_providers:cuda_reasons"),
-    Target("cpu", "graphs", "host", "engines.bundles.targets:cpu_reasons"),
+    Target("openvino", "graphs", "host", "engines.sessions.openvino_device:reasons", ("bf16", "fp32")),
+    Target("cpu", "graphs", "host", "engines.bundles.targets:cpu_reasons", ("fp32", "int8", "int4")),
 )
 TARGETS = {target.name: target for target in TABLE}
 

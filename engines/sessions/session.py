@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 
 from graphs.errors import BackendMissing, BadArtefact, UsageError
-from graphs.spec import CacheForm
+from graphs.spec import CacheForm, FloatType
 
 if TYPE_CHECKING:
     from engines.bundles.bundle import Engines
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 Value: TypeAlias = Any
 
 LOWERED_AT_OPEN = ("cpu",)  # targets whose session takes ``in_place``
+COMPUTED_AS_ASKED = ("openvino",)  # … that take ``dtype``
 NOTHING: Mapping[str, str] = {}
 
 # target → the class that serves it
 SESSIONS = {
+    "openvino": "engines.sessions.openvino_session:OpenVinoSession",
     "cpu": "engines.sessions.ort_session:OrtSession",
     "tensorrt": "engines.trt.session:tensorrt_session",
     "cuda": "engines.sessions.ort_gpu:cuda_session",
@@ -59,7 +61,7 @@ class Session(Protocol):
         """
 
     def buffer(self, name: str, rows: int, wanted: int, source: Value, held: int) -> Value:
-        """A buffer for a cache input that is written in place, [1, Hkv, C, d] with C at least ``rows``.
+        """A buffer for a cache input, [1, Hkv, C, d] with C at least ``rows``; asked for where form is in-place only.
 
         wanted: C where the runtime is free to choose. Its first ``held`` rows are those of ``source``, on the host or
         the device; the others hold any numbers. Raises OperationFailed where there is no room for so many rows.
@@ -75,13 +77,15 @@ def open_session(
     threads: int | None = None,
     engines: Engines | None = None,
     in_place: bool = False,
+    dtype: FloatType | None = None,
 ) -> Session:
     """Open one graph file for a target.
 
     threads: how many CPU threads a run may use, None for the runtime's own choice. engines: what a bundle's manifest
     says of the engines that ``file`` is among, whose bytes are then held against it. in_place: let the runtime write a
-    canonical decoder's caches in place where it can, as the session's ``form`` then says. Raises UsageError for an
-    unknown target, BackendMissing where its runtime is not installed, BadArtefact where the file cannot be read.
+    canonical decoder's caches in place where it can, as the session's ``form`` then says. dtype: what the graph is
+    computed in, where the target can choose; None for what the file says. Raises UsageError for an unknown target,
+    BackendMissing where its runtime is not installed, BadArtefact where the file cannot be read.
     """
     refuse_unrunnable(target)
     if target not in SESSIONS:
@@ -94,6 +98,8 @@ def open_session(
     said: dict[str, Any] = {"engine": engines[file]} if engines else {}
     if in_place and target in LOWERED_AT_OPEN:
         said["in_place"] = True
+    if dtype and target in COMPUTED_AS_ASKED:
+        said["dtype"] = dtype
     try:
         session: Session = getattr(import_module(module), name)(file, threads=threads, **said)
     except ModuleNotFoundError as e:

@@ -1,0 +1,292 @@
+"""A graph of ours as OpenVINO takes it: functions inlined, and a decoder's caches as states that grow in place.
+
+OpenVINO's frontend knows no model-local functions, its ``TopK`` breaks ties by chance, and its ``Attention`` on a past
+joins the cache anew, tiles it to the query heads and makes a mask per layer. So nodes of a domain of ours stand in
+memory between the file and the frontend, which calls us back for each:
+
+    Past()                            the state of one cache input, empty in the beginning
+    Grown(past, new)                  Concat(past, new), which becomes the state
+    CachedAttention(q, k, v, …)       Grown k and v, shared by groups of heads, and one causal attention over them
+    TopK(x, k)                        ONNX's, ties to the lower index
+
+CachedAttention is the pattern that OpenVINO's CPU plugin turns into its one node that appends to the cache and attends
+(StatefulSDPAFusion); that node aligns causality bottom-right, as ONNX's Attention with a past. It gives its keys to
+nobody else, so keys that another node reads (AttentionReceived) are kept in a second state, ``heard_…``.
+Source: openvinotoolkit/openvino, intel_cpu stateful_sdpa_fusion.cpp; ONNX Attention-23.
+
+Legend: Hkv key-value heads, H query heads, P past rows, S new rows, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from mmap import ACCESS_COPY, MADV_DONTNEED, mmap
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+import onnx.inliner
+import openvino as ov
+from openvino import op
+from openvino import opset13 as ops
+from openvino.frontend.onnx import ConversionExtension
+
+from graphs.errors import BadArtefact
+from graphs.ops import DOMAIN as OUR_OPS
+from graphs.ops import OPS
+from graphs.rules.rule import all_inputs_of, nodes_of
+
+DOMAIN = "saccade.openvino"
+BEAM = "beam"  # which sequence of a batch each state row continues: [0], there is one sequence
+HEARD = "heard_"  # a second state of keys, for what is not the attention itself
+K, V, PAST_K, PAST_V = 1, 2, 4, 5  # inputs of Attention
+MASK = 3
+UNDERSTOOD = {"is_causal", "scale"}
+PLUGIN_ATTRIBUTES = "plugin_"
+
+# A Loop copies what it reads from outside, here all keys at every step. Flat, the map H·G·T is there at once.
+FLAT = {"AttentionReceived", "RatedAttentionReceived"}
+
+Dims: TypeAlias = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Read:
+    """A model, and how the file's interface maps to it.
+
+    inputs, outputs: of the file, name → dimensions. states: state → the cache input whose rows it holds. grown: cache
+    output → the cache input that continues it. files: the weights, mapped.
+    """
+
+    model: ov.Model
+    inputs: dict[str, Dims]
+    outputs: dict[str, Dims]
+    states: dict[str, str]
+    grown: dict[str, str]
+    files: list[mmap]
+
+    def forget_pages(self) -> None:
+        """Give back the pages of the files: what was compiled holds weights of its own, or reads a page again."""
+        for file in self.files:
+            file.madvise(MADV_DONTNEED)
+
+
+def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
+    """Read an ONNX file; its external weights are mapped into memory, not copied.
+
+    with_states: a decoder's ``past_*`` inputs and ``present_*`` outputs become states, and an input ``beam`` is added.
+    Raises BadArtefact where the file is no graph or holds an attention on a cache that is not causal.
+    """
+    try:
+        proto = onnx.load(file, load_external_data=False)
+        for function in proto.functions:
+            if function.domain == OUR_OPS and function.name in FLAT:
+                function.CopyFrom(OPS[function.name].flat_function)
+        proto = onnx.inliner.inline_local_functions(proto)
+    except Exception as e:  # protobuf's and the inliner's share no base class
+        raise BadArtefact(f"{file} cannot be read as a graph ({e}); build the bundle again") from None
+    for node in nodes_of(proto.graph):
+        for attribute in [a for a in node.attribute if a.name.startswith(PLUGIN_ATTRIBUTES)]:
+            node.attribute.remove(attribute)
+        if node.op_type == "TopK" and not node.domain:
+            node.domain = DOMAIN
+    proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+    inputs, outputs = ({v.name: _dims(v) for v in values} for values in (proto.graph.input, proto.graph.output))
+    states, grown = _cached(proto, file) if with_states else ({}, {})
+    conversions = _Conversions()
+    extensions = [
+        ConversionExtension(name, DOMAIN, convert)
+        for name, convert in (
+            ("Past", conversions.past),
+            ("Grown", conversions.grown),
+            ("CachedAttention", conversions.attention),
+            ("TopK", conversions.top),
+        )
+    ]
+    for extension in extensions:
+        core.add_extension(extension)
+    weights, files = _weights_as_inputs(proto, file.parent)
+    model = core.read_model(proto.SerializeToString())
+    for parameter in [p for p in model.get_parameters() if p.output(0).any_name in weights]:
+        constant = ops.constant(weights[parameter.output(0).any_name], shared_memory=True)
+        constant.set_friendly_name(parameter.output(0).any_name)
+        parameter.output(0).replace(constant.output(0))
+        model.remove_parameter(parameter)
+    model.add_sinks(conversions.sinks)
+    model.validate_nodes_and_infer_types()
+    return Read(model, inputs, outputs, states, grown, files)
+
+
+def _dims(value: onnx.ValueInfoProto) -> Dims:
+    return tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
+
+
+def _weights_as_inputs(proto: onnx.ModelProto, folder: Path) -> tuple[dict[str, np.ndarray], list[mmap]]:
+    """Make an input of every external tensor; return them as they lie in the files, and the files, mapped.
+
+    OpenVINO maps external tensors itself only for a graph that lies beside them. It wants constants writable, so the
+    mapping is private; nobody writes.
+    """
+    graph = proto.graph
+    files: dict[str, mmap] = {}
+    found: dict[str, np.ndarray] = {}
+    for tensor in [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]:
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        if where["location"] not in files:
+            with (folder / where["location"]).open("rb") as opened:
+                files[where["location"]] = mmap(opened.fileno(), 0, access=ACCESS_COPY)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        count = prod(tensor.dims)
+        found[tensor.name] = np.frombuffer(files[where["location"]], dtype, count, int(where.get("offset", 0))).reshape(
+            tensor.dims
+        )
+        graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        graph.initializer.remove(tensor)
+    return found, list(files.values())
+
+
+def _cached(proto: onnx.ModelProto, file: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Put our nodes in the place of every attention on a past; return ``Read.states`` and ``Read.grown``."""
+    graph = proto.graph
+    inputs = {value.name: value for value in graph.input}
+    attentions = [n for n in graph.node if n.op_type == "Attention" and not n.domain and len(n.input) > PAST_V]
+    states: dict[str, str] = {}
+    grown: dict[str, str] = {}
+    for node in attentions:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        others = [name for name, value in attributes.items() if value and name not in UNDERSTOOD]
+        if not attributes.get("is_causal") or node.input[MASK] or "scale" not in attributes or others:
+            raise BadArtefact(
+                f"{file}: {node.name} attends to a cache otherwise than causally with a scale; "
+                "export the checkpoint again"
+            )
+        q, k, v, _, past_k, past_v = node.input[: PAST_V + 1]
+        out, present_k, present_v = node.output[:3]
+        states |= {past_k: past_k, past_v: past_v}
+        grown |= {present_k: past_k, present_v: past_v}
+        heard = _heard(graph, node, past_k, present_k)
+        for attribute in list(node.attribute):
+            node.attribute.remove(attribute)
+        node.CopyFrom(
+            onnx.helper.make_node(
+                "CachedAttention",
+                [q, k, v, past_k, past_v, BEAM],
+                [out],
+                node.name,
+                domain=DOMAIN,
+                scale=attributes["scale"],
+                state_k=past_k,
+                state_v=past_v,
+            )
+        )
+        if heard:
+            state = HEARD + past_k
+            states[state] = past_k
+            at = list(graph.node).index(node)
+            graph.node.insert(
+                at, onnx.helper.make_node("Grown", [state, k], [HEARD + present_k], domain=DOMAIN, state=state)
+            )
+    if not states:
+        return states, grown
+    for state, past in reversed(states.items()):
+        _, heads, _, width = inputs[past].type.tensor_type.shape.dim
+        sizes = {"state": state, "heads": heads.dim_value, "width": width.dim_value}
+        sizes["dtype"] = inputs[past].type.tensor_type.elem_type
+        graph.node.insert(0, onnx.helper.make_node("Past", [], [state], domain=DOMAIN, **sizes))
+    for values in (graph.input, graph.output):
+        for value in [v for v in values if v.name in grown or v.name in states]:
+            values.remove(value)
+    graph.input.append(onnx.helper.make_tensor_value_info(BEAM, onnx.TensorProto.INT32, [1]))
+    return states, grown
+
+
+def _heard(graph: onnx.GraphProto, attention: onnx.NodeProto, past_k: str, present_k: str) -> bool:
+    """Turn others that read the keys, old or grown, to the second state; whether there are any.
+
+    How long the past is may be asked of the attention's own state, which reads nothing.
+    """
+    found = False
+    for node in graph.node:
+        asked = {present_k} if node.op_type == "Shape" else {past_k, present_k}
+        if node.output[:1] == attention.output[:1] or not asked & set(all_inputs_of(node)):
+            continue
+        found = True
+        for inner in _with_nested(node):
+            for i, name in enumerate(inner.input):
+                if name in asked:
+                    inner.input[i] = HEARD + name
+    return found
+
+
+def _with_nested(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    yield node
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield from nodes_of(attribute.g)
+
+
+class _Conversions:
+    """What the frontend calls for our nodes; ``sinks`` gathers the ends of the states, which a model must be given."""
+
+    def __init__(self) -> None:
+        self.sinks: list[Any] = []
+        self._variables: dict[str, Any] = {}
+
+    def past(self, node: Any) -> list[Any]:
+        """The state as it was before the run: [1, Hkv, P, d]."""
+        state, heads, width = (node.get_attribute(name) for name in ("state", "heads", "width"))
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(node.get_attribute("dtype"))
+        info = op.util.VariableInfo()
+        info.variable_id, info.data_type, info.data_shape = (
+            state,
+            ov.Type(dtype),
+            ov.PartialShape([1, heads, -1, width]),
+        )
+        self._variables[state] = op.util.Variable(info)
+        empty = ops.constant(np.zeros((1, heads, 0, width), dtype))
+        return [op.read_value(empty, self._variables[state]).output(0)]
+
+    def grown(self, node: Any) -> list[Any]:
+        """Past and new rows behind each other, [1, Hkv, P + S, d], which the state is from then on."""
+        return [self._assigned(node.get_attribute("state"), [node.get_input(0), node.get_input(1)]).output(0)]
+
+    def attention(self, node: Any) -> list[Any]:
+        """Causal attention of q [1, H, S, d] over the grown caches."""
+        q, k, v, past_k, past_v, beam = (node.get_input(i) for i in range(6))
+        zero = ops.constant(np.array(0, np.int64))
+        pasts = [ops.gather(past, beam, zero) for past in (past_k, past_v)]
+        keys = self._assigned(node.get_attribute("state_k"), [pasts[0], k])
+        values = self._assigned(node.get_attribute("state_v"), [pasts[1], v])
+        heads = q.get_partial_shape()[1].get_length()
+        scale = ops.constant(np.array(node.get_attribute("scale"), q.get_element_type().to_dtype()))
+        out = ops.scaled_dot_product_attention(
+            q, _shared(keys, heads), _shared(values, heads), scale=scale, causal=True
+        )
+        return [out.output(0)]
+
+    def top(self, node: Any) -> list[Any]:
+        """TopK-11 of ONNX, ties to the lower index: values and their indices."""
+        k = ops.squeeze(node.get_input(1), ops.constant(np.array([0], np.int64)))
+        mode = "max" if node.get_attribute("largest", 1) else "min"
+        axis = node.get_attribute("axis", -1)
+        out = ops.topk(node.get_input(0), k, axis, mode, "value", "i64", stable=True)
+        return [out.output(0), out.output(1)]
+
+    def _assigned(self, state: str, parts: list[Any]) -> Any:
+        whole = ops.concat(parts, 2)
+        self.sinks.append(op.assign(whole, self._variables[state]))
+        return whole
+
+
+def _shared(x_1VTd: Any, heads: int) -> Any:
+    """Keys or values for every query head: each is broadcast to its group."""
+    _, groups, _, width = x_1VTd.output(0).get_partial_shape()
+    if groups.get_length() == heads:
+        return x_1VTd
+    column = ops.unsqueeze(x_1VTd, ops.constant(np.array([2], np.int64)))
+    to = ops.constant(np.array([1, 1, heads // groups.get_length(), 1, 1], np.int64))
+    wide = ops.broadcast(column, to, broadcast_spec="BIDIRECTIONAL")
+    return ops.reshape(wide, ops.constant(np.array([0, heads, -1, width.get_length()], np.int64)), True)
