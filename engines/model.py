@@ -40,7 +40,7 @@ class Model:
         """Return a stage's session, opening it the first time."""
         if stage not in self._sessions:
             file = self.folder / self.spec.stages[stage].file
-            self._sessions[stage] = open_session(file, self.target, self._threads, in_place=True)
+            self._sessions[stage] = open_session(file, self.target, self._threads, in_place=stage == "decoder")
         return self._sessions[stage]
 
     def open(self) -> None:
