@@ -31,6 +31,7 @@ VERBS = {
         "engines.evaluation.commands:evaluate",
         "Ask every question under every setting, and tell what each is worth.",
     ),
+    "tune": ("engines.tuning.commands:tune", "Find where and how much to prune for the least time within a loss."),
     "run": ("engines.commands:run", "Ask a bundle a question about an image."),
     "chat": ("engines.commands:chat", "Talk with a bundle, turn after turn."),
     "show": ("engines.commands:show", "Show a bundle, kept tokens, policies, ops or this machine."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from engines.calibration.record import Calibration
 from engines.confidence import Confidence
 from engines.decoder import Keep, keep_ratios
+from engines.draft import Drafted
 from engines.generate import Generation
 from engines.model import Model
 from engines.sampling import Options
@@ -65,7 +66,8 @@ class Answer:
     the layers of the model that was pruned, None without an image. prompt_tokens: of the whole conversation, of
     which cached_tokens were there already. seed: of the draws, None where greedy. milliseconds: stage → what it
     took; a stage whose result was shared is counted with the time it took once. calibration: whose threshold it is,
-    None where it was given or is the bundle's own.
+    None where it was given or is the bundle's own. draft: what the small model's answer was good for as a draft, None
+    where it was none.
     """
 
     text: str
@@ -85,6 +87,7 @@ class Answer:
     visual_tokens: int
     milliseconds: dict[str, float]
     calibration: Calibration | None = None
+    draft: Drafted | None = None
 
     @property
     def score(self) -> float | None:
@@ -109,6 +112,7 @@ class Answer:
             "kept": None if self.kept is None else [k.tolist() for k in self.kept],
             "tokens": list(self.tokens),
             "new_tokens": len(self.tokens),
+            "draft": asdict(self.draft) if self.draft else None,
             "stopped": self.stopped,
             "seed": self.seed,
             "prompt_tokens": self.prompt_tokens,
@@ -157,6 +161,29 @@ def answer_of(
         cached_tokens=prompt.cached,
         visual_tokens=prompt.all_visual_tokens,
         milliseconds=times,
+        draft=run.drafted,
+    )
+
+
+def answer_of_small(looked: SmallPass, pair: bool, threshold: float | None) -> Answer:
+    """Say what the small model's pass gave as an answer. pair: whether there is a large model that sleeps on."""
+    return Answer(
+        text=looked.text,
+        tokens=looked.tokens,
+        model="small",
+        stopped=looked.stopped,
+        seed=looked.seed,
+        exited=True if pair else None,
+        threshold=threshold if pair else None,
+        confidence=looked.confidence,
+        keep=(),
+        kept=None,
+        average_retention=None,
+        guidance=looked.guidance,
+        prompt_tokens=len(looked.prompt),
+        cached_tokens=looked.prompt.cached,
+        visual_tokens=len(looked.guidance),
+        milliseconds=dict(looked.milliseconds),
     )
 
 

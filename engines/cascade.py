@@ -8,16 +8,18 @@ Legend: V visual tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import numpy as np
 
-from engines.answer import Answer, Memories, SmallPass, Turn, answer_of, times_of
+from engines.answer import Answer, Memories, SmallPass, Turn, answer_of, answer_of_small, times_of
 from engines.clock import Clock
 from engines.confidence import Confidence, confidence_of, consistency_of
 from engines.decoder import Keep, keep_ratios
+from engines.draft import takes_draft, tokens_that_differ
 from engines.guidance import drawn_priority, priority_of
 from engines.images import Picture
 from engines.model import Model
@@ -27,8 +29,8 @@ from engines.talk.memory import Memory
 from engines.talk.messages import Content, Talk, asked
 from engines.talk.prompt import Prompt
 from graphs.errors import BadArtefact, UsageError
-from graphs.spec import ExportSpec, spec_from_folder
-from graphs.talk import step
+from graphs.spec import spec_from_folder
+from graphs.talk import say, step
 
 if TYPE_CHECKING:
     from engines.calibration.promise import Promises
@@ -68,8 +70,10 @@ class Cascade:
 
         bundle = open_bundle(Path(path), target=target, check="used")
         refuse_what_cannot_fit(bundle)
-        members = {name: (member.folder, member.spec) for name, member in bundle.members.items()}
-        opened = cls._of(members, bundle.threshold, bundle.target, threads)
+        models = {
+            name: Model(m.folder, m.spec, bundle.target, threads, m.engines) for name, m in bundle.members.items()
+        }
+        opened = cls._of(models, bundle.threshold)
         opened.promises = promises_of(bundle)
         if preload:
             opened.preload()
@@ -86,21 +90,28 @@ class Cascade:
         from engines.bundles.pair import Source, members_from_sources
 
         sources = [Source(Path(folder), spec_from_folder(Path(folder))) for folder in folders]
-        members = {name: (s.folder, s.spec) for name, s in members_from_sources(sources).items()}
-        return cls._of(members, threshold, target, threads)
+        models = {name: Model(s.folder, s.spec, target, threads) for name, s in members_from_sources(sources).items()}
+        return cls._of(models, threshold)
 
     @classmethod
-    def _of(
-        cls, members: dict[str, tuple[Path, ExportSpec]], threshold: float, target: str, threads: int | None
-    ) -> Cascade:
-        models = {name: Model(folder, spec, target, threads) for name, (folder, spec) in members.items()}
+    def _of(cls, models: dict[str, Model], threshold: float) -> Cascade:
         if "alone" in models:
             alone = models["alone"]
             return cls(alone, None) if alone.spec.role == "small" else cls(None, alone)
         return cls(models["small"], models["large"], threshold)
 
+    @cached_property
+    def drafts(self) -> bool:
+        """Whether the small model's answer is a draft of the large one's; where tokenizers forbid it, that is said."""
+        if not self.small or not self.large or not takes_draft(self.large):
+            return False
+        if differs := tokens_that_differ(self.small, self.large):
+            say(f"the small model's answer is no draft for the large one, because {differs} of the two differ")
+        return not differs
+
     def preload(self) -> None:
         """Open every session of every model, so that no question has to wait for one."""
+        _ = self.drafts
         models = {"small": self.small, "large": self.large}
         for name, model in ((name, model) for name, model in models.items() if model):
             with step(f"opening the {name} model" if self.small and self.large else "opening the model"):
@@ -140,7 +151,7 @@ class Cascade:
         The arguments are those of ``ask``. With a pair nothing is said before the small model has
         been judged, and an answer of its own comes as one piece.
         """
-        bar = self.checked(keep, threshold)
+        bar = self.checked(keep, threshold, options.get("draft", True))
         turn = self.turn((asked(question, image),), **options)
         if threshold is None and self.promises:
             return Stream(self.promises.parts(self, turn, keep, guidance))
@@ -176,8 +187,10 @@ class Cascade:
         models = {"small": self.small, "large": self.large}
         return {name: Memory(model) for name, model in models.items() if model}
 
-    def checked(self, keep: Keep, threshold: float | None) -> float:
-        """Return the threshold that holds; UsageError for one, or a keep ratio, that this bundle cannot serve."""
+    def checked(self, keep: Keep, threshold: float | None, draft: bool = True) -> float:
+        """Return the threshold that holds; UsageError for an option that this bundle cannot serve."""
+        if not draft and not self.drafts:
+            raise UsageError("the large model takes no draft here, so turning drafts off does nothing; leave it out")
         if self.large:
             keep_ratios(self.large.spec.plan, keep)
         elif keep is not None:
@@ -213,24 +226,7 @@ class Cascade:
 
     def answer_small(self, looked: SmallPass, threshold: float | None = None) -> Answer:
         """Return the small model's own answer, whatever its score."""
-        return Answer(
-            text=looked.text,
-            tokens=looked.tokens,
-            model="small",
-            stopped=looked.stopped,
-            seed=looked.seed,
-            exited=True if self.large else None,
-            threshold=threshold if self.large else None,
-            confidence=looked.confidence,
-            keep=(),
-            kept=None,
-            average_retention=None,
-            guidance=looked.guidance,
-            prompt_tokens=len(looked.prompt),
-            cached_tokens=looked.prompt.cached,
-            visual_tokens=len(looked.guidance),
-            milliseconds=dict(looked.milliseconds),
-        )
+        return answer_of_small(looked, self.large is not None, threshold)
 
     def answer_large(
         self,
@@ -277,7 +273,8 @@ class Cascade:
         scores_V = looked.guidance if guidance is None else guidance
         if guidance is None and (drawn := drawn_priority(large.spec.plan, prompt.all_visual_tokens)) is not None:
             scores_V = drawn
-        run = large.generate(prompt, options, keep, self._priority(large, prompt, scores_V))
+        draft = looked.tokens if options.draft and self.drafts else ()
+        run = large.generate(prompt, options, keep, self._priority(large, prompt, scores_V), draft)
         yield from pieces_of(run)
         times = {**looked.milliseconds, **times_of("large", prompt, run)}
         answer = answer_of("large", large, prompt, run, keep, looked.confidence, scores_V, threshold, times)

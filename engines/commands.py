@@ -31,6 +31,7 @@ SHOWS = {
     "bundle": ("engines.bundles.commands:show_bundle", "Tell what a bundle holds (also: saccade show BUNDLE)."),
     "families": ("engines.bundles.commands:show_families", "List the model families and what is not taken."),
     "policies": ("engines.bundles.commands:show_policies", "List the pruning policies."),
+    "formats": ("engines.evaluation.commands:show_formats", "List the benchmarks that `eval --format` reads."),
     "ops": ("engines.bundles.commands:show_ops", "List the ops of domain saccade."),
     "machine": ("engines.bundles.commands:show_machine", "Tell what this machine can run."),
 }

@@ -1,4 +1,4 @@
-"""Generation: one prefill, then a token at a time, each with its probability and its guidance.
+"""Generation: one prefill, which may check a draft, then a token at a time, each with its probability and its guidance.
 
 Legend: S rows of the chunk, V visual tokens.
 """
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from engines.cache import cut
 from engines.clock import Clock
 from engines.confidence import log_probs
 from engines.decoder import Chunk, Keep, Step
+from engines.draft import Drafted, drafted_by, padded, usable, with_draft
 from engines.guidance import GuidanceSum
 from engines.sampling import Options, Sampler
 
@@ -33,7 +35,7 @@ class Generation:
     first_logits: float32 [vocab], what the first token was chosen from.
     kept: per prune point the chunk's rows that went on. guidance: float32 [V] over the visual tokens of the whole
     conversation, where the plan gives it. stopped: "end" after an end token, "stop" at a stop string, "length" at
-    max_new_tokens or the last position.
+    max_new_tokens or the last position. drafted: what the draft was good for, None where there was none.
     """
 
     def __init__(
@@ -43,11 +45,14 @@ class Generation:
         options: Options,
         keep: Keep = None,
         priority_S: np.ndarray | None = None,
+        draft: Sequence[int] = (),
     ) -> None:
         self._model, self._prompt, self.options = model, prompt, options
         self._keep, self._priority_S = keep if prompt.visual_tokens else None, priority_S
         asked = options.max_new_tokens or model.processor.max_new_tokens or DEFAULT_NEW_TOKENS
         self._limit = min(asked, model.spec.language.max_positions - prompt.next_position)
+        self._draft = usable(model, draft, len(prompt.is_visual), self._limit) if draft else ()
+        assert not (self._draft and model.spec.plan.uses_guide)
         self._sampler = Sampler(options, prompt.line.tolist(), model.processor.repetition_penalty)
         self._guidance = GuidanceSum(prompt.visual_rows, model.to_host) if model.spec.plan.guidance else None
         self.tokens: list[int] = []
@@ -58,20 +63,20 @@ class Generation:
         self.stopped: Literal["end", "stop", "length"] = "length"
         self.prefill_ms = 0.0
         self.decode_ms = 0.0
+        self.drafted: Drafted | None = None
 
     def __iter__(self) -> Iterator[int]:
         clock = Clock()
-        prompt = self._prompt
-        step = self._model.decoder.run(prompt.chunk, prompt.past, keep=self._keep, priority_S=self._priority_S)
-        self.kept = step.kept
-        token = self._taken(step)
+        self._prefill()
         self.prefill_ms = clock.lap()
-        yield token
+        yield from self.tokens.copy()
         while not self._over():
             clock = Clock()
-            fed = Chunk(self._model.embed_text([token]), np.zeros(1, bool))
+            fed = Chunk(self._model.embed_text(self.tokens[-1:]), np.zeros(1, bool))
             so_far = self._guidance.so_far if self._guidance else None
-            token = self._taken(self._model.decoder.run(fed, self.cache, so_far=so_far))
+            step = self._model.decoder.run(fed, self.cache, so_far=so_far)
+            token = self._taken(step)
+            self.cache = step.cache
             self.decode_ms += clock.lap()
             yield token
 
@@ -107,13 +112,32 @@ class Generation:
             return True
         return len(self.tokens) == self._limit
 
-    def _taken(self, step: Step) -> int:
-        if self.first_logits is None:
-            self.first_logits = step.logits[-1].copy()
-        token = self._sampler.choose(step.logits[-1])
+    def _prefill(self) -> None:
+        """Feed prompt and draft, and take tokens up to the first that the draft has not, or one behind all of it."""
+        prompt, draft = self._prompt, self._draft
+        step = self._model.decoder.run(
+            with_draft(self._model, prompt.chunk, draft),
+            prompt.past,
+            keep=self._keep,
+            tail=len(draft) + 1,
+            priority_S=padded(self._priority_S, draft),
+        )
+        self.first_logits = step.logits[0].copy()
+        self.kept = tuple(rows[rows < len(prompt.is_visual)] for rows in step.kept)
+        for row in range(len(draft) + 1):
+            token = self._taken(step, row)
+            if row == len(draft) or token != draft[row] or self._over():
+                break
+        # The cache holds every token but the last, as after a decode step.
+        end = prompt.next_position + len(self.tokens) - 1
+        self.cache = cut(step.cache, self._model.spec, end, self._model.to_host) if draft else step.cache
+        if draft:
+            self.drafted = drafted_by(draft, self.tokens)
+
+    def _taken(self, step: Step, row: int = 0) -> int:
+        token = self._sampler.choose(step.logits[row])
         self.tokens.append(token)
-        self.log_prob.append(float(log_probs(step.logits[-1:], [token])[0]))
-        self.cache = step.cache
+        self.log_prob.append(float(log_probs(step.logits[row : row + 1], [token])[0]))
         if self._guidance and step.received is not None:
             self._guidance.add(step.received)
         return token

@@ -5,9 +5,10 @@ Legend: S rows, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,15 +22,27 @@ from engines.talk.messages import Talk
 from engines.talk.prompt import Prompt
 from graphs.spec import ExportSpec, deepstack_names, visual_names
 
+if TYPE_CHECKING:
+    from engines.bundles.bundle import Engines
+
 
 class Model:
-    """A member of a bundle, or an export folder, on one target."""
+    """A member of a bundle, or an export folder, on one target; engines: what the bundle's manifest says of them."""
 
-    def __init__(self, folder: Path, spec: ExportSpec, target: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        spec: ExportSpec,
+        target: str = "cpu",
+        threads: int | None = None,
+        engines: Engines | None = None,
+    ) -> None:
         self.folder, self.spec = Path(folder), spec
         self.processor = Processor(folder, spec)
-        self.target, self._threads = target, threads
+        self.target, self.threads, self._engines = target, threads, engines
         self._sessions: dict[str, Session] = {}
+        # Takes a stage's name and its session when that is opened, and gives what is used instead.
+        self.watch: Callable[[str, Session], Session] | None = None
 
     @property
     def opened(self) -> frozenset[str]:
@@ -40,7 +53,9 @@ class Model:
         """Return a stage's session, opening it the first time."""
         if stage not in self._sessions:
             file = self.folder / self.spec.stages[stage].file
-            self._sessions[stage] = open_session(file, self.target, self._threads, in_place=stage == "decoder")
+            decodes = stage == "decoder"
+            session = open_session(file, self.target, self.threads, self._engines, in_place=decodes)
+            self._sessions[stage] = self.watch(stage, session) if self.watch else session
         return self._sessions[stage]
 
     def open(self) -> None:
@@ -81,9 +96,13 @@ class Model:
         options: Options | None = None,
         keep: Keep = None,
         priority_S: np.ndarray | None = None,
+        draft: Sequence[int] = (),
     ) -> Generation:
-        """Return a generation that has not begun; greedy, and as long as the checkpoint asks, where nothing is said."""
-        return Generation(self, prompt, options or Options(), keep, priority_S)
+        """Return a generation that has not begun; greedy, and as long as the checkpoint asks, where nothing is said.
+
+        draft: tokens that the answer may begin with (see ``engines/draft.py``); none for a plan whose chunk guides.
+        """
+        return Generation(self, prompt, options or Options(), keep, priority_S, draft)
 
     def to_host(self, value: Value) -> np.ndarray:
         """Copy a device value to the host."""

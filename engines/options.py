@@ -59,6 +59,13 @@ _WRITING = (
     click.option(
         "--repetition-penalty", type=float, metavar="X", help="Above 1: what was said is unlikelier. [the checkpoint's]"
     ),
+    click.option(
+        "--no-draft",
+        "draft",
+        is_flag=True,
+        callback=lambda _, __, given: not given,
+        help="Write the large model's answer without a look at the small one's; the tokens are the same.",
+    ),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times."),
 )
 

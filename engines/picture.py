@@ -16,6 +16,7 @@ from engines.answer import Answer
 from engines.cascade import Cascade
 from engines.decoder import Keep
 from engines.images import Picture
+from engines.model import Model
 from engines.talk.messages import asked
 from graphs.atomic import atomic_file
 from graphs.errors import UsageError
@@ -46,19 +47,29 @@ def show_kept_tokens(
     if not images:
         raise UsageError("a question without an image keeps no visual tokens to draw; give --image")
     answer = cascade.ask(images, question, keep=keep, threshold=1, max_new_tokens=max_new_tokens)
+    rows = views_of(model, images, answer.kept[-1] if answer.kept else None, answer.guidance)
+    with atomic_file(output) as partial:
+        page_of(rows, caption_of(question, answer)).save(partial, format="PNG")
+    return answer
+
+
+def views_of(
+    model: Model, images: Sequence[Image.Image], kept_V: np.ndarray | None, guidance_V: np.ndarray | None = None
+) -> list[list[Image.Image]]:
+    """Return the panels of each image.
+
+    kept_V: indices into the visual tokens of all images, None for all. guidance_V: None leaves the heat maps out.
+    """
     visual = model.processor.look(*images)
-    kept_V = answer.kept[-1] if answer.kept else None
     starts = np.cumsum([0, *visual.tokens[:-1]])
     rows = []
     for i, (start, whole) in enumerate(zip(starts, visual.whole, strict=True)):
         # Where an image is also cut into tiles, their tokens are not drawn: only its whole view is a grid.
         place_V = start + whole.ravel()
         kept = None if kept_V is None else np.flatnonzero(np.isin(place_V, kept_V))
-        guidance = None if answer.guidance is None else answer.guidance[place_V]
+        guidance = None if guidance_V is None else guidance_V[place_V]
         rows.append(panels_of(model.processor.view(visual, i), whole.shape, kept, guidance))
-    with atomic_file(output) as partial:
-        page_of(rows, caption_of(question, answer)).save(partial, format="PNG")
-    return answer
+    return rows
 
 
 def caption_of(question: str, answer: Answer) -> str:

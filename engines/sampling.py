@@ -25,6 +25,7 @@ class OptionKeywords(TypedDict, total=False):
     seed: int | None
     repetition_penalty: float | None
     stop: Sequence[str]
+    draft: bool
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Options:
     max_new_tokens: None for the checkpoint's. temperature: 0 is greedy. top_k: only the k likeliest; top_p: only
     the likeliest whose probabilities reach p (Holtzman et al., arXiv 1904.09751). seed: of the draws, None for a
     fresh one, which the answer names. repetition_penalty: above 1 makes what was said unlikelier (Keskar et al.,
-    arXiv 1909.05858), None for the checkpoint's. stop: strings before which an answer ends.
+    arXiv 1909.05858), None for the checkpoint's. stop: strings before which an answer ends. draft: the large model
+    checks the small one's answer at once where it can, which changes no token (``engines/draft.py``).
     """
 
     max_new_tokens: int | None = None
@@ -44,6 +46,7 @@ class Options:
     seed: int | None = None
     repetition_penalty: float | None = None
     stop: Sequence[str] = ()
+    draft: bool = True
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:

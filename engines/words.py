@@ -115,10 +115,22 @@ def target_in_words(target: str, entry: TargetEntry) -> list[str]:
 
 
 def _engines_in_words(entry: TargetEntry) -> str:
-    made = {(engine.tensorrt, engine.sms) for engine in entry.engines.values()}
-    return "".join(
-        f", engines of {version} for SM {', '.join(f'{sm // 10}.{sm % 10}' for sm in sms)}" for version, sms in made
-    )
+    """Version and GPUs of the engines, and in brackets what is beyond an engine for these alone."""
+    made = {(engine.tensorrt, engine.sms, engine.compatibility, engine.parser) for engine in entry.engines.values()}
+    plugins = {engine.plugins for engine in entry.engines.values()} - {"none"}
+    said = ""
+    for version, sms, compatibility, parser in made:
+        notes = [
+            f"hardware compatibility {compatibility.hardware}" if compatibility.hardware != "none" else "",
+            "newer versions too" if compatibility.versions else "",
+            f"written out for the parser of {parser}" if parser != "current" else "",
+            "kernels built in ahead of time" if "aot" in plugins else "",
+            "kernels as Python plugins" if "python" in plugins else "",
+        ]
+        noted = "; ".join(filter(None, notes))
+        said += f", engines of {version} for SM {', '.join(f'{sm // 10}.{sm % 10}' for sm in sms)}"
+        said += f" ({noted})" if noted else ""
+    return said
 
 
 def bundle_in_words(path: Path, manifest: Manifest) -> list[str]:

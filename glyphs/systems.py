@@ -140,7 +140,8 @@ class Comparison:
         pruned: dict[tuple[float, str], Answer] = {}
         for retention, keep in self.keep.items():
             for source, guidance in scores.items():
-                answer = self.cascade.answer_large(looked, keep, guidance)
+                # Random tokens are timed without the small model, so its answer is no draft there.
+                answer = self.cascade.answer_large(looked, keep, guidance, draft=source != "random tokens")
                 pruned[retention, source] = answer
                 needed = _total(answer, "large_")
                 if source == "guided by small":

@@ -1,17 +1,21 @@
 """Trains the pair, both at once on one core each: `python -m glyphs.train`; or one of them: `... large`.
 
+Another seed goes elsewhere: `python -m glyphs.train small --seed 2 --to DIR` writes DIR/small.
+
 Stages: the tower alone learns what each patch shows; then the decoder learns to answer, through every
 4th layer first where the plan says so, through all layers at the end. A layer that joins later starts
 as the identity. Killing it is safe: the same command goes on where the last checkpoint was, with the
 same result, since every batch is a function of (seed, step).
 """
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -188,17 +192,35 @@ def progress(trainer: Trainer, cells: float, answers: float, seconds: float) -> 
 
 
 def main(arguments: list[str]) -> None:
-    """One worker process per model; `--here NAME` is such a worker."""
-    if arguments[:1] == ["--here"]:
-        train(PLANS[arguments[1]])
+    """One worker process per model; with `--here` this process is the only model's."""
+    parser = argparse.ArgumentParser(prog="python -m glyphs.train", description="Train the pair, or one of it.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="large or small; both where none is named")
+    parser.add_argument("--seed", type=int, help="instead of the plan's; needs --to")
+    parser.add_argument("--to", type=Path, default=PAIR, metavar="DIR", help="where the checkpoint folders are written")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    names = given.names or list(PLANS)
+    if unknown := [name for name in names if name not in PLANS]:
+        parser.error(f"no model {unknown[0]!r}; the names are {' and '.join(PLANS)}")
+    if given.seed is not None and given.to == PAIR:
+        parser.error("a seed of your own would overwrite the shipped pair; say where to with --to DIR")
+    if given.here:
+        (name,) = names
+        plan = PLANS[name] if given.seed is None else replace(PLANS[name], seed=given.seed)
+        train(plan, run_folder(plan), given.to)
         return
     start = time.monotonic()
-    command = [sys.executable, "-m", "glyphs.train", "--here"]
-    names = arguments or list(PLANS)
+    rest = ["--here", "--to", str(given.to), *([] if given.seed is None else ["--seed", str(given.seed)])]
+    command = [sys.executable, "-m", "glyphs.train", *rest]
     workers = [subprocess.Popen([*command, name], env=os.environ | MEMORY) for name in names]
     failed = [name for name, worker in zip(names, workers, strict=True) if worker.wait()]
     print(f"total {(time.monotonic() - start) / 60:.1f} min" + (f", failed: {failed}" if failed else ""))
     sys.exit(bool(failed))
+
+
+def run_folder(plan: Plan) -> Path:
+    """Where a plan's last checkpoint is kept while it trains; another seed's has its own."""
+    return RUN if plan.seed == PLANS[plan.name].seed else RUN / f"seed-{plan.seed}"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -170,6 +170,21 @@ class PlanDocument(Record):
             return None
         named = self.guidance.layers
         return Guidance(layers=tuple(range(layers)) if named == "all" else named, rows=self.guidance.rows)
+
+
+def document_of(plan: PruningPlan, name: str, keep: Sequence[float], layer: int | None = None) -> PlanDocument:
+    """Return the document of a fitted plan under another name and with other shares.
+
+    keep: one per prune point, the vision stage's first. layer: of the only point in the decoder, None for the plan's.
+    """
+    points = []
+    for budget, share in zip(plan.budgets, keep, strict=True):
+        own = budget.model_dump(exclude={"layer", "keep", "count", "tower_layers"})
+        where = (budget.layer if layer is None else layer) if isinstance(budget, PrunePoint) else "vision"
+        points.append(PointDocument(where=where, keep=share, **own))  # type: ignore[arg-type]
+    given = plan.guidance
+    guidance = GuidanceDocument(layers=given.layers, rows=given.rows) if given else None
+    return PlanDocument(name=name, point=tuple(points), guidance=guidance, allow_nothing=all(s == 1 for s in keep))
 
 
 def plan_from_toml(text: str, where: str = "the plan") -> PlanDocument:

@@ -3,11 +3,14 @@
 Legend: B batch, H query heads, T keys, G guide rows.
 
 Such a plugin is one kernel in PTX, without scratch memory; its arguments are inputs, int32 expressions, outputs. So
-AttentionReceived, two launches with the rows' sums between them, is two plugins, and ``split_attention`` replaces a
-node by both. TensorRT-RTX has no ``tensorrt.plugin``. Attributes are not serialised: they are numbers in the engine.
+AttentionReceived, two launches with the rows' sums between them, is two plugins, rated or not, and ``split_attention``
+replaces a node by both. TensorRT-RTX has no ``tensorrt.plugin``. Attributes are not serialised: they are numbers in the
+engine.
 
 Written from NVIDIA's published interface and not yet run: TensorRT could not be installed where it was written. The
-tests hold the contract (signatures, the PTX's parameter list, launch expressions) through a stand-in module.
+tests hold the contract (signatures, the PTX's parameter list, launch expressions) through a stand-in module. The Python
+half of ``tensorrt.plugin`` 10.16.1 and 11.4.0, over stand-ins for its C++ half, took every plugin here and evaluated
+shapes, types and launches to what those tests say.
 """
 
 from __future__ import annotations
@@ -20,9 +23,9 @@ from typing import Any, Tuple, Union  # noqa: UP035
 
 from graphs.errors import UsageError
 from graphs.ops import DOMAIN
-from plugins.cubins import ptx_from_variant
-from plugins.ops import SERVED
-from plugins.table import KERNELS, Variant, bits_of
+from plugins.cubins import check_sms, ptx_from_variant
+from plugins.ops import SERVED, ServedOp
+from plugins.table import Variant, bits_of
 from plugins.trt import data_type, type_name
 
 NEWEST_SM = 90  # Triton's PTX for 10.0 and newer is of version 9.1, which driver 580 does not read
@@ -32,15 +35,15 @@ NARROW_SHARED = 48 * 1024
 
 @dataclass(frozen=True)
 class AheadOfTime:
-    """One plugin: the kernel of an op that it launches.
+    """One plugin: one of an op's launches.
 
-    name: its ONNX op type. op: the op whose types, sizes and variants hold. kernel: which of its launches. inputs:
-    their names. outputs(input shapes, input types): shape and type of each output.
+    name: its ONNX op type. op: the op whose types, sizes and variants hold. launch: which of its variants, 0 or −1.
+    inputs: their names. outputs(input shapes, input types): shape and type of each output.
     """
 
     name: str
     op: str
-    kernel: str
+    launch: int
     inputs: tuple[str, ...]
     outputs: Callable[[Sequence[Any], Sequence[str]], list[tuple[Sequence[Any], str]]]
 
@@ -55,29 +58,30 @@ class AheadOfTime:
         if not served.accepts(types):
             raise UsageError(f"{self.name} takes no {', '.join(types)}: build with --ops body")
         largest = [[16_384 if d < 0 else d for d in shape] if self.op == "KeepTopK" else shape for shape in shapes]
-        return [v for v in served.variants(types, largest) if v.kernel == self.kernel][-1]
-
-
-def _one(op: str) -> Callable[[Sequence[Any], Sequence[str]], list[tuple[Sequence[Any], str]]]:
-    return lambda shapes, types: [(SERVED[op].output_shape(shapes), SERVED[op].output_type(types))]
+        return served.variants(types, largest)[self.launch]
 
 
 def _row_sums(shapes: Sequence[Any], types: Sequence[str]) -> list[tuple[Sequence[Any], str]]:
     return [((shapes[0][0], shapes[0][1], shapes[2][-1]), "fp32")] * 2
 
 
-PLUGINS = (
-    AheadOfTime("KeepTopK", "KeepTopK", "keep_topk", SERVED["KeepTopK"].inputs, _one("KeepTopK")),
-    AheadOfTime("CompactRows", "CompactRows", "compact_rows", SERVED["CompactRows"].inputs, _one("CompactRows")),
-    AheadOfTime("AttentionRowSums", "AttentionReceived", "attention_row_sums", ("q", "k", "guide"), _row_sums),
-    AheadOfTime(
-        "AttentionShares",
-        "AttentionReceived",
-        "attention_shares",
-        ("q", "k", "guide", "peak", "total"),
-        _one("AttentionReceived"),
-    ),
-)
+def _plugins_of(served: ServedOp) -> tuple[AheadOfTime, ...]:
+    """One plugin for an op of one launch; for an op with memory between two launches one for each."""
+
+    def outputs(shapes: Sequence[Any], types: Sequence[str]) -> list[tuple[Sequence[Any], str]]:
+        return [(served.output_shape(shapes), served.output_type(types))]
+
+    between = tuple(served.scratch([[1] * 4, [1] * 4, [1] * 2]))
+    if not between:
+        return (AheadOfTime(served.op, served.op, -1, served.inputs, outputs),)
+    return (
+        AheadOfTime(f"{served.op}Sums", served.op, 0, served.inputs, _row_sums),
+        AheadOfTime(f"{served.op}Shares", served.op, -1, (*served.inputs, *between), outputs),
+    )
+
+
+PLUGINS_OF = {op: _plugins_of(served) for op, served in SERVED.items()}
+PLUGINS = tuple(plugin for plugins in PLUGINS_OF.values() for plugin in plugins)
 
 
 def register(trt: Any, trtp: Any, sm: int) -> tuple[str, ...]:
@@ -86,13 +90,19 @@ def register(trt: Any, trtp: Any, sm: int) -> tuple[str, ...]:
     trt: the module ``tensorrt``, ≥ 10.9; trtp: ``tensorrt.plugin``. Triton compiles when TensorRT asks, at build.
     Errors: UsageError for an SM whose PTX drivers do not read yet, for which the Python plugins bring cubins.
     """
-    if sm > NEWEST_SM:
-        raise UsageError(
-            f"ahead-of-time plugins are PTX, which drivers read up to SM {NEWEST_SM}, not {sm}: use --ops body"
-        )
+    check_sm(sm)
     for plugin in PLUGINS:
         _register_one(trt, trtp, sm, plugin)
     return tuple(f"{DOMAIN}::{plugin.name}" for plugin in PLUGINS)
+
+
+def check_sm(sm: int) -> None:
+    """UsageError for an SM whose PTX drivers do not read yet, or that no kernel is compiled for; see ``register``."""
+    if sm > NEWEST_SM:
+        raise UsageError(
+            f"ahead-of-time plugins are PTX, which drivers read up to SM {NEWEST_SM}, not {sm}: use --plugins python"
+        )
+    check_sms((sm,))
 
 
 def _register_one(trt: Any, trtp: Any, sm: int, plugin: AheadOfTime) -> None:
@@ -132,7 +142,7 @@ def _register_one(trt: Any, trtp: Any, sm: int, plugin: AheadOfTime) -> None:
     # TensorRT compares annotations with typing's own forms; tuple[…] and str | bytes are others to ==.
     outputs: Any = Tuple[trtp.TensorDesc]  # noqa: UP006
     several: Any = Tuple[trtp.TensorDesc, trtp.TensorDesc]  # noqa: UP006
-    returned = several if plugin.name == "AttentionRowSums" else trtp.TensorDesc
+    returned = several if plugin.outputs is _row_sums else trtp.TensorDesc
     text: Any = Union[str, bytes]  # noqa: UP007
     code: Any = Tuple[text, text, trtp.KernelLaunchParams, trtp.SymExprs]  # noqa: UP006
     trtp.register(identity)(_signed(describe, [*tensors, *attributes], returned))
@@ -185,28 +195,28 @@ def without_scratch(ptx: str, kernel: str, arguments: int) -> str:
     return ptx[: found.start(2)] + ",\n".join(parameters[:arguments]) + ptx[found.start(3) :]
 
 
-def split_attention(model: Any) -> int:
-    """Replace each AttentionReceived node of an onnx.ModelProto's graph by its two plugins' nodes; return how many."""
+def split_attention(model: Any) -> dict[str, str]:
+    """Replace each attention-received node of an onnx.ModelProto's graph by its two plugins' nodes.
+
+    Returns the new nodes, name → op of the node that they replace.
+    """
     from onnx.helper import make_node
 
-    nodes, split = [], 0
+    nodes, split = [], {}
     for node in model.graph.node:
-        if (node.domain, node.op_type) != (DOMAIN, "AttentionReceived"):
+        plugins = PLUGINS_OF.get(node.op_type, ()) if node.domain == DOMAIN else ()
+        if len(plugins) < 2:
             nodes.append(node)
             continue
-        split += 1
         sums = [f"{node.output[0]}_peak", f"{node.output[0]}_total"]
-        first = make_node("AttentionRowSums", list(node.input), sums, domain=DOMAIN, name=f"{node.name}_sums")
-        second = make_node(
-            "AttentionShares", [*node.input, *sums], list(node.output), domain=DOMAIN, name=f"{node.name}_shares"
-        )
+        row_sums, shares = (plugin.name for plugin in plugins)
+        first = make_node(row_sums, list(node.input), sums, domain=DOMAIN, name=f"{node.name}_sums")
+        second = make_node(shares, [*node.input, *sums], list(node.output), domain=DOMAIN, name=f"{node.name}_shares")
         for made in (first, second):
             # All of them: without plugin_namespace the parser would look for a body, and these have none.
             made.attribute.extend(node.attribute)
             nodes.append(made)
+            split[made.name] = node.op_type
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     return split
-
-
-assert all(plugin.kernel in KERNELS for plugin in PLUGINS)

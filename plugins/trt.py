@@ -20,16 +20,21 @@ LIBRARY = "libtensorrt_rtx.so"
 
 
 def load(module: str) -> Any:
-    """Import ``tensorrt`` or ``tensorrt_rtx``; BackendMissing where it or its library is not there."""
+    """Import ``tensorrt`` or ``tensorrt_rtx`` for our plugins, which take 10.16; BackendMissing where it is not had."""
+    trt = imported(module)
+    if not hasattr(trt, "IPluginCreatorV3One"):
+        raise BackendMissing(f"{module} {trt.__version__} knows no IPluginV3: install 10.16 or newer")
+    return trt
+
+
+def imported(module: str) -> Any:
+    """Import ``tensorrt`` or ``tensorrt_rtx`` for bodies; BackendMissing where it or its library is not there."""
     try:
-        trt = import_module(module)
+        return import_module(module)
     except ModuleNotFoundError as e:
         raise missing(module) from e
     except (ImportError, OSError) as e:
         raise BackendMissing(f"{module} is installed, but does not load ({e}): install its libraries") from e
-    if not hasattr(trt, "IPluginCreatorV3One"):
-        raise BackendMissing(f"{module} {trt.__version__} knows no IPluginV3: install 10.16 or newer")
-    return trt
 
 
 def type_name(kind: Any) -> str:

@@ -23,10 +23,10 @@ from graphs.talk import say, step, warn
 from graphs.versions import installed_version
 
 if TYPE_CHECKING:
-    from engines.trt.member import EngineOptions
+    from engines.trt.options import EngineOptions
 
 DEFAULT_THRESHOLD = 0.9  # none is published; ``calibrate`` finds one for a wanted agreement
-TOOLS = ("saccade", "onnx", "onnxruntime", "tensorrt-rtx", "transformers", "numpy")
+TOOLS = ("saccade", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "polygraphy", "transformers", "numpy")
 
 
 def build_bundle(
@@ -43,7 +43,7 @@ def build_bundle(
     target: one of ``engines.bundles.targets.TABLE``, or several: those that run graphs share the stages, engines lie
     beside.
     threshold: the score S above which the small model's answer stands, in [0, 1]. overwrite: replace an
-    older bundle at ``out``. engines: how engines are built (``engines.trt.member.EngineOptions``), for rtx.
+    older bundle at ``out``. engines: how engines are built (``engines.trt.options.EngineOptions``).
     Errors: BadArtefact for an export that breaks a rule, UsageError for a pair that does not fit,
     OperationFailed for a full disk or a failed build; nothing is left under the final name then.
     """
@@ -133,10 +133,11 @@ def _target(name: str, export: Export, folder: Path, target: str, options: Engin
             weight_bytes=weight_bytes,
             footprint=footprint_of(export, target, export.spec.dtype, weight_bytes, {}),
         )
+    from engines.trt.flavour import FLAVOURS
     from engines.trt.member import build_member
 
     assert options
-    built = build_member(name, export.folder, export.spec, folder / target, options)
+    built = build_member(name, export.folder, export.spec, folder / target, options, FLAVOURS[target])
     return TargetEntry(
         spec=f"{target}/{SPEC_FILE}",
         dtype=built.spec.dtype,
@@ -160,11 +161,14 @@ def _has_engines(target: str) -> bool:
 
 
 def _engine_options(targets: Sequence[str], engines: EngineOptions | None) -> EngineOptions | None:
-    """Options for targets that have engines; UsageError for options that no target reads."""
-    if any(map(_has_engines, targets)):
-        from engines.trt.member import EngineOptions
+    """Options for targets that have engines.
 
-        return (engines or EngineOptions()).checked()
+    Errors: UsageError for options that no target reads, BackendMissing for a target that cannot be built here.
+    """
+    if of_engines := [target for target in targets if _has_engines(target)]:
+        from engines.trt.options import EngineOptions
+
+        return (engines or EngineOptions()).checked(of_engines)
     if engines is not None:
         raise UsageError(
             f"the target {' or '.join(targets)} has no engines to build, so options of engines do nothing; "

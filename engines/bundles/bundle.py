@@ -7,13 +7,13 @@ presence and size are checked.
 from __future__ import annotations
 
 import os
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
-from engines.bundles.manifest import MANIFEST_FILE, REBUILD, EngineEntry, FileEntry, Manifest, manifest_of
+from engines.bundles.manifest import MANIFEST_FILE, REBUILD, EngineEntry, EngineFile, FileEntry, Manifest, manifest_of
 from engines.bundles.targets import choose
 from graphs.errors import BadArtefact
 from graphs.files import path_inside, sha256_of, unreadable
@@ -26,13 +26,16 @@ ENGINE_SUFFIX = ".engine"
 HEAVY = (".safetensors", ENGINE_SUFFIX)  # what holds weights
 THREADS = 4
 
+Engines: TypeAlias = Mapping[Path, EngineFile]  # engine file → what its session must know
+
 
 @dataclass(frozen=True)
 class Member:
-    """One model of a bundle: the folder of its stages and what spec.json says there."""
+    """One model of a bundle: the folder of its stages, what spec.json says there, and the manifest of its engines."""
 
     folder: Path
     spec: ExportSpec
+    engines: Engines
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ def _members(path: Path, manifest: Manifest, target: str, readable: set[str]) ->
         spec_file = path_inside(path, f"{entry.folder}/{entry.targets[target].spec}")
         if folder is None or spec_file is None:
             raise BadArtefact(f"{path}: model {name} lies at {entry.folder!r}, outside the bundle; do not use it")
-        members[name] = Member(folder, spec_from_folder(spec_file.parent))
+        engines = {folder / file: said for file, said in manifest.engine_files(name, target).items()}
+        members[name] = Member(folder, spec_from_folder(spec_file.parent), engines)
     if set(members) not in ({"small", "large"}, {"alone"}):
         raise BadArtefact(f"{path} holds {', '.join(members) or 'no model'}, not a pair or one; {REBUILD}")
     _check_external_data(path, members, readable)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from engines.bundles.engine_options import engine_options, engine_options_from
 from engines.options import target_option
 from graphs.talk import emit_json, step
 
@@ -62,18 +63,11 @@ def check(folder: Path, as_json: bool) -> None:
     multiple=True,
     default=("cpu",),
     metavar="NAME",
-    help="What the bundle is to run on, as cpu or rtx; repeatable, and graphs are shared. [cpu]",
+    help="What the bundle is to run on, as cpu, rtx or tensorrt; repeatable, and graphs are shared. [cpu]",
 )
 @click.option("--threshold", type=float, help="Score above which the small model's answer stands. [default: 0.9]")
 @click.option("--overwrite", is_flag=True, help="Replace an older bundle.")
-@click.option("--sm", "sms", type=int, multiple=True, metavar="SM", help="rtx: compute capability, as 89; repeatable.")
-@click.option("--precision", metavar="P", help="rtx: fp16, bf16 or fp32. [the export's]")
-@click.option("--ops", metavar="HOW", help="rtx: plugin or body, what serves the ops that have a kernel. [body]")
-@click.option("--max-prompt", type=int, metavar="N", help="rtx: rows of one chunk. [2048, or what the model has]")
-@click.option("--max-length", type=int, metavar="N", help="rtx: rows of a cache. [4096, or what the model has]")
-@click.option("--max-guide", type=int, metavar="N", help="rtx: rows that guide the pruning. [512]")
-@click.option("--max-tail", type=int, metavar="N", help="rtx: rows with logits, as of a scored answer. [128]")
-@click.option("--max-images", type=int, metavar="N", help="rtx: images or tiles seen at once. [8]")
+@engine_options
 @json_option
 def build(
     folders: tuple[Path, ...],
@@ -88,7 +82,7 @@ def build(
     from engines.bundles.build import build_bundle
     from graphs.talk import say
 
-    options = _engine_options(**of_engines)
+    options = engine_options_from(**of_engines)
     manifest = build_bundle(folders, out, target=targets, threshold=threshold, overwrite=overwrite, engines=options)
     for name, member in manifest.members.items():
         for target, entry in member.targets.items():
@@ -100,16 +94,6 @@ def build(
         click.echo(out)
 
 
-def _engine_options(sms: tuple[int, ...], precision: str | None, ops: str | None, **bounds: int | None) -> Any:
-    """The options of engines; None where none was given, so that a target without engines can refuse the others."""
-    if not sms and precision is None and ops is None and not any(v is not None for v in bounds.values()):
-        return None
-    from engines.trt.bounds import Bounds
-    from engines.trt.member import EngineOptions
-
-    return EngineOptions(sms, precision, ops or "body", Bounds(**bounds))
-
-
 @click.command()
 @click.argument("folder", metavar="EXPORT", type=folder_type)
 @click.option("-o", "--out", "out", type=folder_type, required=True, metavar="DIR", help="The folder to write.")
@@ -119,7 +103,7 @@ def _engine_options(sms: tuple[int, ...], precision: str | None, ops: str | None
 @click.option("--overwrite", is_flag=True, help="Replace an older folder.")
 @json_option
 def lower(
-    folder: Path, out: Path, precision: str | None, ops: str, parser: str, overwrite: bool, as_json: bool
+    folder: Path, out: Path, precision: str | None, ops: str, parser: Any, overwrite: bool, as_json: bool
 ) -> None:
     """Write the ONNX files that TensorRT parses for an EXPORT, for trtexec, polygraphy or a build elsewhere."""
     from engines.trt.member import lower_for_others
@@ -146,9 +130,9 @@ def verify(bundle: Path, target: str | None, as_json: bool) -> None:
 
     with step("checking digests"):
         opened = open_bundle(bundle, target=target)
-    open_stage = partial(open_session, target=opened.target)
     replays = {}
     for name, member in opened.members.items():
+        open_stage = partial(open_session, target=opened.target, engines=member.engines)
         with step(f"golden replay of the {name} model"):
             replays[name] = list(replay(member.folder, member.spec, open_stage))
     if as_json:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,9 @@ SCHEMA = f"saccade.bundle/{FORMAT}"
 REBUILD = "build it again with: saccade build"
 
 Served = Literal["kernel", "body"]
+Hardware = Literal["none", "same-cc", "ampere-plus"]
+Plugins = Literal["none", "python", "aot"]
+Parser = Literal["current", "10.3"]
 
 
 class FileEntry(Record):
@@ -36,11 +40,23 @@ class FileEntry(Record):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
+class Compatibility(Record):
+    """What an engine of full TensorRT runs on beyond the place of its build.
+
+    hardware: none and same-cc: GPUs of its SM (none: TensorRT warns where the model of the GPU is another);
+    ampere-plus: SM 8.0 and newer. versions: newer TensorRTs too, by a runtime that the engine brings.
+    """
+
+    hardware: Hardware = "none"
+    versions: bool = False
+
+
 class EngineEntry(Record):
     """One TensorRT engine of a model: what it was built with and for.
 
     sms: compute capabilities, as 89. profiles: profile → input → its least, best served and largest shape, in the
-    engine's order. served: node of ours → what the parsed network serves it with.
+    engine's order. served: node of ours → what the parsed network serves it with. plugins: what the kernels are in it;
+    ``python`` needs our plugins at run, ``aot`` nothing. parser: whose operators the file was lowered to.
     """
 
     file: str
@@ -52,6 +68,21 @@ class EngineEntry(Record):
     served: dict[str, Served]
     bytes: int
     weight_bytes: int
+    compatibility: Compatibility = Compatibility()
+    plugins: Plugins = "none"
+    parser: Parser = "current"
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """What a session must know of an engine's file from the manifest.
+
+    sha256: the digest of the bytes that it may deserialise. plugins, versions: as in ``EngineEntry``.
+    """
+
+    sha256: str
+    plugins: Plugins
+    versions: bool
 
 
 class Footprint(Record):
@@ -125,6 +156,16 @@ class Manifest(Record):
     def engines(self, target: str) -> list[EngineEntry]:
         """The engines of all models for a target; none for one that runs graphs."""
         return [engine for member in self.members.values() for engine in member.targets[target].engines.values()]
+
+    def engine_files(self, member: str, target: str) -> dict[str, EngineFile]:
+        """Engine file, relative to the model's folder → what its session must know; none for targets of graphs."""
+        digests, entry = {file.path: file.sha256 for file in self.files}, self.members[member]  # type: ignore[index]
+        return {
+            engine.file: EngineFile(
+                digests.get(f"{entry.folder}/{engine.file}", ""), engine.plugins, engine.compatibility.versions
+            )
+            for engine in entry.targets[target].engines.values()
+        }
 
     def dumps(self) -> str:
         """The file's text."""

@@ -32,6 +32,7 @@ class Target:
 
 
 TABLE = (
+    Target("tensorrt", "engines", "device", "engines.trt.running:tensorrt_reasons"),
     Target("rtx", "engines", "device", "engines.trt.running:reasons"),
     Target("ort-tensorrt", "graphs", "device", "engines.sessions.ort_providers:tensorrt_reasons"),
     Target("ort-rtx", "graphs", "device", "engines.sessions.ort_providers:rtx_reasons"),

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from engines.evaluation.asked import FORMATS_HELP, Layers, Questions, Several, data_options
 from engines.options import KeepRatios, bundle_argument, keep_option, target_option, threads_option, tokens_option
 from graphs.talk import emit_json, warn
 
 if TYPE_CHECKING:
     from engines.calibration.record import Baseline
-    from engines.evaluation.data import Data
-
-METRIC_NAMES = ("exact", "contains", "vqa", "anls", "relaxed")
-BUILT_IN_QUESTIONS = 1000
-
-
-questions_option = click.option(
-    "--questions", type=click.IntRange(min=1), metavar="N", help="Only the first. [all; 1000 of a built-in set]"
-)
-skip_option = click.option("--skip-bad", is_flag=True, help="Leave bad lines out and list them, instead of stopping.")
 
 
 @click.command()
@@ -31,9 +20,6 @@ skip_option = click.option("--skip-bad", is_flag=True, help="Leave bad lines out
 @click.argument("data", metavar="DATA")
 @click.option("--max-loss", type=float, default=0.02, show_default=True, metavar="A", help="Largest risk to allow.")
 @click.option("--confidence", type=float, default=0.95, show_default=True, metavar="C", help="How sure to be of it.")
-@click.option(
-    "--metric", type=click.Choice(METRIC_NAMES), help="What an answer is worth, where answers are known. [exact]"
-)
 @click.option(
     "--baseline",
     type=click.Choice(("pruned", "full")),
@@ -43,67 +29,53 @@ skip_option = click.option("--skip-bad", is_flag=True, help="Leave bad lines out
 )
 @keep_option
 @tokens_option
-@questions_option
-@skip_option
+@data_options
 @click.option("--json", "as_json", is_flag=True, help="Print one document, saccade.calibration/1.")
 @target_option
 @threads_option
 @click.pass_context
 def calibrate(
     ctx: click.Context,
+    /,
     bundle: Path,
     data: str,
     max_loss: float,
     confidence: float,
-    metric: str | None,
     baseline: Baseline,
     keep: tuple[float, ...] | None,
     max_new_tokens: int | None,
-    questions: int | None,
-    skip_bad: bool,
     as_json: bool,
     target: str | None,
     threads: int | None,
+    **asked: Any,
 ) -> None:
     """Find the exit threshold of BUNDLE whose loss is bounded on questions like those of DATA, and write it there.
 
-    DATA is a JSONL file, a question a line, {"image": "a.png", "question": "…", "answers": ["…"]}, or `glyphs`, the
-    questions of the shipped pair (a file of that name: ./glyphs). With answers a question is lost where it exits, the
-    large model is right and the small one is wrong; without, where it exits and their answers differ. `run` then uses
-    the threshold wherever it asks under the same conditions.
+    DATA is a JSONL file, a question a line, {"image": "a.png", "question": "…", "answers": ["…"]}, a benchmark's file
+    with --format, or `glyphs`, the questions of the shipped pair (a file of that name: ./glyphs). With answers a
+    question is lost where it exits, the large model is right and the small one is wrong; without, where it exits and
+    their answers differ. `run` then uses the threshold wherever it asks under the same conditions.
     """
     from engines.calibration.calibrate import Wanted, calibrate_bundle
     from engines.calibration.learn import checked_promise
     from graphs.errors import UsageError
 
     checked_promise(max_loss, confidence)
-    read = questions_from(data, ctx.obj or {}, metric, questions, skip_bad)
-    if metric and not read.answered:
-        raise UsageError(f"--metric {metric} does nothing, because {data} has no answers; leave it out or add answers")
+    questions = Questions(**asked)
+    read = questions.read(data, ctx.obj or {})
+    if asked["metric"] and not read.answered:
+        raise UsageError(
+            f"--metric {asked['metric']} does nothing, because {data} has no answers; leave it out or add answers"
+        )
     for line in read.bad:
         warn(f"left out: {line}")
-    wanted = Wanted(
-        max_loss, confidence, (metric or "exact") if read.answered else None, baseline, keep, max_new_tokens
-    )
+    wanted = Wanted(max_loss, confidence, questions.worth if read.answered else None, baseline, keep, max_new_tokens)
     document = calibrate_bundle(bundle, read, wanted, target, threads)
     if as_json:
         emit_json(document)
     else:
         for line in in_words(document):
             click.echo(line)
-
-
-def questions_from(
-    data: str, built_in: Mapping[str, str], metric: str | None, limit: int | None, skip_bad: bool
-) -> Data:
-    """Read DATA: one of the front door's ``built_in`` sets (name → ``module:function(n)``), or a JSONL file."""
-    from engines.evaluation.data import data_from_file, data_from_records
-
-    if data in built_in:
-        module, _, name = built_in[data].partition(":")
-        make: Callable[[int], Iterable[Mapping[str, Any]]] = getattr(import_module(module), name)
-        return data_from_records(make(limit or BUILT_IN_QUESTIONS), data, metric)
-    return data_from_file(Path(data), metric, limit, skip_bad)
 
 
 def in_words(document: dict[str, Any]) -> list[str]:
@@ -130,19 +102,8 @@ def in_words(document: dict[str, Any]) -> list[str]:
     return lines
 
 
-class Several(click.ParamType):
-    """Values separated by commas; ``of`` reads each."""
-
-    def __init__(self, of: click.ParamType, name: str) -> None:
-        self.of, self.name = of, name
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
-        """Return the values."""
-        return [self.of.convert(part.strip().replace(":", ","), param, ctx) for part in str(value).split(",")]
-
-
-@click.command("eval")
-@bundle_argument
+@click.command("eval", epilog=FORMATS_HELP)
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE…")
 @click.argument("data", metavar="DATA")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Where results go.")
 @click.option(
@@ -151,7 +112,8 @@ class Several(click.ParamType):
     type=Several(KeepRatios(), "R"),
     default=None,
     metavar="R[,R…]",
-    help="Shares of visual tokens to try; one that has several prune points is written 0.5:0.25. [the export's]",
+    help="Shares of visual tokens to try; several prune points are written 0.5:0.25, and try the bundles that have as "
+    "many. [the exports']",
 )
 @click.option(
     "--policy",
@@ -159,7 +121,15 @@ class Several(click.ParamType):
     type=Several(click.STRING, "P"),
     default=None,
     metavar="P[,P…]",
-    help="The bundle's own by its name, and random. [the bundle's own]",
+    help="The bundles' own by their names, and random where the small model guides. [every bundle's own]",
+)
+@click.option(
+    "--layer",
+    "layers",
+    type=Several(Layers(), "K"),
+    default=None,
+    metavar="K[,K…]",
+    help="Only bundles that prune before these layers; several points are written 8:16:24. [all]",
 )
 @click.option(
     "--threshold",
@@ -167,47 +137,62 @@ class Several(click.ParamType):
     type=Several(click.FloatRange(0, 1), "S"),
     default=None,
     metavar="S[,S…]",
-    help="Exit thresholds to try. [the bundle's own]",
-)
-@click.option(
-    "--metric", type=click.Choice(METRIC_NAMES), default="exact", show_default=True, help="An answer's worth."
+    help="Exit thresholds to try. [each bundle's own]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the random tokens.")
 @tokens_option
-@questions_option
-@skip_option
-@click.option("--json", "as_json", is_flag=True, help="Print one document, saccade.eval/1.")
+@data_options
+@click.option("--json", "as_json", is_flag=True, help="Print one document, saccade.eval/2.")
 @target_option
 @threads_option
 @click.pass_context
 def evaluate(
     ctx: click.Context,
     /,
-    bundle: Path,
+    bundles: tuple[Path, ...],
     data: str,
     out: Path,
-    metric: str,
-    questions: int | None,
-    skip_bad: bool,
     as_json: bool,
     **asked: Any,
 ) -> None:
-    """Ask BUNDLE every question of DATA under every keep ratio, policy and threshold, and tell what each is worth.
+    """Ask every BUNDLE every question of DATA under every keep ratio, policy, layer and threshold.
 
-    DATA is as for `calibrate`, with answers. DIR gets results.json, results.csv and answers.jsonl, from which a run
-    that was interrupted goes on when the same command is given again.
+    DATA is as for `calibrate`, with answers. Other policies and layers need other exports: give several bundles, and
+    what is the same in them is asked once. DIR gets report.html, results.json, results.csv and answers.jsonl, from
+    which a run that was interrupted goes on when the same command is given again. FLOPs are estimated.
     """
-    from engines.evaluation.results import evaluate_bundle, table_of
+    from engines.evaluation.results import evaluate_bundles, table_of
     from graphs.errors import UsageError
 
-    read = questions_from(data, ctx.obj or {}, metric, questions, skip_bad)
+    names = ("format", "images", "annotations", "prompt", "metric", "questions", "skip_bad")
+    questions = Questions(**{name: asked.pop(name) for name in names})
+    read = questions.read(data, ctx.obj or {})
     if not read.answered:
         raise UsageError(f"{data} has no answers, so nothing can be said about accuracy; add them to every line")
     for line in read.bad:
         warn(f"left out: {line}")
-    document = evaluate_bundle(bundle, read, out, metric, **asked)
+    document = evaluate_bundles(bundles, read, out, questions.worth, data_name=data, **asked)
     if as_json:
         emit_json(document)
     else:
         for line in table_of(document):
             click.echo(line)
+
+
+@click.command("formats")
+@click.option("--json", "as_json", is_flag=True, help="Print one document, saccade.formats/1.")
+def show_formats(as_json: bool) -> None:
+    """List the benchmarks that --format reads: their files, how they are asked, and how an answer counts."""
+    from engines.evaluation.metrics import METRICS
+    from engines.evaluation.readers import REFUSED, TABLE
+
+    if as_json:
+        keys = ("name", "layout", "source", "metric", "prompt")
+        documents = [{key: getattr(made, key) for key in keys} for made in TABLE]
+        emit_json({"schema": "saccade.formats/1", "formats": documents, "refused": REFUSED})
+        return
+    for made in TABLE:
+        click.echo(f"{made.name}: {made.layout} ({made.source})")
+        click.echo(f"  asked as {made.prompt!r}; metric {made.metric}: {METRICS[made.metric].meaning}")
+    for name, why in REFUSED.items():
+        click.echo(f"{name}: not read. {why}")

@@ -1,8 +1,9 @@
-"""Questions from a JSONL file, or from a built-in set that the front door hands in; each checked before any is asked.
+"""Questions from a JSONL file, a benchmark's files or a built-in set, each checked before any is asked.
 
 A line is {"image": …, "question": "…", "answers": ["…", …]}. image: a file's path, relative ones from the file's
 folder, a data URI (data:image/png;base64,…), or a list of these; left out for text alone. answers: texts that are
-right, or "answer" for one; left out where nobody knows. Other keys are the user's own. Nothing is ever downloaded.
+right, or "answer" for one; left out where nobody knows. category, a text: results are told for each category too.
+Other keys are the user's own. Nothing is ever downloaded.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import hashlib
 import io
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +24,20 @@ from PIL import Image, ImageOps
 
 from engines.evaluation.metrics import METRICS
 from engines.images import image_from
-from graphs.errors import BadArtefact, SaccadeError
+from graphs.errors import BadArtefact, SaccadeError, UsageError
 from graphs.files import unreadable
 
 DATA_URI = "data:image/"
+PLACE = "{question}"
+GIVE_JSONL = "give a JSONL file, one question a line, or say what the files are with --format"
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
     """A question that can be asked. where: its line, for messages. sources: paths, encoded images, Pillow images.
 
-    digest: SHA-256 of the images' bytes, the question and the answers. answers: () where none are known.
+    digest: SHA-256 of the images' bytes, the question and the answers. answers: () where none are known. category and
+    group: "" where there are none; questions of one group are about one image and count together (MME's accuracy+).
     """
 
     where: str
@@ -40,6 +45,8 @@ class Example:
     question: str
     answers: tuple[str, ...]
     digest: str
+    category: str = ""
+    group: str = ""
 
     @property
     def images(self) -> list[Image.Image]:
@@ -65,54 +72,76 @@ class Data:
         return hashlib.sha256("".join(example.digest for example in self.examples).encode()).hexdigest()
 
 
-def data_from_file(path: Path, metric: str | None = None, limit: int | None = None, skip_bad: bool = False) -> Data:
-    """Read a JSONL file.
+@dataclass(frozen=True)
+class How:
+    """How questions are read.
 
-    metric: its answers must allow a full mark under this one. limit: only the first lines. skip_bad: leave bad lines
-    out and list them, instead of BadArtefact, which names the line. A file without a good line is always refused.
+    metric: answers must allow a full mark under this one. limit: only the first. skip_bad: leave bad lines out and list
+    them, instead of BadArtefact, which names the line. prompt: what is asked, with {question} where the question goes.
     """
+
+    metric: str | None = None
+    limit: int | None = None
+    skip_bad: bool = False
+    prompt: str = PLACE
+
+    def checked(self) -> How:
+        """The same, or UsageError for a prompt without a place for the question."""
+        if PLACE not in self.prompt:
+            raise UsageError(f"the prompt {self.prompt!r} has no place for the question; write {PLACE} where it goes")
+        return self
+
+
+def data_from_file(path: Path, how: How = How()) -> Data:
+    """Read a JSONL file; a file without a good line is always refused."""
     try:
         lines = path.read_text("utf-8").splitlines()
     except UnicodeDecodeError:
-        raise BadArtefact(f"{path} is no text in UTF-8; give a JSONL file, one question a line") from None
+        raise BadArtefact(f"{path} is no text in UTF-8; {GIVE_JSONL}") from None
     except OSError as e:
-        raise unreadable(path, e, "give a JSONL file, one question a line") from None
-    numbered = [(f"{path}, line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
-    return _data(numbered[:limit], path.parent, str(path), metric, skip_bad)
+        raise unreadable(path, e, GIVE_JSONL) from None
+    numbered = ((f"{path}, line {i}", line) for i, line in enumerate(lines, 1) if line.strip())
+    return data_from_items(numbered, path.parent, str(path), how)
 
 
-def data_from_records(records: Iterable[Mapping[str, Any]], name: str, metric: str | None = None) -> Data:
+def data_from_records(records: Iterable[Mapping[str, Any]], name: str, how: How = How()) -> Data:
     """The same from mappings with the keys of a line, whose images may be Pillow's too."""
-    numbered = [(f"{name}, question {i}", record) for i, record in enumerate(records, 1)]
-    return _data(numbered, Path(), name, metric, skip_bad=False)
+    return data_from_items(((f"{name}, question {i}", r) for i, r in enumerate(records, 1)), Path(), name, how)
 
 
-def _data(
-    lines: Sequence[tuple[str, str | Mapping[str, Any]]], folder: Path, name: str, metric: str | None, skip_bad: bool
+def data_from_items(
+    items: Iterable[tuple[str, str | Mapping[str, Any] | SaccadeError]], folder: Path, name: str, how: How
 ) -> Data:
+    """Read (where, line) pairs: a JSON text, a mapping, or what was wrong with the line already."""
+    how.checked()
     examples: list[Example] = []
     bad: list[str] = []
-    for where, line in lines:
+    pixels: dict[Path, bytes] = {}  # an image of several questions is decoded once
+    for where, line in islice(items, how.limit):
         try:
-            example = _example(where, line, folder)
+            example = _example(where, line, folder, how.prompt, pixels)
             if examples and bool(example.answers) != bool(examples[0].answers):
                 known, other = ("no answers", "has") if examples[0].answers else ("answers", "has none")
                 raise BadArtefact(
                     f"{where}: there are {known}, but {examples[0].where} {other}; all or no line has them"
                 )
-            _refuse_unreachable(example, metric)
+            _refuse_unreachable(example, how.metric)
             examples.append(example)
         except SaccadeError as e:
-            if not skip_bad:
+            if not how.skip_bad:
                 raise BadArtefact(f"{e} (--skip-bad goes on without such lines)") from None
             bad.append(str(e))
     if not examples:
         what = f"{len(bad)} lines and all are bad, the first: {bad[0]}" if bad else "no lines"
-        raise BadArtefact(f"{name} has {what}; give a JSONL file, one question a line")
+        raise BadArtefact(f"{name} has {what}; give questions that can be asked")
     return Data(tuple(examples), tuple(bad))
 
 
-def _example(where: str, line: str | Mapping[str, Any], folder: Path) -> Example:
+def _example(
+    where: str, line: str | Mapping[str, Any] | SaccadeError, folder: Path, prompt: str, pixels: dict[Path, bytes]
+) -> Example:
+    if isinstance(line, SaccadeError):
+        raise BadArtefact(f"{where}: {line}")
     record = _record(where, line)
     question = record.get("question")
     if not isinstance(question, str) or not question.strip():
@@ -121,10 +150,16 @@ def _example(where: str, line: str | Mapping[str, Any], folder: Path) -> Example
     given = record.get("image")
     several = given if isinstance(given, list) else [] if given is None else [given]
     sources = tuple(_source(where, image, folder) for image in several)
-    digest = hashlib.sha256(json.dumps([question.strip(), answers]).encode())
+    asked = prompt.replace(PLACE, question.strip())
+    digest = hashlib.sha256(json.dumps([asked, answers]).encode())
     for source in sources:
-        digest.update(_pixels_checked(where, source))
-    return Example(where, sources, question.strip(), answers, digest.hexdigest())
+        known = pixels.get(source) if isinstance(source, Path) else None
+        checked = known or _pixels_checked(where, source)
+        if isinstance(source, Path):
+            pixels[source] = checked
+        digest.update(checked)
+    category, group = (value if isinstance(value := record.get(key), str) else "" for key in ("category", "group"))
+    return Example(where, sources, asked, answers, digest.hexdigest(), category, group)
 
 
 def _record(where: str, line: str | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -155,7 +190,12 @@ def _refuse_unreachable(example: Example, metric: str | None) -> None:
     """A full mark must be possible."""
     if metric is None or not example.answers:
         return
-    needs = METRICS[metric].needs
+    needs, wants = METRICS[metric].needs, METRICS[metric].wants
+    if not METRICS[metric].possible(example.answers):
+        raise BadArtefact(
+            f"{example.where}: no answer can be right by metric {metric}, which wants {wants}, got "
+            f"{list(example.answers)!r:.60}; correct it or choose another metric"
+        )
     if len(example.answers) < needs:
         raise BadArtefact(
             f"{example.where}: metric {metric} cannot give a full mark with {len(example.answers)} answer(s), it needs "

@@ -11,18 +11,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engines.evaluation.boxes import ENOUGH, box_in, overlap
+from engines.evaluation.spoken import spoken
+
 PEOPLE = 4  # with fewer answers VQA accuracy cannot reach 1
 
 
 @dataclass(frozen=True)
 class Metric:
-    """value(answer, truths) in [0, 1]; needs: how many truths there must be for the best answer to get 1."""
+    """value(answer, truths) in [0, 1].
+
+    needs: how many truths there must be for the best answer to get 1. possible: whether an answer could get 1 at all
+    beside these truths; wants: what they must be for that, in words.
+    """
 
     value: Callable[[str, Sequence[str]], float]
     meaning: str
     source: str
     graded: bool = False
     needs: int = 1
+    possible: Callable[[Sequence[str]], bool] = lambda truths: True
+    wants: str = ""
 
 
 def plain(text: str) -> str:
@@ -53,13 +62,38 @@ def relaxed(answer: str, truths: Sequence[str]) -> float:
 def vqa(answer: str, truths: Sequence[str]) -> float:
     """Mean over all people of min(1, agreeing others / 3), both sides normalised as the official code does.
 
-    The official code repairs contractions by a table ("dont" is "don't"); here both lose their apostrophes.
+    Where all people agree the official code compares as it stands, so "Yes" is not "yes".
     """
-    said, known = answer.strip(), [truth.strip() for truth in truths]
+    said, known = _one_line(answer), [_one_line(truth) for truth in truths]
     if len(set(known)) > 1:
-        said, known = _spoken(said), [_spoken(truth) for truth in known]
+        said, known = spoken(said), [spoken(truth) for truth in known]
     agree = [said == truth for truth in known]
     return float(np.mean([min(1.0, (sum(agree) - mine) / 3) for mine in agree]))
+
+
+def choice(answer: str, truths: Sequence[str]) -> float:
+    """1 where the answer names the right option, truths[0] its letter and truths[1] its text.
+
+    A letter stands alone or first with a mark behind it ("B", "(b)", "B. a cat"), or behind "answer is" or "option".
+    """
+    said = answer.strip()
+    if plain(said.rstrip(".")) in {plain(truth.rstrip(".")) for truth in truths}:
+        return 1.0
+    found = re.match(r"\(?([A-Za-z])(?:[).:,]|$)", said) or re.search(r"(?:answer(?: is)?:?|option) \(?([A-Z])\b", said)
+    return float(found is not None and found[1].upper() == truths[0])
+
+
+def yesno(answer: str, truths: Sequence[str]) -> float:
+    """1 where the answer says yes or no as the truth does: it is that word or its letter, or begins with it."""
+    said = answer.strip().lower().replace(".", "")
+    word = {"y": "yes", "n": "no"}.get(said) or next((w for w in ("yes", "no") if w in said[:4]), "")
+    return float(word in map(plain, truths))
+
+
+def iou(answer: str, truths: Sequence[str]) -> float:
+    """1 where the answer's box overlaps a truth's by at least a half (intersection over union)."""
+    said = box_in(answer)
+    return float(said is not None and any(overlap(said, box) >= ENOUGH for box in map(box_in, truths) if box))
 
 
 METRICS = {
@@ -68,6 +102,27 @@ METRICS = {
     "vqa": Metric(vqa, "min(1, agreeing people / 3), on average", "VQA, arXiv 1505.00468 §5", True, PEOPLE),
     "anls": Metric(anls, "normalised edit similarity, from a half on", "ST-VQA, arXiv 1905.13648 §4", True),
     "relaxed": Metric(relaxed, "a number within 5 %, other answers exact", "ChartQA, arXiv 2203.10244 §5"),
+    "choice": Metric(
+        choice,
+        "the right option's letter or text",
+        "MMBench, arXiv 2307.06281 §4 (its first step; no judge)",
+        possible=lambda truths: len(truths) > 1 and re.fullmatch("[A-Z]", truths[0]) is not None,
+        wants="a letter, then that option's text",
+    ),
+    "yesno": Metric(
+        yesno,
+        "yes or no, as the truth is",
+        "MME, arXiv 2306.13394 §2.3",
+        possible=lambda truths: {plain(truth) for truth in truths} <= {"yes", "no"},
+        wants="yes or no",
+    ),
+    "iou": Metric(
+        iou,
+        "a box that overlaps by at least a half",
+        "RefCOCO, arXiv 1608.00272; at least 0.5, as Qwen-VL and InternVL count",
+        possible=lambda truths: all(map(box_in, truths)),
+        wants="a box, [left, top, right, bottom]",
+    ),
 }
 
 
@@ -105,22 +160,5 @@ def _number(text: str) -> float | None:
     return value / 100 if bare.endswith("%") else value
 
 
-_MARKS = ';/[]"{}()=+\\_-><@`,?!'
-_NUMERALS = {
-    "none": "0",
-    **{word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())},
-}
-
-
-def _spoken(text: str) -> str:
-    """An answer as VQA's evaluation compares it: marks, full stops, articles and apostrophes gone, numerals as digits.
-
-    A mark beside a space goes (every mark, where a comma stands between digits), any other becomes a space.
-    """
-    text = text.replace("\n", " ").replace("\t", " ").strip()
-    grouped = re.search(r"\d,\d", text) is not None
-    for mark in _MARKS:
-        goes = grouped or f"{mark} " in text or f" {mark}" in text
-        text = text.replace(mark, "" if goes else " ")
-    text = re.sub(r"\.(?!\d)", "", text).replace("'", "").lower()
-    return " ".join(_NUMERALS.get(word, word) for word in text.split() if word not in ("a", "an", "the"))
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()

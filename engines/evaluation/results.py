@@ -1,194 +1,175 @@
-"""From answers to a table: what each system is worth and what it takes; as JSON, as CSV, as text.
+"""From answers to a table: what each system is worth and what it takes; as JSON, CSV, text and a page.
 
-A system is the small model, the large one under a setting, or the cascade of both under a threshold. Milliseconds are
-what a system would take alone: a guided large model's include the small one's pass.
+A system is a small model, a large one under a setting, or the cascade of both under a threshold. Milliseconds and
+estimated FLOPs are what a system would take alone: a guided large model's include the small one's pass.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from engines.bundles.manifest import manifest_of
-from engines.cascade import Cascade, checked_threshold
+from engines.cascade import checked_threshold
+from engines.evaluation.contenders import Contender, opened
 from engines.evaluation.data import Data
-from engines.evaluation.metrics import METRICS
-from engines.evaluation.sweep import RANDOM, Plan, Row, Setting, rows_of, settings_of
-from engines.model import Model
+from engines.evaluation.report import write_report
+from engines.evaluation.settings import settings_of
+from engines.evaluation.sweep import Plan, Row, opened_journal, rows_of
+from engines.evaluation.systems import Worths, bars_of, curves_of, reliability_of, systems_of
 from engines.words import columns
 from graphs.errors import UsageError
 from graphs.files import atomic_file
 from graphs.talk import say, track
 
-SCHEMA = "saccade.eval/1"
+SCHEMA = "saccade.eval/2"
 JOURNAL = "answers.jsonl"
 FIELDS = (
     "system",
+    "bundle",
     "keep",
     "policy",
+    "layers",
     "threshold",
     "questions",
     "accuracy",
     "accuracy_standard_error",
     "exit_rate",
     "average_retention",
+    "visual_tokens",
+    "kept_tokens",
+    "prompt_tokens",
     "new_tokens",
     "ms_per_question",
     "ms_per_question_median",
+    "estimated_flops_per_question",
 )
+BY_STAGE = (("ms_by_stage", "ms_"), ("estimated_flops_by_stage", "estimated_flops_"))
 
 
-def evaluate_bundle(
-    bundle: Path,
+def evaluate_bundles(
+    bundles: Sequence[Path],
     data: Data,
     out: Path,
     metric: str,
     *,
+    data_name: str = "",
     keeps: list[tuple[float, ...]] | None = None,
     policies: list[str] | None = None,
+    layers: list[tuple[int, ...]] | None = None,
     thresholds: list[float] | None = None,
     seed: int = 0,
     max_new_tokens: int | None = None,
     target: str | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Ask, going on where the journal in ``out`` ends, and write results.json and results.csv; return the document.
+    """Ask, going on where the journal in ``out`` ends; write report.html, results.json and results.csv there.
 
-    Raises UsageError for settings that the bundle cannot be run with, before any question is asked.
+    Returns the document of results.json. Raises UsageError for settings that the bundles cannot be run with, before any
+    question is asked.
     """
-    manifest = manifest_of(bundle)
-    cascade = Cascade.open(bundle, target, threads)
-    settings = settings_of(cascade, keeps or [], policies or [])
-    pair = cascade.small is not None and cascade.large is not None
-    if thresholds and not pair:
+    contenders = opened(bundles, target, threads)
+    settings = settings_of(contenders, keeps or [], policies or [], layers or [])
+    if thresholds and not any(one.pair for one in contenders):
         raise UsageError("this bundle holds one model, so --threshold does nothing; leave it out")
-    bars = [checked_threshold(t) for t in thresholds or [cascade.threshold]] if pair else []
-    ran_on = _any_model(cascade).target
-    plan = Plan(manifest.sha256, data.digest, ran_on, settings, max_new_tokens, seed)
-    rows = list(track(rows_of(cascade, data, plan, out / JOURNAL), "asking every setting", len(data.examples)))
-    guided = bool(cascade.large and cascade.large.spec.plan.needs_guidance)
-    systems = systems_of(rows, [e.answers for e in data.examples], metric, settings, bars, guided)
-    document = {
+    wanted = [checked_threshold(threshold) for threshold in thresholds or []]
+    digests = tuple(one.manifest.sha256 for one in contenders)
+    plan = Plan(digests, data.digest, tuple(one.target for one in contenders), settings, max_new_tokens, seed)
+    rows = _asked(contenders, data, plan, out / JOURNAL)
+    worths = Worths.of(rows, data.examples, metric)
+    document: dict[str, Any] = {
         "schema": SCHEMA,
-        "bundle": str(bundle),
-        "manifest_sha256": manifest.sha256,
+        "bundles": [_described(one) for one in contenders],
+        "data": data_name,
         "data_sha256": data.digest,
-        "target": ran_on,
+        "questions": len(data.examples),
         "metric": metric,
         "max_new_tokens": max_new_tokens,
         "seed": seed,
+        "flops_are": "estimated from the products of the graphs at the lengths that were fed",
         "bad": list(data.bad),
-        "systems": systems,
+        "systems": systems_of(contenders, rows, worths, settings, wanted),
+        "reliability": reliability_of(contenders, rows, worths),
+        "over_threshold": curves_of(contenders, rows, worths, settings),
     }
     with atomic_file(out / "results.json") as partial:
         partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    with atomic_file(out / "results.csv") as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, FIELDS, extrasaction="ignore")
-        table.writeheader()
-        table.writerows({**system, "keep": _shares(system["keep"])} for system in systems)
-    say(f"written: {out / 'results.json'}, {out / 'results.csv'}")
+    _write_csv(out / "results.csv", document["systems"])
+    write_report(out / "report.html", document, contenders, rows, data, worths, settings)
+    say(f"written: {out / 'report.html'}, {out / 'results.json'}, {out / 'results.csv'}")
     return document
 
 
-def systems_of(
-    rows: Sequence[Row],
-    truths: Sequence[Sequence[str]],
-    metric: str,
-    settings: Sequence[Setting],
-    thresholds: Sequence[float],
-    guided: bool,
-) -> list[dict[str, Any]]:
-    """One entry a system, from the journal's rows and what is right for each.
+def _asked(contenders: Sequence[Contender], data: Data, plan: Plan, journal: Path) -> list[Row]:
+    """The rows of the journal and new ones; what was asked before says nothing about how much time is left."""
+    done = opened_journal(journal, plan)
+    if done:
+        say(f"{journal} holds {len(done)} of {len(data.examples)} questions")
+    left = len(data.examples) - len(done)
+    fresh = rows_of(contenders, data.examples, plan, journal, len(done))
+    return [*done, *(track(fresh, "asking every setting", left) if left else ())]
 
-    guided: whether the bundle's own policy needs the small model's pass.
-    """
-    value = METRICS[metric].value
-    small = [_scored(row["small"], known, value) for row, known in zip(rows, truths, strict=True) if row["small"]]
-    found = [_system("small", small)] if small else []
-    for setting in settings:
-        large = [_scored(row["large"][setting.name], known, value) for row, known in zip(rows, truths, strict=True)]
-        shown = {"keep": list(setting.keep), "policy": setting.policy}
-        if not small:
-            found.append(_system("alone", large) | shown)
-            continue
-        looks = guided and setting.policy not in (None, RANDOM)
-        both = [_after(s, b) for s, b in zip(small, large, strict=True)]
-        found.append(_system("large", both if looks else large) | shown)
-        for bar in thresholds:
-            exits = [row["score"] > bar for row in rows]
-            chosen = [s if gone else b for s, b, gone in zip(small, both, exits, strict=True)]
-            entry = _system("cascade", chosen) | shown
-            found.append(entry | {"threshold": bar, "exit_rate": float(np.mean(exits))})
-    return found
+
+def _described(one: Contender) -> dict[str, Any]:
+    model = one.cascade.large or one.cascade.small
+    assert model
+    return {
+        "bundle": str(one.path),
+        "manifest_sha256": one.manifest.sha256,
+        "target": one.target,
+        "precision": model.spec.dtype,
+        "architecture": model.spec.architecture,
+        "policy": one.plan.name if one.plan else None,
+        "default_threshold": bars_of(one, [])[0] if one.pair else None,
+    }
+
+
+def _write_csv(path: Path, systems: Sequence[dict[str, Any]]) -> None:
+    stages = [
+        (group, stage, f"{prefix}{stage}")
+        for group, prefix in BY_STAGE
+        for stage in dict.fromkeys(stage for system in systems for stage in system[group] or ())
+    ]
+    with atomic_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, (*FIELDS, *(name for *_, name in stages)), extrasaction="ignore")
+        table.writeheader()
+        for system in systems:
+            by_stage = {name: (system[group] or {}).get(stage) for group, stage, name in stages}
+            table.writerow({**system, "keep": shares(system["keep"]), "layers": joined(system["layers"]), **by_stage})
 
 
 def table_of(document: dict[str, Any]) -> list[str]:
     """The systems as lines of text."""
-    rows = [("system", "keep", "policy", "threshold", document["metric"], "exits", "retention", "ms")]
-    rows += [
-        (
-            one["system"],
-            _shares(one["keep"]),
-            one["policy"] or "",
-            "" if one["threshold"] is None else f"{one['threshold']:g}",
-            f"{one['accuracy']:.1%} ± {one['accuracy_standard_error']:.1%}",
-            "" if one["exit_rate"] is None else f"{one['exit_rate']:.0%}",
-            "" if one["average_retention"] is None else f"{one['average_retention']:.1%}",
-            f"{one['ms_per_question']:.1f}",
+    several = len(document["bundles"]) > 1
+    head = ("system", "keep", "policy", "layers", "threshold", document["metric"], "exits", "retention", "ms")
+    rows: list[tuple[str, ...]] = [(*head, "GFLOPs (estimated)", *(["bundle"] if several else []))]
+    for one in document["systems"]:
+        flops = one["estimated_flops_per_question"]
+        rows.append(
+            (
+                one["system"],
+                shares(one["keep"]),
+                one["policy"] or "",
+                joined(one["layers"]),
+                "" if one["threshold"] is None else f"{one['threshold']:g}",
+                f"{one['accuracy']:.1%} ± {one['accuracy_standard_error']:.1%}",
+                "" if one["exit_rate"] is None else f"{one['exit_rate']:.0%}",
+                "" if one["average_retention"] is None else f"{one['average_retention']:.1%}",
+                f"{one['ms_per_question']:.1f}",
+                "" if flops is None else f"{flops / 1e9:.4g}",
+                *([one["bundle"]] if several else []),
+            )
         )
-        for one in document["systems"]
-    ]
     return columns(rows)
 
 
-def _shares(keep: Sequence[float] | None) -> str:
+def shares(keep: Sequence[float] | None) -> str:
     """Shares as the option --keep takes them."""
     return ":".join(f"{share:.4g}" for share in keep or ())
 
 
-def _scored(answer: Row, known: Sequence[str], value: Callable[[str, Sequence[str]], float]) -> Row:
-    return {**answer, "worth": value(answer["text"], known)}
-
-
-def _after(small: Row, large: Row) -> Row:
-    """The large model's answer behind the small one's pass."""
-    return {**large, "milliseconds": {**small["milliseconds"], **large["milliseconds"]}}
-
-
-def _system(name: str, answers: Sequence[Row]) -> dict[str, Any]:
-    """Means over all questions; a stage that did not run for a question took 0 there.
-
-    average_retention: over the questions with an image for which the pruned model ran, None where there are none.
-    """
-    worth = np.array([a["worth"] for a in answers])
-    spent = np.array([sum(a["milliseconds"].values()) for a in answers])
-    stages = dict.fromkeys(stage for a in answers for stage in a["milliseconds"])
-    kept = [a["retention"] for a in answers if a["retention"] is not None]
-    return {
-        "system": name,
-        "keep": None,
-        "policy": None,
-        "threshold": None,
-        "questions": len(answers),
-        "accuracy": float(worth.mean()),
-        "accuracy_standard_error": float(worth.std() / np.sqrt(len(answers))),
-        "exit_rate": None,
-        "average_retention": float(np.mean(kept)) if kept else None,
-        "new_tokens": float(np.mean([a["tokens"] for a in answers])),
-        "ms_per_question": round(float(spent.mean()), 3),
-        "ms_per_question_median": round(float(np.median(spent)), 3),
-        "ms_by_stage": {
-            stage: round(float(np.mean([a["milliseconds"].get(stage, 0) for a in answers])), 3) for stage in stages
-        },
-    }
-
-
-def _any_model(cascade: Cascade) -> Model:
-    model = cascade.large or cascade.small
-    assert model
-    return model
+def joined(layers: Sequence[int] | None) -> str:
+    """Layers as the option --layer takes them."""
+    return ":".join(map(str, layers or ()))

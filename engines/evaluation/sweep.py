@@ -1,101 +1,59 @@
 """Every question under every setting, each distinct computation once; what is done is on disk, so a run can go on.
 
-The small model's pass is shared by all settings of the large one, and thresholds cost nothing: they only choose between
-answers that are there. The journal is a JSONL file: a header that names bundle, data and settings, then a line for each
-question.
+The small model's pass is shared by all settings of the large one, in all bundles that hold the same small model, and
+thresholds cost nothing: they only choose between answers that are there. The journal is a JSONL file: a header that
+names bundles, data and settings, then a line for each question.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+import numpy as np
 
 from engines.answer import Answer, SmallPass
-from engines.cascade import Cascade
-from engines.decoder import keep_ratios
-from engines.evaluation.data import Data, Example
+from engines.evaluation.contenders import Contender
+from engines.evaluation.data import Example
+from engines.evaluation.flops import stage_flops
+from engines.evaluation.settings import RANDOM, Setting
 from engines.guidance import random_guidance
 from graphs.errors import BadArtefact, UsageError
 from graphs.files import unreadable
 
-SCHEMA = "saccade.eval-journal/1"
-RANDOM = "random"
+SCHEMA = "saccade.eval-journal/2"
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How the large model is pruned: shares per prune point, and by which policy; None where it sees everything."""
-
-    keep: tuple[float, ...]
-    policy: str | None
-
-    @property
-    def name(self) -> str:
-        """A key that tells settings apart."""
-        shares = ":".join(f"{share:g}" for share in self.keep) or "1"
-        return f"{shares} {self.policy}" if self.policy else shares
-
-
-@dataclass(frozen=True)
 class Plan:
-    """What is asked of a bundle. manifest, data: digests. seed: of random tokens, question i draws with seed + i."""
+    """What is asked of bundles. manifests, data: digests. seed: of random tokens, question i draws with seed + i."""
 
-    manifest: str
+    manifests: tuple[str, ...]
     data: str
-    target: str
+    targets: tuple[str, ...]
     settings: tuple[Setting, ...]
     max_new_tokens: int | None
     seed: int
 
     def header(self) -> Row:
         """The journal's first line."""
+        listed = {"manifests": list(self.manifests), "targets": list(self.targets)}
         settings = [setting.name for setting in self.settings]
-        return {"schema": SCHEMA, **vars(self), "settings": settings}
+        return {"schema": SCHEMA, **vars(self), **listed, "settings": settings}
 
 
-def settings_of(cascade: Cascade, keeps: list[tuple[float, ...]], policies: list[str]) -> tuple[Setting, ...]:
-    """Each distinct way to prune the bundle's large (or only) model; () where it has none to prune.
-
-    policies: the bundle's own by its name, and ``random`` where the host gives the scores. Raises UsageError for a
-    policy that another export would be needed for.
-    """
-    if not cascade.large:
-        if keeps or policies:
-            raise UsageError(
-                "this bundle's only model prunes nothing, so --keep and --policy do nothing; leave them out"
-            )
-        return ()
-    plan = cascade.large.spec.plan
-    possible = [plan.name] + ([RANDOM] if plan.needs_guidance else [])
-    if unknown := [policy for policy in policies if policy not in possible]:
-        raise UsageError(
-            f"policy {unknown[0]!r} is not in this bundle, which can be run with {' and '.join(possible)}; export and "
-            "build a bundle of that policy and evaluate it on the same data"
-        )
-    if not keeps and any(budget.count is not None for budget in plan.budgets):
-        raise UsageError(
-            f"plan {plan.name} keeps a count of tokens, which is another share of every image; give --keep"
-        )
-    found: list[Setting] = []
-    for shares in keeps or [keep_ratios(plan, None)]:
-        whole = keep_ratios(plan, shares if len(shares) > 1 else shares[0]) if shares else ()
-        everything = all(share == 1 for share in whole)
-        found += [Setting(whole, None)] if everything else [Setting(whole, p) for p in policies or [plan.name]]
-    return tuple(dict.fromkeys(found))
-
-
-def rows_of(cascade: Cascade, data: Data, plan: Plan, journal: Path) -> Iterator[Row]:
-    """Yield a row for each question in order: those of the journal first, then new ones, each written when done."""
-    done = opened_journal(journal, plan)
-    yield from done
+def rows_of(
+    contenders: Sequence[Contender], examples: Sequence[Example], plan: Plan, journal: Path, done: int
+) -> Iterator[Row]:
+    """Yield a row for each question behind the ``done`` first, each written to the journal when it is done."""
     with journal.open("a", encoding="utf-8") as file:
-        for i, example in enumerate(data.examples[len(done) :], len(done)):
-            row = row_of(cascade, example, plan, i)
+        for i, example in enumerate(examples[done:], done):
+            row = row_of(contenders, example, plan, i)
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             yield row
@@ -127,36 +85,105 @@ def opened_journal(path: Path, plan: Plan) -> list[Row]:
     return list(rows)
 
 
-def row_of(cascade: Cascade, example: Example, plan: Plan, i: int) -> Row:
-    """Ask one question under every setting."""
-    row: Row = {"digest": example.digest, "small": None, "large": {}}
-    images = example.images or None
-    options = {"max_new_tokens": plan.max_new_tokens}
-    looked: SmallPass | None = None
-    if cascade.small:
-        looked = cascade.look(images, example.question, max_new_tokens=plan.max_new_tokens)
-        row["small"] = _answer_row(cascade.answer_small(looked), "small")
-        row["score"] = looked.confidence.score
+def row_of(contenders: Sequence[Contender], example: Example, plan: Plan, i: int) -> Row:
+    """Ask one question under every setting.
+
+    small: the first bundle of each distinct small model → its answer; large: setting → the answer.
+    """
+    asked = _Asked(contenders, example, plan, i)
+    row: Row = {"digest": example.digest, "small": {}, "large": {}}
+    for at, one in enumerate(contenders):
+        if one.cascade.small and one.small == at:
+            row["small"][str(at)] = asked.small(at)
     for setting in plan.settings:
-        model: Literal["large", "alone"] = "large" if looked else "alone"
-        if looked and cascade.large:
-            if cascade.large.spec.plan.vision:  # what an earlier setting left in the cache was seen otherwise
-                looked = replace(looked, turn=cascade.turn(looked.turn.talk, **options), shared={})  # type: ignore[arg-type]
-            drawn = random_guidance(len(looked.guidance), plan.seed + i) if setting.policy == RANDOM else None
-            answer = cascade.answer_large(looked, setting.keep or None, drawn)
-        else:
-            answer = cascade.ask(images, example.question, setting.keep or None, max_new_tokens=plan.max_new_tokens)
-        row["large"][setting.name] = _answer_row(answer, model)
+        row["large"][setting.name] = asked.large(setting)
     return row
 
 
-def _answer_row(answer: Answer, model: str) -> Row:
-    """What one model said, and what it took; opening its sessions happens once and is left out."""
+@dataclass(eq=False)
+class _Asked:
+    """One question on its way through all bundles.
+
+    looked: bundle → the small model's pass, with the bundle's own memory of the large model. seen: bundle → FLOPs of
+    the vision stage whose result its settings share.
+    """
+
+    contenders: Sequence[Contender]
+    example: Example
+    plan: Plan
+    number: int
+    looked: dict[int, SmallPass] = field(default_factory=dict)
+    seen: dict[int, int] = field(default_factory=dict)
+
+    def small(self, at: int) -> Row:
+        one = self.contenders[at]
+        looked = one.cascade.look(self._images, self.example.question, max_new_tokens=self.plan.max_new_tokens)
+        self.looked[at] = looked
+        answer = one.cascade.answer_small(looked)
+        flops = self._flops(one, "small", "small", checked=len(looked.guidance) > 0)
+        return {**_answer_row(answer, "small", flops), "score": looked.confidence.score}
+
+    def large(self, setting: Setting) -> Row:
+        one, options = self.contenders[setting.bundle], {"max_new_tokens": self.plan.max_new_tokens}
+        if not one.pair:
+            answer = one.cascade.ask(self._images, self.example.question, setting.keep or None, **options)  # type: ignore[arg-type]
+            return _answer_row(answer, "alone", self._flops(one, "large", "alone"))
+        looked = self.looked.get(setting.bundle)
+        # Another bundle's pass comes without this one's large model; what an earlier setting of the vision stage left
+        # in the memory was seen otherwise.
+        if looked is None or (one.plan and one.plan.vision):
+            shared = self.looked[one.small]
+            fresh = one.cascade.turn(shared.turn.talk, max_new_tokens=self.plan.max_new_tokens)
+            looked = self.looked[setting.bundle] = replace(shared, turn=fresh, shared={})
+        random = random_guidance(len(looked.guidance), self.plan.seed + self.number)
+        drawn = random if setting.policy == RANDOM else None
+        # What the small model said may shorten only a run that waits for its pass anyway.
+        draft = setting.policy not in (None, RANDOM)
+        answer = one.cascade.answer_large(looked, setting.keep or None, drawn, **options, draft=draft)  # type: ignore[arg-type]
+        flops = self._flops(one, "large", "large")
+        if flops is not None:
+            flops = {"large_vision": self.seen.get(setting.bundle, 0), **flops}
+            self.seen[setting.bundle] = flops["large_vision"]
+        return _answer_row(answer, "large", flops)
+
+    @property
+    def _images(self) -> Any:
+        return self.example.images or None
+
+    @staticmethod
+    def _flops(one: Contender, model: str, name: str, checked: bool = False) -> dict[str, int] | None:
+        runs, costs = one.meters[model].taken(), one.costs[model]
+        return None if costs is None else stage_flops(name, runs, costs, checked)
+
+
+def _answer_row(answer: Answer, model: str, flops: dict[str, int] | None) -> Row:
+    """What one model said, and what it took; opening its sessions happens once and is left out.
+
+    kept: which of the visual tokens are there in the last layers, as bits in hexadecimal, first token first.
+    """
     own = {stage: ms for stage, ms in answer.milliseconds.items() if stage.startswith(f"{model}_")}
+    kept = answer.kept[-1] if answer.kept else None
     return {
         "text": answer.text,
         "tokens": len(answer.tokens),
+        "prompt_tokens": answer.prompt_tokens,
         "visual_tokens": answer.visual_tokens,
+        "kept_tokens": answer.visual_tokens if kept is None else len(kept),
+        "kept": None if kept is None else as_bits(kept, answer.visual_tokens),
         "retention": answer.average_retention,
+        "flops": flops,
         "milliseconds": {stage: round(ms, 3) for stage, ms in own.items() if not stage.endswith("_open")},
     }
+
+
+def as_bits(kept: np.ndarray, tokens: int) -> str:
+    """Indices of kept tokens as bits in hexadecimal."""
+    stays = np.zeros(tokens, bool)
+    stays[kept] = True
+    return np.packbits(stays).tobytes().hex()
+
+
+def from_bits(bits: str, tokens: int) -> np.ndarray:
+    """The indices again, int64."""
+    packed = np.frombuffer(bytes.fromhex(bits), np.uint8)
+    return np.flatnonzero(np.unpackbits(packed, count=tokens))

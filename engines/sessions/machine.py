@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from engines.bundles.targets import TARGETS, why_not
+from engines.trt.flavour import FLAVOURS
 from graphs.versions import installed_version
 
 # target → (the distribution that serves it, the module it brings)
@@ -64,7 +65,10 @@ def _runtime(target: str) -> dict[str, str | None]:
     # The CPU is served by either distribution of onnxruntime.
     if target == "cpu" and not installed_version(distribution) and installed_version("onnxruntime-gpu"):
         distribution = "onnxruntime-gpu"
-    version = installed_version(distribution) if find_spec(module) else None
+    if target in FLAVOURS:
+        version = FLAVOURS[target].version()
+    else:
+        version = installed_version(distribution) if find_spec(module) else None
     if target not in TARGETS:
         state = "not driven by this release" + (f" (found {distribution} {version})" if version else "")
     elif reasons := why_not(target):

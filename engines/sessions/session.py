@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
-from graphs.errors import BackendMissing, UsageError
+from graphs.errors import BackendMissing, BadArtefact, UsageError
 from graphs.spec import CacheForm
+
+if TYPE_CHECKING:
+    from engines.bundles.bundle import Engines
 
 # A tensor on the host (numpy.ndarray) or a runtime's own handle of one on its device.
 Value: TypeAlias = Any
@@ -26,6 +29,7 @@ NOTHING: Mapping[str, str] = {}
 # target → the class that serves it
 SESSIONS = {
     "cpu": "engines.sessions.ort_session:OrtSession",
+    "tensorrt": "engines.trt.session:tensorrt_session",
     "cuda": "engines.sessions.ort_gpu:cuda_session",
     "ort-tensorrt": "engines.sessions.ort_gpu:tensorrt_session",
     "ort-rtx": "engines.sessions.ort_gpu:rtx_session",
@@ -65,13 +69,19 @@ class Session(Protocol):
         """Copy a handle (or pass an array through) to the host."""
 
 
-def open_session(file: Path, target: str = "cpu", threads: int | None = None, in_place: bool = False) -> Session:
+def open_session(
+    file: Path,
+    target: str = "cpu",
+    threads: int | None = None,
+    engines: Engines | None = None,
+    in_place: bool = False,
+) -> Session:
     """Open one graph file for a target.
 
-    threads: how many CPU threads a run may use, None for the runtime's own choice. in_place: let the runtime write a
-    canonical decoder's caches in place where it can, as the session's ``form`` then says. Raises UsageError
-    for an unknown target, BackendMissing where its runtime is not installed, BadArtefact where the
-    file cannot be read.
+    threads: how many CPU threads a run may use, None for the runtime's own choice. engines: what a bundle's manifest
+    says of the engines that ``file`` is among, whose bytes are then held against it. in_place: let the runtime write a
+    canonical decoder's caches in place where it can, as the session's ``form`` then says. Raises UsageError for an
+    unknown target, BackendMissing where its runtime is not installed, BadArtefact where the file cannot be read.
     """
     refuse_unrunnable(target)
     if target not in SESSIONS:
@@ -79,9 +89,13 @@ def open_session(file: Path, target: str = "cpu", threads: int | None = None, in
     if threads is not None and threads < 1:
         raise UsageError(f"threads is {threads}, but a run needs at least 1; leave it out for the runtime's choice")
     module, _, name = SESSIONS[target].partition(":")
-    asked = {"in_place": True} if in_place and target in LOWERED_AT_OPEN else {}
+    if engines and file not in engines:
+        raise BadArtefact(f"{file} is no engine of the bundle's manifest; do not use it, or build the bundle again")
+    said: dict[str, Any] = {"engine": engines[file]} if engines else {}
+    if in_place and target in LOWERED_AT_OPEN:
+        said["in_place"] = True
     try:
-        session: Session = getattr(import_module(module), name)(file, threads=threads, **asked)
+        session: Session = getattr(import_module(module), name)(file, threads=threads, **said)
     except ModuleNotFoundError as e:
         if (e.name or "").partition(".")[0] in {"engines", "graphs", "plugins"}:
             raise

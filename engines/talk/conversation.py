@@ -33,7 +33,7 @@ class Conversation:
     ) -> None:
         """Take what was said before; UsageError for a message or an option that cannot be."""
         self._cascade, self._keep = cascade, keep
-        self._threshold = cascade.checked(keep, threshold)
+        self._threshold = cascade.checked(keep, threshold, options.get("draft", True))
         if threshold is None and cascade.promises:
             cascade.promises.note("calibrated thresholds hold for single questions, not for a conversation's turns")
         Options(**options)

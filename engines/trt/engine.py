@@ -1,38 +1,42 @@
 """One lowered file → one engine, built in a process of its own whose death is an error and not ours.
 
-TensorRT-RTX builds for a GPU that need not be here: parsing, building and reading back need no driver.
+TensorRT-RTX builds for a GPU that need not be here: parsing, building and reading back need no driver. Full TensorRT
+times its kernels on the GPU that is here, and builds for that one.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from engines.trt.bounds import Profile
+from engines.trt.flavour import RTX, Flavour
 from engines.trt.worker import Request
 from graphs.errors import OperationFailed, UsageError
+from graphs.files import atomic_file
 from graphs.talk import Step, step
-from graphs.versions import require
+from graphs.versions import missing, require
 
-# 7.5 is left out although the builder takes it: its fp32 matrix products there can silently be zeros.
-SMS = (80, 86, 89, 120, 121)
 WEIGHTS_IN_MEMORY = 3.0  # peak host memory of a build, in weights (measured 2.9 with one profile)
 OVERHEAD_BYTES = 600 << 20  # the builder itself, without a weight
 WORKER = ["-m", "engines.trt.worker"]
+WARNING = "[W] "  # how Polygraphy writes what TensorRT warns of
 ROOT = Path(__file__).parent.parent.parent
 
 
 def checked_sms(sms: tuple[int, ...]) -> list[int]:
     """The wanted compute capabilities; UsageError for none, or for one that TensorRT-RTX does not build for."""
-    known = ", ".join(map(str, SMS))
+    known = ", ".join(map(str, RTX.sms))
     if not sms:
         raise UsageError(f"an engine is built for a GPU: give its compute capability, as --sm 89 for 8.9 (of {known})")
-    if wrong := [sm for sm in sms if sm not in SMS]:
+    if wrong := [sm for sm in sms if sm not in RTX.sms]:
         raise UsageError(f"TensorRT-RTX engines are not built for SM {wrong[0]}; known are {known}")
     return sorted(set(sms))
 
@@ -68,27 +72,70 @@ def engine_from_onnx(
     sms: list[int],
     profiles: dict[str, Profile],
     ops: dict[str, str],
-    plugins: bool = False,
+    plugins: bool | str = False,
     parse_only: bool = False,
+    flavour: Flavour = RTX,
+    settings: dict[str, Any] | None = None,
+    timing_cache: Path | None = None,
 ) -> dict[str, Any]:
-    """Build ``engine`` from a lowered file and return the worker's answer: tensorrt, reading, bytes.
+    """Build ``engine`` from a lowered file and return the worker's answer: tensorrt, reading, bytes, warnings.
 
-    ops: the file's nodes of our domain, name → op. Errors: BackendMissing where TensorRT-RTX or Polygraphy is not
-    installed, OperationFailed with TensorRT's own last words where it refuses or dies.
+    ops: the file's nodes of our domain, name → op. plugins: False, or ``python`` (True) or ``aot``. settings: as in
+    ``engines.trt.worker.Request``. timing_cache: read where it exists, and replaced in one step by what the build
+    made of it. Errors: BackendMissing where TensorRT or Polygraphy is not installed, OperationFailed with TensorRT's
+    own last words where it refuses or dies.
     """
-    require("tensorrt-rtx", "polygraphy")
+    refuse_missing(flavour)
     with tempfile.TemporaryDirectory(prefix="saccade-build-") as held, step(f"building {engine.name}") as shown:
         place = Path(held)
-        request = Request(str(onnx), str(engine), str(place / "answer.json"), sms, profiles, ops, plugins, parse_only)
+        request = Request(
+            str(onnx),
+            str(engine),
+            str(place / "answer.json"),
+            sms,
+            profiles,
+            ops,
+            flavour.target,
+            "python" if plugins is True else plugins or "",
+            parse_only,
+            settings or {},
+            str(timing_cache.absolute()) if timing_cache else "",
+            str(place / "timings") if timing_cache else "",
+        )
         (place / "request.json").write_text(json.dumps(asdict(request)), "utf-8")
         said = place / "stderr"
         with said.open("wb") as stderr:
             code = _run([sys.executable, *WORKER, str(place / "request.json")], place, stderr, shown)
         answer = place / "answer.json"
         if code or not answer.is_file():
-            raise OperationFailed(f"TensorRT-RTX {_how(code)} on {onnx.name}: {_last_words(said)}")
+            raise OperationFailed(f"{flavour.title} {_how(code)} on {onnx.name}: {_last_words(said)}")
+        if timing_cache and not parse_only:
+            with atomic_file(timing_cache) as partial:
+                partial.write_bytes((place / "timings").read_bytes())
         result: dict[str, Any] = json.loads(answer.read_text("utf-8"))
-        return result
+        return {**result, "warnings": warnings_in(said.read_text("utf-8", "replace").splitlines())}
+
+
+def refuse_missing(flavour: Flavour) -> None:
+    """BackendMissing where TensorRT or Polygraphy is not installed, OperationFailed for versions that are not ours."""
+    if flavour is RTX:
+        require(*flavour.distributions)
+    elif flavour.version() is None:
+        raise missing(flavour.module)
+    require("polygraphy")
+
+
+def warnings_in(lines: Iterable[str]) -> list[str]:
+    """TensorRT's warnings among what the worker wrote, one line each; those that differ in names alone are one."""
+    found: dict[str, tuple[str, int]] = {}
+    for line in lines:
+        # Polygraphy's own, about colours on a terminal, is none of TensorRT's.
+        if line.startswith(WARNING) and "'colored' module" not in line:
+            message = " ".join(line.removeprefix(WARNING).split())
+            key = re.sub(r"\S*[_\d]\S*", "…", message)
+            first, count = found.get(key, (message, 0))
+            found[key] = first, count + 1
+    return [f"{first} ({count - 1} more like it)" if count > 1 else first for first, count in found.values()]
 
 
 def _run(command: list[str], place: Path, stderr: Any, shown: Step) -> int:

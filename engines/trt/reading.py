@@ -64,9 +64,8 @@ def reading_of(trt: Any, network: Any, ops: Mapping[str, str]) -> Reading:
     counts: dict[str, int] = {}
     for layer in layers:
         counts[layer.type.name] = counts.get(layer.type.name, 0) + 1
-    attentions = tuple(
-        _attention(trt, layer, makers) for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT
-    )
+    kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)  # which 10.3 does not know
+    attentions = tuple(_attention(trt, layer, makers) for layer in layers if kind is not None and layer.type == kind)
     for found in attentions:
         if found.causal != "NONE":
             raise OperationFailed(f"the parser made {found.node} causal ({found.causal}), which misreads a cache")

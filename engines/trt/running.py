@@ -1,35 +1,47 @@
-"""Why an rtx engine cannot be run here, told before anything of it is deserialised."""
+"""Why an engine cannot be run, or built, here, told before anything of it is deserialised or written."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from engines.bundles.manifest import EngineEntry
-from graphs.errors import BackendMissing
-from graphs.versions import extras_of, installed_version
+from packaging.version import Version
 
-DISTRIBUTION = "tensorrt-rtx"
+from engines.bundles.manifest import EngineEntry
+from engines.trt.flavour import BEYOND, FULL, LEAST_WRITTEN_OUT, RTX, Flavour, out_of_range
+from graphs.errors import BackendMissing
+
+LEAST_AMPERE = 80
 
 
 def reasons(engines: Sequence[EngineEntry] = ()) -> list[str]:
-    """Every reason, the missing driver and library first.
+    """Every reason why TensorRT-RTX cannot run here, the missing driver and library first.
 
     engines: those of the bundle that is to be opened, by their manifest.
     """
+    return _reasons(RTX, engines)
+
+
+def tensorrt_reasons(engines: Sequence[EngineEntry] = ()) -> list[str]:
+    """The same for full TensorRT: 10.16 to 11.x, or 10.3 and newer where every engine was written out for that."""
+    return _reasons(FULL, engines)
+
+
+def _reasons(flavour: Flavour, engines: Sequence[EngineEntry]) -> list[str]:
     from engines.sessions.machine import driver_version
 
-    found = []
-    sms = " and ".join(f"{sm // 10}.{sm % 10}" for sm in sorted({sm for engine in engines for sm in engine.sms}))
+    found, gpus = [], _gpus(engines)
     if driver_version() is None:
-        found.append("no NVIDIA driver is loaded" + (f", and the engines are for GPUs of SM {sms}" if sms else ""))
-    installed = installed_version(DISTRIBUTION)
+        found.append("no NVIDIA driver is loaded" + (f", and the engines are for {gpus}" if gpus else ""))
+    installed = flavour.version()
     if installed is None:
-        found.append(f"{DISTRIBUTION} is not installed (pip install {extras_of(DISTRIBUTION)})")
-    others = sorted({engine.tensorrt for engine in engines} - {installed})
-    found += [f"the engines are of {DISTRIBUTION} {v}" + (f", not {installed}" if installed else "") for v in others]
+        found.append(f"{flavour.distributions[0]} is not installed (pip install {flavour.extra})")
+    elif flavour is FULL:
+        written_out = all(engine.parser == LEAST_WRITTEN_OUT for engine in engines)
+        found += filter(None, [out_of_range(installed, LEAST_WRITTEN_OUT if written_out else "current")])
+    found += _versions(flavour, engines, installed)
     if not find_spec("cuda"):
-        found.append(f"cuda-python is not installed (pip install {extras_of('cuda')})")
+        found.append(f"cuda-python is not installed (pip install {flavour.extra})")
     if found:
         return found
     from engines.trt.device import capability
@@ -38,6 +50,37 @@ def reasons(engines: Sequence[EngineEntry] = ()) -> list[str]:
         here = capability()
     except BackendMissing as e:
         return [str(e)]
-    if engines and any(here not in engine.sms for engine in engines):
-        return [f"the engines are for GPUs of SM {sms}, and this one is {here // 10}.{here % 10}"]
+    if not all(fits(engine, here) for engine in engines):
+        return [f"the engines are for {gpus}, and this one is {here // 10}.{here % 10}"]
     return []
+
+
+def fits(engine: EngineEntry, sm: int) -> bool:
+    """Whether an engine runs on GPUs of a compute capability, as 89."""
+    return sm >= LEAST_AMPERE if engine.compatibility.hardware == "ampere-plus" else sm in engine.sms
+
+
+def _versions(flavour: Flavour, engines: Sequence[EngineEntry], installed: str | None) -> list[str]:
+    """A reason per version of the engines that the installed one does not run."""
+    name = flavour.distributions[0]
+    instead = f", not {installed}" if installed else ""
+    exact = {engine.tensorrt for engine in engines if not engine.compatibility.versions} - {installed}
+    # NVIDIA: a version-compatible engine of 10 runs on newer 10 and on 11, one of 11 on newer 11.
+    older = {engine.tensorrt for engine in engines if engine.compatibility.versions}
+    return [
+        *(f"the engines are of {name} {built}{instead}" for built in sorted(exact)),
+        *(
+            f"the engines are for {name} {built} and newer, older than {BEYOND}{instead}"
+            for built in sorted(older)
+            if installed is None or Version(installed) < Version(built)
+        ),
+    ]
+
+
+def _gpus(engines: Sequence[EngineEntry]) -> str:
+    """The GPUs that all engines run on, '' without engines."""
+    narrow = [engine for engine in engines if engine.compatibility.hardware != "ampere-plus"]
+    if engines and not narrow:
+        return "GPUs of SM 8.0 and newer"
+    sms = " and ".join(f"{sm // 10}.{sm % 10}" for sm in sorted({sm for engine in narrow for sm in engine.sms}))
+    return f"GPUs of SM {sms}" if sms else ""

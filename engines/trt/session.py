@@ -8,6 +8,7 @@ writes its caches in place has one shape of decode step, so from the third on th
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from engines.bundles.manifest import EngineFile
 from engines.sessions.session import NOTHING, Value
 from engines.trt.device import Device, DeviceTensor, device_of
+from engines.trt.flavour import FULL, RTX, Flavour
+from engines.trt.jit_cache import JitCache
 from engines.trt.replay import Step, wanted
 from graphs.errors import BadArtefact, OperationFailed, UsageError
 from graphs.spec import CacheForm, StageSpec, form_of, spec_from_folder
@@ -36,24 +40,23 @@ TYPES: dict[str, Any] = {
 
 
 class TrtSession:
-    """An ``engines.sessions.session.Session`` over one engine file, whose digest the bundle has checked before.
+    """An ``engines.sessions.session.Session`` over one engine file.
 
-    trt: ``tensorrt`` or ``tensorrt_rtx``. Raises BadArtefact where TensorRT cannot read the file, BackendMissing
-    where a plugin it needs cannot be registered.
+    trt: ``tensorrt`` or ``tensorrt_rtx``. engine: what the bundle's manifest says of the file; the very bytes that are
+    deserialised are held against it. None: a file of no bundle, which may have plugins. Raises BadArtefact where the
+    bytes are others or TensorRT cannot read them, BackendMissing where a plugin it needs cannot be registered.
     """
 
-    def __init__(self, file: Path, trt: Any, device: Device) -> None:
-        from plugins.registry import register
-
+    def __init__(self, file: Path, trt: Any, device: Device, engine: EngineFile | None = None) -> None:
         self._file, self._device = Path(file), device
-        register(trt)
-        # The memory of a context is that of its profile, not of the largest.
-        self._strategy = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        if engine is None or engine.plugins == "python":
+            from plugins.registry import register
+
+            register(trt)
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-        try:
-            self._engine = self._runtime.deserialize_cuda_engine(self._file.read_bytes())
-        except OSError as e:
-            raise BadArtefact(f"{self._file} cannot be read ({e.strerror}); build the bundle again") from None
+        if engine is not None and engine.versions:
+            self._runtime.engine_host_code_allowed = True  # the runtime that a version-compatible engine brings
+        self._engine = self._runtime.deserialize_cuda_engine(checked_bytes(self._file, engine))
         if self._engine is None:
             raise BadArtefact(
                 f"TensorRT {trt.__version__} cannot open {self._file}, its own words stand above; "
@@ -74,6 +77,7 @@ class TrtSession:
         self.form: CacheForm = form_of(self._inputs)
         self._refuse_copied_caches(stage)
         self._contexts: dict[int, Any] = {}
+        self._jit = JitCache(trt, self._engine, engine)
         self._steps: dict[tuple[Any, ...], Step] = {}
         self._warm: Step | None = None  # the step that its context ran last
         self._replays = wanted()
@@ -173,6 +177,10 @@ class TrtSession:
         """Copy a device tensor to numpy; arrays pass through."""
         return value if isinstance(value, np.ndarray) else self._device.to_host(value)[0]
 
+    def largest(self, name: str) -> tuple[int, ...]:
+        """The largest shape of an input that any profile takes."""
+        return self._bounds[0][name][2]
+
     def buffer(self, name: str, rows: int, wanted: int, source: Value, held: int) -> DeviceTensor:
         """A buffer as large as the engine was built for; see ``engines.sessions.session.Session.buffer``."""
         shape = self._bounds[0][name][2]
@@ -221,11 +229,12 @@ class TrtSession:
 
     def _context(self, profile: int) -> Any:
         if profile not in self._contexts:
-            context = self._engine.create_execution_context(self._strategy)
+            context = self._engine.create_execution_context(self._jit.how)
             if context is None:
                 raise OperationFailed(f"TensorRT has no memory for running {self._file.name}; end what else runs there")
             self._ask(context.set_optimization_profile_async(profile, self._device.stream), f"profile {profile}")
             self._contexts[profile] = context
+            self._jit.save()
         return self._contexts[profile]
 
     def _ask(self, took: bool, what: str) -> None:
@@ -233,13 +242,36 @@ class TrtSession:
             raise OperationFailed(f"TensorRT refused {what} in {self._file.name}; its own words stand above")
 
 
-def rtx_session(file: Path, threads: int | None = None) -> TrtSession:
+def checked_bytes(file: Path, engine: EngineFile | None) -> bytes:
+    """An engine's bytes, read once; BadArtefact where they cannot be read or are not those of the manifest."""
+    try:
+        data = file.read_bytes()
+    except OSError as e:
+        raise BadArtefact(f"{file} cannot be read ({e.strerror}); build the bundle again") from None
+    if engine is not None and hashlib.sha256(data).hexdigest() != engine.sha256:
+        raise BadArtefact(
+            f"{file} was changed after the bundle was opened (its digest does not match); build the bundle again"
+        )
+    return data
+
+
+def rtx_session(file: Path, threads: int | None = None, engine: EngineFile | None = None) -> TrtSession:
     """Open an engine with TensorRT-RTX; the stages of one folder share a stream."""
-    from plugins.trt import load
+    return _session(RTX, file, threads, engine)
+
+
+def tensorrt_session(file: Path, threads: int | None = None, engine: EngineFile | None = None) -> TrtSession:
+    """Open an engine with full TensorRT; the stages of one folder share a stream."""
+    return _session(FULL, file, threads, engine)
+
+
+def _session(flavour: Flavour, file: Path, threads: int | None, engine: EngineFile | None) -> TrtSession:
+    from plugins.trt import imported, load
 
     if threads is not None:
         raise UsageError("threads are a CPU runtime's, and the engine runs on the GPU; leave them out")
-    return TrtSession(file, load("tensorrt_rtx"), device_of(Path(file).parent))
+    found = load if engine is None or engine.plugins == "python" else imported
+    return TrtSession(file, found(flavour.module), device_of(Path(file).parent), engine)
 
 
 def _outside(shape: tuple[int, ...], bounds: tuple[tuple[int, ...], ...]) -> bool:

@@ -11,13 +11,23 @@ import numpy as np
 import pytest
 import torch
 
+from engines.answer import SmallPass
 from engines.cascade import Cascade
 from engines.confidence import consistency_of
+from engines.guidance import priority_of
+from engines.sampling import Options
 from engines.talk.messages import asked
+from engines.trt.bounds import Bounds, profiles_of
+from engines.trt.engine import engine_from_onnx
+from engines.trt.options import lowering_of
+from engines.trt.reading import reading_from
 from exporter.export import export_checkpoint
 from graphs.compare import TOLERANCES
 from graphs.errors import UsageError
+from graphs.lowering.export import lowered_export
 from graphs.policies import plan_of_policy
+from graphs.spec import past_names, spec_from_folder
+from plugins.cubin_file import MAGIC
 from tests.families.cases import CASES, PROMPTS, pictures
 from tests.families.conftest import Sample
 from tests.families.reference import guidance_of, pruned_forward
@@ -60,6 +70,28 @@ def embedded(sample: Sample, ids: torch.Tensor, inputs: dict[str, torch.Tensor])
     stack = [torch.zeros_like(embeds).index_put((torch.tensor(0), is_visual.nonzero()[:, 0]), d) for d in deep]
     assert prompt + fed == len(is_visual)
     return embeds, torch.cat([positions, behind], -1), is_visual, stack
+
+
+@pytest.mark.parametrize(("role", "served"), [("small", {"AttentionReceived"}), ("large", {"KeepTopK", "CompactRows"})])
+def test_both_become_engines_whose_kernels_serve(
+    pair: dict[str, Any], tmp_path: Path, role: str, served: set[str]
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    folder: Path = pair[f"{role}_export"]
+    spec = spec_from_folder(folder)
+    lowered = lowered_export(folder, spec, tmp_path, lowering_of("float32", "plugin", "current"), link=True)
+    profiles = profiles_of("decoder", lowered.spec, Bounds(64, 96, 32, 8, 2).fitted(lowered.spec, None))
+    file, ops = lowered.file("decoder"), lowered.ops["decoder"]
+    engine = tmp_path / "decoder.engine"
+    answer = engine_from_onnx(file, engine, sms=[89], profiles=profiles, ops=ops, plugins="python")
+    reading = reading_from(answer["reading"])
+    assert set(ops.values()) == served
+    assert reading.served == dict.fromkeys(ops, "kernel")
+    assert reading.unused == ()
+    assert len(reading.attentions) == spec.language.layers
+    assert all(attention.mask and attention.cache for attention in reading.attentions)
+    assert engine.stat().st_size == answer["bytes"]
+    assert MAGIC in engine.read_bytes()
 
 
 def test_guidance_and_pruned_answer_are_those_of_plain_maps(pair: dict[str, Any]) -> None:
@@ -107,6 +139,39 @@ def test_a_follow_up_of_the_cascade_is_that_of_a_fresh_run(pair: dict[str, Any])
     assert late.kept is not None
     assert at_once.kept is not None
     assert late.kept[0].tolist() == at_once.kept[0].tolist()
+
+
+def test_a_draft_changes_no_token_and_no_kept_one(pair: dict[str, Any]) -> None:
+    """Any draft: its rows are text, trimmed from every segment's cache, and a follow-up goes on behind the answer."""
+    cascade = Cascade.from_exports(pair["small_export"], pair["large_export"], threshold=1, threads=1)
+    assert cascade.large
+    assert cascade.drafts
+    looked = cascade.look(pictures(PROMPTS[2]), QUESTION, max_new_tokens=6)
+    prompt = cascade.large.prompt(looked.turn.talk)
+    priority_S = priority_of(prompt, looked.guidance)
+    plain = cascade.large.generate(prompt, Options(6), 0.3, priority_S).finish()
+    said = [t for t in plain.tokens if t not in cascade.large.spec.tokens.eos]
+    for draft in (said, said[:2] + looked_tokens(looked, 4), looked.tokens):
+        got = cascade.large.generate(prompt, Options(6), 0.3, priority_S, draft).finish()
+        assert got.tokens == plain.tokens
+        assert [k.tolist() for k in got.kept] == [k.tolist() for k in plain.kept]
+        assert got.cache
+        assert plain.cache
+        assert [p.tolist() for p in got.cache.positions] == [p.tolist() for p in plain.cache.positions]
+        for length, layer in ((plain.cache.lengths[0], 0), (plain.cache.lengths[-1], 2)):
+            for name in past_names(layer):
+                mine, theirs = (cascade.large.to_host(run.cache.values[name])[:, :, :length] for run in (got, plain))
+                np.testing.assert_allclose(mine, theirs, atol=1e-4)
+    talks = [cascade.chat(keep=0.3, max_new_tokens=4, draft=draft) for draft in (True, False)]
+    for question, shown in ((QUESTION, pictures(PROMPTS[0])), ("and what colour ?", [])):
+        drafted, alone = (talk.ask(question, shown) for talk in talks)
+        assert drafted.tokens == alone.tokens
+        assert alone.draft is None
+
+
+def looked_tokens(looked: SmallPass, count: int) -> list[int]:
+    """The small model's first tokens, over and over, as a draft that is wrong somewhere."""
+    return (list(looked.tokens) * count)[:count]
 
 
 def test_unequal_grids_are_refused(pair: dict[str, Any], tmp_path: Path) -> None:

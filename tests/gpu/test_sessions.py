@@ -5,6 +5,7 @@ The tolerance is the export's own (graphs/compare.py); the CPU is one of the ses
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,16 @@ import pytest
 
 from engines.bundles.build import build_bundle
 from engines.bundles.golden import refuse_disagreement, replay
-from engines.bundles.targets import why_not
+from engines.bundles.targets import TARGETS, why_not
 from engines.cascade import Cascade
 from engines.sessions.session import SESSIONS, open_session
+from engines.trt.device import capability
+from engines.trt.flavour import FLAVOURS
+from engines.trt.member import build_member
+from engines.trt.options import EngineOptions
 from exporter.export import export_checkpoint
 from glyphs.checkpoint import PAIR
-from graphs.spec import spec_from_folder
+from graphs.spec import GOLDEN_FILE, ExportSpec, spec_from_folder
 from tests.tiny_families import TINY
 
 QUESTIONS = 12
@@ -49,8 +54,27 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return export
 
 
-def replayed(folder: Path, target: str) -> None:
+def engine_options(target: str, spec: ExportSpec) -> EngineOptions:
+    """For the GPU that is here; skips what TensorRT-RTX does not build."""
+    flavour, here = FLAVOURS[target], capability()
+    if flavour.sms and here not in flavour.sms:
+        pytest.skip(f"{flavour.title} builds no engine for SM {here}")
+    if spec.dtype != "float32" and spec.language.head_dim % flavour.head_widths:
+        pytest.skip(f"{flavour.title} compiles no narrow attention of heads {spec.language.head_dim} wide")
+    return EngineOptions((here,) if flavour.sms else ())
+
+
+def replayed(folder: Path, target: str, work: Path) -> None:
     """Every golden case agrees, and nothing but arithmetic on shapes was left to the CPU."""
+    if TARGETS[target].runs == "engines":
+        spec = spec_from_folder(folder)
+        options = engine_options(target, spec)
+        shutil.copy(folder / GOLDEN_FILE, work / GOLDEN_FILE)
+        built = build_member(spec.role, folder, spec, work / target, options, FLAVOURS[target])
+        refuse_disagreement(
+            replay(work, built.spec, partial(open_session, target=target)), f"{folder.name} on {target}"
+        )
+        return
     opened = []
 
     def open_stage(file: Path) -> Any:
@@ -65,15 +89,15 @@ def replayed(folder: Path, target: str) -> None:
 
 
 @pytest.mark.parametrize(("role", "dtype"), PAIRS)
-def test_the_pair_replays(exported, target, role, dtype):
-    replayed(exported("glyphs", lambda: PAIR / role, role, dtype), target)
+def test_the_pair_replays(exported, target, role, dtype, tmp_path):
+    replayed(exported("glyphs", lambda: PAIR / role, role, dtype), target, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("family", list(TINY))
-def test_every_family_replays(exported, target, family, dtype, tmp_path_factory):
+def test_every_family_replays(exported, target, family, dtype, tmp_path, tmp_path_factory):
     checkpoint = partial(TINY[family], tmp_path_factory.mktemp(family) / "checkpoint")
-    replayed(exported(family, checkpoint, "alone", dtype), target)
+    replayed(exported(family, checkpoint, "alone", dtype), target, tmp_path)
 
 
 def test_the_cascade_answers_as_on_the_cpu(exported, target, tmp_path):
@@ -82,7 +106,8 @@ def test_the_cascade_answers_as_on_the_cpu(exported, target, tmp_path):
     folders = [exported("glyphs", partial(PAIR.joinpath, role), role, "float32") for role in ("small", "large")]
     answers = {}
     for on in {"cpu", target}:
-        build_bundle(folders, tmp_path / on, target=on)
+        engines = engine_options(on, spec_from_folder(folders[0])) if TARGETS[on].runs == "engines" else None
+        build_bundle(folders, tmp_path / on, target=on, engines=engines)
         cascade = Cascade.open(tmp_path / on)
         answers[on] = [
             (answer.text, answer.exited)

@@ -44,6 +44,10 @@ def test_the_wheel_holds_the_pair(wheel: Path, role: str, file: str) -> None:
     assert f"glyphs/pair/{role}/{file}" in names_in(wheel)
 
 
+def test_the_wheel_holds_the_page_of_eval(wheel: Path) -> None:
+    assert "engines/evaluation/report.html.jinja" in names_in(wheel)
+
+
 def test_the_pair_is_small(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         size = sum(entry.file_size for entry in archive.infolist() if entry.filename.startswith("glyphs/"))

@@ -37,3 +37,26 @@ def test_the_commands_of_the_page_run(tmp_path: Path) -> None:
         if "inspect capability" in command:
             assert "Graph is fully supported" in done.stdout + done.stderr
     assert (tmp_path / "embed.engine").stat().st_size > 0
+
+
+def test_what_is_said_of_trtexec_is_what_was_run() -> None:
+    """Its shapes are those of the Polygraphy command, its flags are documented (NVIDIA, trtexec --help of 10.x)."""
+    documented = {
+        "--onnx",
+        "--stronglyTyped",
+        "--noTF32",
+        "--minShapes",
+        "--optShapes",
+        "--maxShapes",
+        "--saveEngine",
+        "--skipInference",
+    }
+    [trtexec] = re.findall(r"^trtexec (.*)$", PAGE, flags=re.MULTILINE)
+    flags = dict(argument.partition("=")[::2] for argument in trtexec.split())
+    assert set(flags) <= documented
+    [convert] = re.findall(r"^\$ .*polygraphy convert (.*)$", PAGE, flags=re.MULTILINE)
+    for which in ("min", "opt", "max"):
+        [said] = re.findall(rf"--trt-{which}-shapes ((?:\w+:\[[\d,]+\] ?)+)", convert)
+        wanted = ",".join(f"{n}:{dims.replace(',', 'x')}" for n, dims in re.findall(r"(\w+):\[([\d,]+)\]", said))
+        assert flags[f"--{which}Shapes"] == wanted
+    assert flags["--onnx"] == convert.split()[0]

@@ -13,6 +13,7 @@ from onnx.helper import get_attribute_value, make_graph, make_model, make_node
 
 from graphs.errors import UsageError
 from plugins import aot
+from plugins.ops import SERVED
 from plugins.table import bits_of
 
 
@@ -56,26 +57,29 @@ def desc(kind: str, *shape: int, dynamic: bool = True) -> TensorDesc:
 @pytest.fixture(scope="module")
 def plugin() -> Plugin:
     made = Plugin()
-    assert aot.register(TRT, made, 89) == (
-        "saccade::KeepTopK", "saccade::CompactRows", "saccade::AttentionRowSums", "saccade::AttentionShares",
-    )  # fmt: skip
+    ids = aot.register(TRT, made, 89)
+    assert {f"saccade::{name}" for name in CALLS} <= set(ids) == set(made.described) == set(made.implemented)
     return made
 
 
 Q, K, GUIDE = desc("HALF", 1, 8, 100, 64), desc("HALF", 1, 2, 300, 64), desc("INT32", 24)
+WEIGHT = desc("FLOAT", 1, 24, dynamic=False)
 PEAK, TOTAL = desc("FLOAT", 1, 8, 24), desc("FLOAT", 1, 8, 24)
 CALLS = {
     "KeepTopK": ([desc("FLOAT", 1, 5000), desc("BOOL", 1, 5000), desc("INT32", 400)], [], [((1, 400), "INT64")]),
     "CompactRows": ([desc("HALF", 1, 5000, 64), desc("INT64", 1, 400)], [], [((1, 400, 64), "HALF")]),
-    "AttentionRowSums": ([Q, K, GUIDE], [0.125], [((1, 8, 24), "FLOAT")] * 2),
-    "AttentionShares": ([Q, K, GUIDE, PEAK, TOTAL], [0.125], [((1, 300), "FLOAT")]),
+    "AttentionReceivedSums": ([Q, K, GUIDE], [0.125], [((1, 8, 24), "FLOAT")] * 2),
+    "AttentionReceivedShares": ([Q, K, GUIDE, PEAK, TOTAL], [0.125], [((1, 300), "FLOAT")]),
+    "RatedAttentionReceivedSums": ([Q, K, WEIGHT], [0.125], [((1, 8, 24), "FLOAT")] * 2),
+    "RatedAttentionReceivedShares": ([Q, K, WEIGHT, PEAK, TOTAL], [0.125], [((1, 300), "FLOAT")]),
 }
 LAUNCHES = {
     "KeepTopK": ((1, 1, 1), 512, [5000, 400]),
     "CompactRows": ((7, 1, 1), 128, [5000, 400, 16]),
-    "AttentionRowSums": ((6, 2, 1), 128, [bits_of(0.125), 100, 300, 24, 8, 2, 64]),
-    "AttentionShares": ((10, 1, 1), 128, [bits_of(0.125), 100, 300, 24, 8, 2, 64]),
+    "AttentionReceivedSums": ((6, 2, 1), 128, [bits_of(0.125), 100, 300, 24, 8, 2, 64]),
+    "AttentionReceivedShares": ((10, 1, 1), 128, [bits_of(0.125), 100, 300, 24, 8, 2, 64]),
 }
+LAUNCHES |= {f"Rated{name}": LAUNCHES[name] for name in ("AttentionReceivedSums", "AttentionReceivedShares")}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -134,19 +138,30 @@ def test_ptx_that_drivers_do_not_read_is_not_offered():
         aot.register(TRT, Plugin(), 120)
 
 
-def test_an_attention_node_becomes_the_two_plugins_nodes():
+@pytest.mark.parametrize(
+    ("op", "third", "names"),
+    [
+        ("AttentionReceived", "guide", ("AttentionReceivedSums", "AttentionReceivedShares")),
+        ("RatedAttentionReceived", "weight", ("RatedAttentionReceivedSums", "RatedAttentionReceivedShares")),
+    ],
+)
+def test_an_attention_node_becomes_the_two_plugins_nodes(op, third, names):
     asked = {"scale": 0.5, "plugin_namespace": "saccade"}
-    node = make_node("AttentionReceived", ["q", "k", "guide"], ["r"], domain="saccade", name="n", **asked)
+    node = make_node(op, ["q", "k", third], ["r"], domain="saccade", name="n", **asked)
     after = make_node("Identity", ["r"], ["out"])
     model = make_model(make_graph([node, after], "g", [], []))
-    assert aot.split_attention(model) == 1
+    assert aot.split_attention(model) == {"n_sums": op, "n_shares": op}
     kept = {"scale": 0.5, "plugin_namespace": b"saccade"}
     made = [
         (n.op_type, list(n.input), list(n.output), {a.name: get_attribute_value(a) for a in n.attribute})
         for n in model.graph.node
     ]
     assert made == [
-        ("AttentionRowSums", ["q", "k", "guide"], ["r_peak", "r_total"], kept),
-        ("AttentionShares", ["q", "k", "guide", "r_peak", "r_total"], ["r"], kept),
+        (names[0], ["q", "k", third], ["r_peak", "r_total"], kept),
+        (names[1], ["q", "k", third, "r_peak", "r_total"], ["r"], kept),
         ("Identity", ["r"], ["out"], {}),
     ]
+
+
+def test_every_op_with_a_kernel_has_one_ahead_of_time():
+    assert {plugin.op for plugin in aot.PLUGINS} == set(SERVED)

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 
 from graphs.errors import BadArtefact, UsageError
 from graphs.plan import Guidance, PrunePoint, VisionPoint
-from graphs.plan_file import GuidanceDocument, PlanDocument, PointDocument, plan_from_file, plan_from_toml
+from graphs.plan_file import (
+    GuidanceDocument,
+    PlanDocument,
+    PointDocument,
+    document_of,
+    plan_from_file,
+    plan_from_toml,
+)
 from graphs.policies import POLICIES, plan_of_policy, policy_document
 
 HEAD = 'schema = "saccade.plan/1"\nname = "mine"\n'
@@ -155,6 +162,21 @@ def test_named_plans_are_plan_files(name, role):
     assert plan == plan_of_policy(name, role, 32)
     assert plan.prunes or plan.guidance or plan.allow_nothing
     assert plan.prunes == (name != "none" and not (name == "sgl" and role == "small"))
+
+
+@pytest.mark.parametrize("name", [*POLICIES, "visionzip+random"])
+@pytest.mark.parametrize("role", ["small", "large", "alone"])
+def test_a_fitted_plan_becomes_a_file_with_other_shares(name, role):
+    plan = plan_of_policy(name, role, 32)
+    shares = [0.9 / (i + 1) for i in range(len(plan.budgets))]
+    again = plan_from_toml(document_of(plan, "other", shares).dumps()).resolved(32, refuse_nothing=False)
+    fitted = again.model_copy(update={"name": plan.name, "allow_nothing": plan.allow_nothing})
+    wanted = [b.model_copy(update={"keep": s, "count": None}) for b, s in zip(plan.budgets, shares, strict=True)]
+    vision = wanted.pop(0) if plan.vision else None
+    assert fitted == plan.model_copy(update={"vision": vision, "points": tuple(wanted)})
+    if len(plan.points) == 1:
+        moved = document_of(plan, "other", shares, layer=7).resolved(32)
+        assert (moved.points[0].layer, moved.vision) == (7, vision)
 
 
 def test_the_defaults_are_the_papers():

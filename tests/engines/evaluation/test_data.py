@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from engines.evaluation.data import data_from_file, data_from_records
+from engines.evaluation.data import How, data_from_file, data_from_records
 from graphs.errors import BadArtefact
 
 GOOD = {"image": "red.png", "question": "what colour ?", "answers": ["red", "crimson"], "id": 7}
@@ -102,7 +102,7 @@ def test_a_bad_line_is_named_and_can_be_left_out(folder: Path, line: object, sai
         data_from_file(path)
     assert said in str(caught.value)
     assert "--skip-bad" in str(caught.value)
-    read = data_from_file(path, skip_bad=True)
+    read = data_from_file(path, How(skip_bad=True))
     assert [e.where.rpartition(" ")[2] for e in read.examples] == ["1", "3"]
     assert len(read.bad) == 1
     assert said in read.bad[0]
@@ -111,20 +111,20 @@ def test_a_bad_line_is_named_and_can_be_left_out(folder: Path, line: object, sai
 def test_an_answer_that_no_model_can_reach_is_bad(folder: Path) -> None:
     few = written(folder, {**GOOD, "answers": ["red"] * 3})
     with pytest.raises(BadArtefact, match="needs those of 4 people"):
-        data_from_file(few, metric="vqa")
-    assert data_from_file(few, metric="exact").answered
-    assert data_from_file(written(folder, {**GOOD, "answers": ["red"] * 4}), metric="vqa").answered
+        data_from_file(few, How(metric="vqa"))
+    assert data_from_file(few, How(metric="exact")).answered
+    assert data_from_file(written(folder, {**GOOD, "answers": ["red"] * 4}), How(metric="vqa")).answered
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
 def test_an_empty_file_is_refused(folder: Path, content: str) -> None:
     with pytest.raises(BadArtefact, match="no lines"):
-        data_from_file(written(folder, content), skip_bad=True)
+        data_from_file(written(folder, content), How(skip_bad=True))
 
 
 def test_a_file_of_bad_lines_a_missing_and_a_binary_one_are_refused(folder: Path) -> None:
     with pytest.raises(BadArtefact, match="all are bad"):
-        data_from_file(written(folder, "{", "{"), skip_bad=True)
+        data_from_file(written(folder, "{", "{"), How(skip_bad=True))
     with pytest.raises(BadArtefact, match="is missing"):
         data_from_file(folder / "nothing.jsonl")
     (folder / "data.jsonl").write_bytes(b"\xff\xfe")
@@ -133,13 +133,13 @@ def test_a_file_of_bad_lines_a_missing_and_a_binary_one_are_refused(folder: Path
 
 
 def test_only_the_first_questions_are_read(folder: Path) -> None:
-    assert len(data_from_file(written(folder, GOOD, GOOD, "{"), limit=2).examples) == 2
+    assert len(data_from_file(written(folder, GOOD, GOOD, "{"), How(limit=2)).examples) == 2
 
 
 def test_the_built_in_questions_are_examples() -> None:
     from glyphs.data import held_out_records
 
-    read = data_from_records(held_out_records(3), "glyphs", "exact")
+    read = data_from_records(held_out_records(3), "glyphs", How("exact"))
     assert [len(e.images) for e in read.examples] == [1, 1, 1]
     assert read.examples[0].images[0].size == (96, 96)
     assert read.digest == data_from_records(held_out_records(3), "glyphs").digest

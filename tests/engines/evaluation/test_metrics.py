@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engines.evaluation.commands import METRIC_NAMES
+from engines.evaluation.asked import METRIC_NAMES
 from engines.evaluation.metrics import METRICS, distance
 
 TEN = ["yes"] * 6 + ["no"] * 3 + ["maybe"]
@@ -30,12 +30,43 @@ TEN = ["yes"] * 6 + ["no"] * 3 + ["maybe"]
         ("vqa", "1,000", ["1000"] * 9 + ["no"], 1),
         ("vqa", "black-white", ["black white"] * 9 + ["black"], 1),
         ("vqa", "3.5 m.", ["3.5 m"] * 9 + ["4"], 1),
+        # the official table: an apostrophe that is missing is put in, where it stands in the table only
+        ("vqa", "shouldnt've", ["shouldn't've"] * 9 + ["no"], 1),
+        ("vqa", "its red", ["it's red"] * 9 + ["no"], 0),
+        ("vqa", "It's", ["it's"] * 9 + ["no"], 1),
+        ("vqa", "none", ["0"] * 9 + ["1"], 1),
+        ("vqa", "the red, white", ["red white"] * 9 + ["red"], 1),
+        ("vqa", "top/left", ["top left"] * 9 + ["top"], 1),
+        ("vqa", "x / y", ["x y"] * 9 + ["x"], 1),
+        ("vqa", "4.5", ["4.5"] * 9 + ["45"], 1),
+        ("vqa", "two\ndogs", ["2 dogs"] * 9 + ["dogs"], 1),
+        # two agree of ten: 8 · 2/3 and 2 · 1/3
+        ("vqa", "no", ["yes"] * 8 + ["no"] * 2, (8 * 2 / 3 + 2 / 3) / 10),
         # no preparation where all agree, as in the official code
         ("vqa", "Yes", ["yes"] * 10, 0),
         # one edit in four letters; two in four are a half, which counts nothing
         ("anls", "Rest", ["best"], 0.75),
         ("anls", "robt", ["best"], 0),
         ("anls", "bet", ["worst", "best"], 0.75),
+        ("choice", "B", ["B", "a cat"], 1),
+        ("choice", "(b)", ["B", "a cat"], 1),
+        ("choice", "B. a dog", ["B", "a cat"], 1),
+        ("choice", "A cat.", ["B", "a cat"], 1),
+        ("choice", "A cat and a dog", ["A", "two cats"], 0),
+        ("choice", "The answer is C", ["C", "a cat"], 1),
+        ("choice", "The answer is B", ["C", "a cat"], 0),
+        ("choice", "", ["A", "a cat"], 0),
+        ("yesno", "Yes, it is", ["Yes"], 1),
+        ("yesno", "n", ["No"], 1),
+        ("yesno", "It is not", ["No"], 0),
+        ("yesno", "no.", ["Yes"], 0),
+        # [100, 100, 300, 200] and [200, 100, 400, 200] share a third; half of a box is a half
+        ("iou", "<ref>x</ref><box>(100,100),(300,200)</box>", ["[0.2, 0.1, 0.4, 0.2]"], 0),
+        ("iou", "<box>[[100, 100, 300, 200]]</box>", ["[0.1, 0.1, 0.2, 0.2]"], 1),
+        ("iou", "[0.10, 0.10, 0.30, 0.20]", ["[0.1, 0.1, 0.3, 0.2]"], 1),
+        ("iou", '[{"bbox_2d": [100, 100, 300, 200]}]', ["[0.1, 0.1, 0.3, 0.2]"], 1),
+        ("iou", "(300,200),(100,100)", ["[0.1, 0.1, 0.3, 0.2]"], 0),
+        ("iou", "on the left", ["[0.1, 0.1, 0.3, 0.2]"], 0),
         ("relaxed", "105", ["100"], 1),
         ("relaxed", "105.1", ["100"], 0),
         ("relaxed", "-95", ["-100"], 1),

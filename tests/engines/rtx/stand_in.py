@@ -24,6 +24,7 @@ KINDS = {
     "tensor(bool)": ("BOOL", np.bool_),
 }
 PROFILES: dict[str, Any] = {}  # lowered file → its profiles, in the engine's order
+DESERIALISED: list[tuple[bytes, bool]] = []  # what was asked of any runtime, and whether it allowed host code
 stand_in_cuda: list[Any] = []  # every device that was made, the newest last
 
 
@@ -264,10 +265,13 @@ class Logger:
 
 
 class Runtime:
+    engine_host_code_allowed = False
+
     def __init__(self, logger: Logger) -> None:
         self.logger = logger
 
     def deserialize_cuda_engine(self, data: bytes) -> Engine | None:
+        DESERIALISED.append((data, self.engine_host_code_allowed))
         file = data.decode("utf-8", "replace")
         return Engine(file) if Path(file).is_file() else None
 

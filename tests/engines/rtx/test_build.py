@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,15 +10,19 @@ import pytest
 
 from engines.bundles.build import build_bundle
 from engines.bundles.bundle import checked_manifest, open_bundle
-from engines.bundles.manifest import Manifest, manifest_of
+from engines.bundles.manifest import EngineFile, Manifest, manifest_of
+from engines.cascade import Cascade
 from engines.trt import engine as builder
 from engines.trt.bounds import BODY_ROWS, Bounds, profiles_of
 from engines.trt.engine import engine_from_onnx
-from engines.trt.member import EngineOptions, build_member
+from engines.trt.member import build_member
+from engines.trt.options import EngineOptions
 from engines.trt.reading import reading_from
-from graphs.errors import BackendMissing, OperationFailed, UsageError
+from graphs.errors import BackendMissing, BadArtefact, OperationFailed, UsageError
+from graphs.files import sha256_of
 from graphs.spec import spec_from_folder
 from tests.conftest import Outcome
+from tests.engines.rtx import stand_in
 from tests.engines.rtx.conftest import Exports, Lower
 
 pytest.importorskip("tensorrt_rtx")
@@ -99,6 +104,26 @@ def test_beside_rtx_the_cpu_is_chosen_here_and_named(
     shown = saccade_cli("show", bundles["body"]).stdout
     assert "on rtx: memory, estimated" in shown
     assert "SM 8.9" in shown
+
+
+def test_every_session_of_a_bundle_knows_its_engines_digest(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.trt.running.reasons", lambda engines=(): [])
+    monkeypatch.setattr("engines.bundles.footprint.free_bytes", lambda target: None)
+    shutil.copytree(bundles["plugin"], tmp_path / "b")
+    cascade = Cascade.open(tmp_path / "b", target="rtx")
+    for name, model in (("small", cascade.small), ("large", cascade.large)):
+        assert model
+        plugins = {"vision": "none", "embed": "none", "decoder": "python"}
+        files = {stage: tmp_path / "b" / name / "rtx" / f"{stage}.engine" for stage in plugins}
+        assert model._engines == {f: EngineFile(sha256_of(f), plugins[s], False) for s, f in files.items()}  # type: ignore[arg-type]
+        (files["decoder"]).write_bytes(b"another engine")
+        monkeypatch.setattr("plugins.trt.load", lambda module: stand_in)
+        monkeypatch.setattr("plugins.registry.register", lambda trt, sms=(): ())
+        monkeypatch.setattr("engines.trt.device.cuda_runtime", stand_in.Cuda)
+        with pytest.raises(BadArtefact, match="changed after the bundle was opened"):
+            model.session("decoder")
 
 
 @pytest.mark.parametrize("role", ["small", "large"])

@@ -7,13 +7,14 @@ import gc
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from engines.bundles.manifest import EngineEntry
+from engines.bundles.manifest import EngineEntry, EngineFile
 from engines.cache import cut, empty_cache, with_room
 from engines.cascade import Cascade
 from engines.decoder import Chunk
@@ -23,9 +24,12 @@ from engines.sampling import Options
 from engines.talk.messages import Talk, asked
 from engines.trt import device, running
 from engines.trt.bounds import Bounds, profiles_of
+from engines.trt.flavour import RTX
+from engines.trt.jit_cache import VARIABLE, JitCache
 from engines.trt.replay import SWITCH, Step
 from engines.trt.session import MOST_STEPS, TrtSession
 from graphs.errors import BadArtefact, OperationFailed
+from graphs.files import sha256_of
 from graphs.spec import spec_from_folder
 from tests.engines.rtx import stand_in
 from tests.engines.rtx.conftest import Exports, Lower
@@ -253,7 +257,7 @@ def test_what_does_not_fit_is_one_sentence(lower: Lower, exports: Exports, cuda:
 def test_an_engine_of_another_sm_is_told_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "cuda_runtime", lambda: stand_in.Cuda(sm=80))
     monkeypatch.setattr("engines.sessions.machine.driver_version", lambda: "580.1")
-    version = running.installed_version(running.DISTRIBUTION)
+    version = RTX.version()
     engine = EngineEntry(
         file="x", target="rtx", tensorrt=version or "", sms=(89,), precision="float32", profiles={}, served={},
         bytes=1, weight_bytes=1,
@@ -261,3 +265,112 @@ def test_an_engine_of_another_sm_is_told_before_it_is_read(monkeypatch: pytest.M
     assert running.reasons([engine]) == ["the engines are for GPUs of SM 8.9, and this one is 8.0"]
     monkeypatch.setattr(device, "cuda_runtime", lambda: stand_in.Cuda(sm=89))
     assert running.reasons([engine]) == []
+
+
+@pytest.mark.parametrize("target", ["rtx", "tensorrt"])
+def test_an_engine_that_was_swapped_after_the_bundle_was_opened_is_never_deserialised(
+    lower: Lower, exports: Exports, cuda: stand_in.Cuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    registered: list[str] = []
+    monkeypatch.setattr("plugins.trt.imported", lambda module: stand_in)
+    monkeypatch.setattr("plugins.registry.register", lambda trt, sms=(): registered.append("python"))
+    monkeypatch.setattr(running, "tensorrt_reasons", lambda engines=(): [])
+    made = engines_of(lower, exports, "small", tmp_path / "small")
+    said: dict[Path, EngineFile] = {}
+    for stage, plugins, versions in (("vision", "none", True), ("embed", "aot", False), ("decoder", "python", False)):
+        file = made.folder / made.spec.stages[stage].file
+        said[file] = EngineFile(sha256_of(file), plugins, versions)  # type: ignore[arg-type]
+    model = Model(made.folder, made.spec, target, engines=said)
+    stand_in.DESERIALISED.clear()
+    model.session("vision")
+    model.session("embed")
+    assert [allowed for _, allowed in stand_in.DESERIALISED] == [True, False]
+    assert registered == [], "neither bodies nor kernels built in take a plugin of ours"
+    decoder = made.folder / made.spec.stages["decoder"].file
+    good = decoder.read_bytes()
+    decoder.write_bytes((made.folder / made.spec.stages["embed"].file).read_bytes())
+    with pytest.raises(BadArtefact, match="changed after the bundle was opened"):
+        model.session("decoder")
+    assert len(stand_in.DESERIALISED) == 2
+    decoder.write_bytes(good)
+    model.session("decoder")
+    assert registered[-1] == "python"
+    other = {file: entry for file, entry in said.items() if file != decoder}
+    with pytest.raises(BadArtefact, match="is no engine of the bundle's manifest"):
+        Model(made.folder, made.spec, target, engines=other).session("decoder")
+
+
+def test_what_is_compiled_at_the_first_run_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    said = EngineFile("ab" * 32, "none", False)
+    file = tmp_path / "saccade" / "tensorrt-rtx" / f"{said.sha256}.cache"
+    with_cache = SimpleNamespace(**vars(stand_in), IRuntimeCache=Cache)
+    first = JitCache(with_cache, Jit(), said)
+    assert (first.how.strategy, first.how.cache.held) == ("on profile change", b"")
+    first.save()
+    assert not file.exists(), "nothing was compiled"
+    first.how.cache.held = b"for this GPU: one"
+    first.save()
+    assert file.read_bytes() == b"for this GPU: one"
+    first.how.cache.held += b" and two"
+    del first
+    gc.collect()
+    assert file.read_bytes() == b"for this GPU: one and two"
+    assert JitCache(with_cache, Jit(), said).how.cache.held == b"for this GPU: one and two"
+    file.write_bytes(b"for another GPU")
+    other = JitCache(with_cache, Jit(), said)
+    other.how.cache.held = b"for this GPU: three"
+    other.save()
+    assert file.read_bytes() == b"for this GPU: three"
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_where_nothing_is_kept_the_engine_runs_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said, with_cache = EngineFile("ab" * 32, "none", False), SimpleNamespace(**vars(stand_in), IRuntimeCache=Cache)
+    monkeypatch.setenv(VARIABLE, "")
+    assert JitCache(with_cache, Jit(), said).how == "on profile change"
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "file" / "below"))
+    (tmp_path / "file").write_text("no folder")
+    assert JitCache(stand_in, Jit(), said).how == "on profile change", "full TensorRT has none"
+    assert JitCache(with_cache, Jit(), None).how == "on profile change", "an engine of no bundle has no digest"
+    kept = JitCache(with_cache, Jit(), said)
+    kept.how.cache.held = b"for this GPU: one"
+    kept.save()
+    assert f"warning: what TensorRT-RTX compiled cannot be kept in {tmp_path}" in capsys.readouterr().err
+
+
+class Cache:
+    """A runtime cache; it takes what it wrote itself."""
+
+    held = b""
+
+    def deserialize(self, data: bytes) -> bool:
+        if data.startswith(b"for this GPU"):
+            self.held = data
+        return bool(self.held)
+
+    def serialize(self) -> bytes:
+        return self.held
+
+
+class Jit:
+    """An engine, and its runtime configuration."""
+
+    cache: Cache
+    strategy = ""
+
+    def create_runtime_config(self) -> Jit:
+        return self
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> Cache:
+        return Cache()
+
+    def set_runtime_cache(self, cache: Cache) -> bool:
+        self.cache = cache
+        return True

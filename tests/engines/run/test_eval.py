@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from engines.cascade import Cascade
 from engines.evaluation import sweep
+from engines.evaluation.charts import Chart
+from engines.evaluation.sweep import from_bits
 from engines.guidance import random_guidance
 from tests.conftest import Outcome
 from tests.engines.run.conftest import TinyPair, picture_of, question_of
@@ -86,6 +92,14 @@ def test_every_figure_is_that_of_the_answers(
         table = list(csv.DictReader(file))
     assert [float(row["accuracy"]) for row in table] == [s["accuracy"] for s in document["systems"]]
     assert {row["keep"] for row in table} == {"", "1", "0.25"}
+    for row, system in zip(table, document["systems"], strict=True):
+        assert float(row["kept_tokens"]) == system["kept_tokens"]
+        spent = [
+            float(value) for name, value in row.items() if name.startswith("ms_") and "question" not in name and value
+        ]
+        assert sum(spent) == pytest.approx(system["ms_per_question"], abs=0.02)
+        counted = [v for name, v in row.items() if name.startswith("estimated_flops_") and "question" not in name and v]
+        assert sum(map(float, counted)) == pytest.approx(system["estimated_flops_per_question"], abs=len(counted))
 
 
 def test_an_interrupted_run_goes_on_where_it_ended(
@@ -125,7 +139,12 @@ def test_an_interrupted_run_goes_on_where_it_ended(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--policy", "fastv"), "can be run with sgl and random"),
+        (("--policy", "fastv"), "can be run with sgl and random; make one and give it beside these: saccade export"),
+        (("--policy", "fastv"), "--role large --policy fastv, then saccade build SMALL LARGE"),
+        (("--policy", "none such"), "--plan FILE"),
+        (("--layer", "2"), "before layer 2, these do before layer 1; make one"),
+        (("--layer", "2"), "--policy sgl --layer-fraction 0.8333"),
+        (("--layer", "first"), "is no layer"),
         (("--keep", "2"), "(0, 1]"),
         (("--keep", "0.5:0.2"), "2 keep ratios"),
         (("--keep", "half"), "is no number"),
@@ -187,3 +206,100 @@ def test_settings_of_the_vision_stage_do_not_meet_in_the_cache(
         for keep, (name, answer) in zip(((0.5, 0.1), (1, 1), (0.25, 0.25)), row["large"].items(), strict=True):
             alone = cascade.ask(picture_of(i), question_of(i), keep=keep, threshold=1, max_new_tokens=2)
             assert (answer["text"], answer["retention"]) == (alone.text, alone.average_retention), name
+
+
+@pytest.fixture(scope="module")
+def fastv_bundle(tiny_pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from engines.bundles.build import build_bundle
+    from exporter.export import export_checkpoint
+
+    home = tmp_path_factory.mktemp("fastv")
+    export_checkpoint(tiny_pair.checkpoints["large"], home / "large", policy="fastv", role="large")
+    build_bundle([tiny_pair.exports["small"], home / "large"], home / "fastv.bundle")
+    return home / "fastv.bundle"
+
+
+def test_several_bundles_share_what_is_the_same(
+    saccade_cli: Cli, tiny_bundle: Path, fastv_bundle: Path, tmp_path: Path, truths: list[str], calls: list[Path]
+) -> None:
+    out = tmp_path / "out"
+    ask = ("eval", tiny_bundle, fastv_bundle, data_of(tmp_path, truths), "-o", out, "--threshold", 0.5, *COMMON)
+    told = saccade_cli(*ask, "--keep", "1,0.25")
+    assert told.code == 0, told.stderr
+    rows = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()[1:]]
+    assert all(list(row["small"]) == ["0"] for row in rows)
+    assert all(list(row["large"]) == ["1", "0.25 sgl", "0.25 fastv #2"] for row in rows)
+    assert not [path for path in calls if path.is_relative_to(fastv_bundle / "small")]
+    cascade = Cascade.open(fastv_bundle, threads=1)
+    for i, row in enumerate(rows):
+        alone = cascade.ask(picture_of(i), question_of(i), keep=0.25, threshold=1, max_new_tokens=2)
+        answer = row["large"]["0.25 fastv #2"]
+        assert (answer["text"], answer["retention"]) == (alone.text, alone.average_retention)
+        assert alone.kept is not None
+        assert from_bits(answer["kept"], answer["visual_tokens"]).tolist() == alone.kept[-1].tolist()
+    systems = {(s["system"], s["policy"], Path(s["bundle"]).name): s for s in json.loads(told.stdout)["systems"]}
+    guided, by_itself = (systems["large", p, b] for p, b in (("sgl", tiny_bundle.name), ("fastv", fastv_bundle.name)))
+    assert (guided["layers"], by_itself["layers"]) == ([1], [2])
+    assert "small_prefill" in guided["estimated_flops_by_stage"]
+    assert "small_prefill" not in by_itself["estimated_flops_by_stage"]
+    vision = guided["estimated_flops_by_stage"]["large_vision"]
+    assert vision == by_itself["estimated_flops_by_stage"]["large_vision"] > 0
+    twice = saccade_cli("eval", tiny_bundle, tiny_bundle, ask[3], "-o", out)
+    assert (twice.code, "the same bundle as" in twice.stderr) == (2, True)
+    refused = saccade_cli(*ask, "--keep", "0.25", "--policy", "random", "--layer", "2")
+    assert (refused.code, "by these policies" in refused.stderr) == (2, True)
+
+
+def test_the_page_is_whole_escaped_and_holds_the_numbers(
+    saccade_cli: Cli, tiny_bundle: Path, tmp_path: Path, truths: list[str]
+) -> None:
+    out, odd = tmp_path / "out", "<script>alert(1)</script> & <b>"
+    data = data_of(tmp_path, [odd if i == 0 else text for i, text in enumerate(truths)])
+    data.write_text(data.read_text() + '\n{"image": "<i>gone.png", "question": "?", "answer": "x"}')
+    told = saccade_cli(
+        "eval", tiny_bundle, data, "-o", out, "--keep", "1,0.5,0.25", "--policy", "sgl,random", "--skip-bad",
+        "--threshold", "0.5", *COMMON,
+    )  # fmt: skip
+    assert told.code == 0, told.stderr
+    document = json.loads(told.stdout)
+    text = (out / "report.html").read_text("utf-8")
+    page = ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>"))  # noqa: S314 (our own page)
+    assert "http" not in text
+    assert {tag.tag for tag in page.iter()} & {"script", "link", "iframe", "i"} == set()
+    assert all(
+        v.startswith(("data:image/jpeg;base64,", "#"))
+        for t in page.iter()
+        for k, v in t.items()
+        if k in ("src", "href")
+    )
+    assert [li.text for li in page.iter("li")] == document["bad"]
+    assert "gone.png" in document["bad"][0]
+    assert "estimated" in text
+
+    charts = {section[0].text: section for section in page.iter("section")}
+    circles = [{k: c.get(k) for k in ("data-x", "data-y")} for c in charts["Accuracy over retention"].iter("circle")]
+    shown = {(float(c["data-x"]), float(c["data-y"])) for c in circles if c["data-x"]}  # type: ignore[arg-type]
+    wanted = {
+        (1.0 if s["average_retention"] is None else s["average_retention"], s["accuracy"])
+        for s in document["systems"]
+        if s["system"] != "cascade"
+    }
+    assert shown == wanted
+    left, right = Chart.left, Chart.right
+    for circle in charts["Accuracy over retention"].iter("circle"):
+        if circle.get("data-x"):
+            assert float(circle.get("cx", 0)) == pytest.approx(
+                left + float(circle.get("data-x", 0)) * (right - left), abs=0.01
+            )
+    reliability = next(section for title, section in charts.items() if title and title.startswith("Reliability"))
+    bins = [b for b in document["reliability"][0]["bins"] if b["questions"]]
+    assert [float(c.get("data-y", -1)) for c in reliability.iter("circle")] == [b["accuracy"] for b in bins]
+    assert f"{document['reliability'][0]['expected_calibration_error']:.3f}" in (reliability[-1].text or "")
+    assert "Accuracy over threshold" in charts
+    assert "Ms a question over threshold" in charts
+
+    figures = list(page.iter("figure"))
+    assert len(figures) == 6
+    assert all(len(list(figure.iter("img"))) == 1 for figure in figures)
+    picture = base64.b64decode(next(figures[0].iter("img")).get("src", "").partition(",")[2])
+    assert min(Image.open(io.BytesIO(picture)).size) >= 480

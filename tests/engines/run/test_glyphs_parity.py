@@ -6,6 +6,7 @@ enough). A row may differ from the reference's only where two visual tokens' gui
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.slow
 class Run:
     """The questions and everything the engines said to them."""
 
+    bundle: Path
     cascade: Cascade
     cases: list[Case]
     looked: list[SmallPass]
@@ -69,7 +71,7 @@ def run(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         keep: [cascade.answer_large(one, keep=keep, max_new_tokens=NEW_TOKENS) for one in looked]
         for keep in keeps_of(cascade)
     }
-    return Run(cascade, cases, looked, whole, pruned)
+    return Run(home / "pair.bundle", cascade, cases, looked, whole, pruned)
 
 
 def layer_of_cut(cascade: Cascade) -> tuple[int, int]:
@@ -151,6 +153,38 @@ def test_pruned_rows_and_tokens_are_the_formulas(
             kept[i] = answer.kept[0]
     scored = in_batches(large, run.cases, [a.tokens for a in answers], kept, before_layer=layer)
     assert [i for i, a in enumerate(answers) if list(a.tokens) != scored.best[i]] == []
+
+
+def test_the_small_answer_saves_decode_steps(run: Run) -> None:
+    """The tokens above were all made with drafts; here is what without makes of some of them."""
+    for keep, answers in run.pruned.items():
+        drafted = [a.draft for a in answers if a.draft]
+        assert len(drafted) > 0.9 * QUESTIONS
+        assert sum(d.steps_saved for d in drafted) > 0.5 * sum(len(a.tokens) - 1 for a in answers)
+        for looked, answer in list(zip(run.looked, answers, strict=True))[:25]:
+            plain = run.cascade.answer_large(looked, keep=keep, max_new_tokens=NEW_TOKENS, draft=False)
+            assert (plain.tokens, plain.draft) == (answer.tokens, None)
+            assert answer.kept is not None
+            assert plain.kept is not None
+            assert plain.kept[0].tolist() == answer.kept[0].tolist()
+
+
+def test_a_plan_is_found_on_few_questions(run: Run, tmp_path: Path) -> None:
+    """The verb on built-in questions: what is chosen depends on the machine's speed, but it is within the loss."""
+    import saccade
+    from graphs.plan_file import plan_from_file
+
+    ask = ("tune", run.bundle, "glyphs", "--questions", 40, "-o", tmp_path, "--keep", "0.64", "--max-loss", "0.2")
+    assert saccade.run([str(argument) for argument in ask]) == 0
+    document = json.loads((tmp_path / "tune.json").read_text("utf-8"))
+    assert (document["tuned_on"], document["reported_on"]) == (20, 20)
+    assert document["baseline"]["accuracy"] >= 0.85
+    best = max(one["accuracy"] for one in document["front"])
+    assert best >= document["baseline"]["accuracy"]
+    if document["chosen"]:
+        assert document["chosen"]["accuracy"] >= document["baseline"]["accuracy"] - 0.2 - 1e-9
+        assert document["reported"]["chosen"]["accuracy"] >= 0.6
+        assert plan_from_file(tmp_path / "plan.toml").resolved(24).points[0].layer == 1
 
 
 def is_tie(mine: np.ndarray, theirs: np.ndarray, guidance: np.ndarray) -> bool:

@@ -1,0 +1,86 @@
+"""How ``saccade build`` is told what engines are to be; values are checked where they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+# For every target that has engines: rtx and tensorrt.
+_OF_ENGINES = (
+    click.option("--sm", "sms", type=int, multiple=True, metavar="SM", help="rtx: compute capability, as 89; several."),
+    click.option("--precision", metavar="P", help="fp16, bf16 or fp32. [the export's]"),
+    click.option("--ops", metavar="HOW", help="plugin or body, what serves the ops that have a kernel. [body]"),
+)
+_BOUNDS = (
+    click.option("--max-prompt", type=int, metavar="N", help="rows of one chunk. [2048, or the model's]"),
+    click.option("--max-length", type=int, metavar="N", help="rows of a cache. [4096, or the model's]"),
+    click.option("--max-guide", type=int, metavar="N", help="rows that guide the pruning. [512]"),
+    click.option("--max-tail", type=int, metavar="N", help="rows with logits, as of a scored answer. [128]"),
+    click.option("--max-images", type=int, metavar="N", help="images or tiles seen at once. [8]"),
+)
+# For full TensorRT alone.
+_OF_TENSORRT = (
+    click.option(
+        "--plugins",
+        metavar="FORM",
+        help="tensorrt: python or aot; aot needs no Python at run. [python]",
+    ),
+    click.option("--parser", metavar="V", help="tensorrt: current, or 10.3 for JetPack 6. [current]"),
+    click.option(
+        "--timing-cache",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="tensorrt: read where it exists, and updated.",
+    ),
+    click.option("--optimization-level", type=int, metavar="N", help="tensorrt: 0 to 5. [TensorRT's own]"),
+    click.option("--version-compatible", is_flag=True, help="tensorrt: run on newer versions too."),
+    click.option(
+        "--hardware-compatibility",
+        metavar="HOW",
+        help="tensorrt: none, ampere-plus or same-cc. [none]",
+    ),
+)
+
+
+def engine_options(command: Command) -> Command:
+    """The options that ``engine_options_from`` takes."""
+    return reduce(lambda made, option: option(made), reversed((*_OF_ENGINES, *_BOUNDS, *_OF_TENSORRT)), command)
+
+
+def engine_options_from(
+    sms: tuple[int, ...],
+    precision: str | None,
+    ops: str | None,
+    plugins: str | None,
+    parser: Any,
+    timing_cache: Path | None,
+    optimization_level: int | None,
+    version_compatible: bool,
+    hardware_compatibility: str | None,
+    **bounds: int | None,
+) -> Any:
+    """The options of engines; None where none was given, so that a target without engines can refuse the others."""
+    of_full = (plugins, parser, timing_cache, optimization_level, version_compatible or None, hardware_compatibility)
+    if not sms and all(value is None for value in (precision, ops, *bounds.values(), *of_full)):
+        return None
+    from engines.trt.bounds import Bounds
+    from engines.trt.full import TensorrtOptions
+    from engines.trt.options import EngineOptions
+
+    full = None
+    if any(value is not None for value in of_full):
+        full = TensorrtOptions(
+            timing_cache,
+            optimization_level,
+            version_compatible,
+            hardware_compatibility or "none",
+            plugins,
+            parser or "current",
+        )
+    return EngineOptions(sms, precision, ops or "body", Bounds(**bounds), full)

@@ -1,0 +1,129 @@
+"""What `calibrate` and `eval` are told about their questions: the options, and the reading they lead to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from engines.options import Command
+from graphs.errors import UsageError
+
+if TYPE_CHECKING:
+    from engines.evaluation.data import Data
+
+METRIC_NAMES = ("exact", "contains", "vqa", "anls", "relaxed", "choice", "yesno", "iou")
+# format → its metric; mmvet is refused with the reason
+FORMAT_METRICS = {
+    "vqav2": "vqa",
+    "gqa": "exact",
+    "textvqa": "vqa",
+    "chartqa": "relaxed",
+    "docvqa": "anls",
+    "seed": "choice",
+    "mmbench": "choice",
+    "mme": "yesno",
+    "refcoco": "iou",
+    "mmvet": "",
+}
+FORMATS_HELP = (
+    "Formats, each a benchmark's files as they are downloaded: vqav2 (with --annotations), gqa, textvqa, chartqa, "
+    "docvqa, seed, mmbench (a TSV), mme (a folder), refcoco (a JSONL file; RefCOCO+ and RefCOCOg too). Each asks and "
+    "counts as its field does; `saccade show formats` says how."
+)
+BUILT_IN_QUESTIONS = 1000
+
+_OPTIONS = (
+    click.option(
+        "--format", type=click.Choice(tuple(FORMAT_METRICS)), help="DATA is of this benchmark. [a line a question]"
+    ),
+    click.option(
+        "--images", type=click.Path(path_type=Path), metavar="DIR", help="Where a format's images lie. [beside DATA]"
+    ),
+    click.option(
+        "--annotations", type=click.Path(path_type=Path), metavar="FILE", help="The answers, where they lie apart."
+    ),
+    click.option(
+        "--prompt", metavar="TEXT", help="What is asked, with {question} where the question goes. [the format's]"
+    ),
+    click.option(
+        "--metric",
+        type=click.Choice(METRIC_NAMES),
+        help="What an answer is worth, where answers are known. [the format's; exact]",
+    ),
+    click.option(
+        "--questions", type=click.IntRange(min=1), metavar="N", help="Only the first. [all; 1000 of a built-in set]"
+    ),
+    click.option("--skip-bad", is_flag=True, help="Leave bad lines out and list them, instead of stopping."),
+)
+
+
+def data_options(command: Command) -> Command:
+    """How DATA is read: the fields of ``Questions``."""
+    return reduce(lambda made, option: option(made), reversed(_OPTIONS), command)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What was said about the questions; see the options."""
+
+    format: str | None = None
+    images: Path | None = None
+    annotations: Path | None = None
+    prompt: str | None = None
+    metric: str | None = None
+    questions: int | None = None
+    skip_bad: bool = False
+
+    @property
+    def worth(self) -> str:
+        """The metric that holds where answers are known."""
+        return self.metric or FORMAT_METRICS.get(self.format or "", "") or "exact"
+
+    def read(self, data: str, built_in: Mapping[str, str]) -> Data:
+        """Read DATA: a benchmark's files, one of the ``built_in`` sets (name → ``module:function(n)``), or JSONL."""
+        from engines.evaluation.data import PLACE, How, data_from_file, data_from_records
+        from engines.evaluation.readers import FORMATS, data_of_format
+
+        if self.format:
+            own = FORMATS[self.format].prompt if self.format in FORMATS else PLACE
+            how = How(self.worth, self.questions, self.skip_bad, self.prompt or own)
+            return data_of_format(self.format, Path(data), self.images, self.annotations, how)
+        for option in ("images", "annotations"):
+            if getattr(self, option) is not None:
+                raise UsageError(f"--{option} does nothing without --format; leave it out or say the format")
+        how = How(self.metric, self.questions, self.skip_bad, self.prompt or PLACE)
+        if data not in built_in:
+            return data_from_file(Path(data), how)
+        module, _, name = built_in[data].partition(":")
+        make: Callable[[int], Iterable[Mapping[str, Any]]] = getattr(import_module(module), name)
+        return data_from_records(make(self.questions or BUILT_IN_QUESTIONS), data, how)
+
+
+class Several(click.ParamType):
+    """Values separated by commas; ``of`` reads each."""
+
+    def __init__(self, of: click.ParamType, name: str) -> None:
+        self.of, self.name = of, name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        """Return the values."""
+        return [self.of.convert(part.strip().replace(":", ","), param, ctx) for part in str(value).split(",")]
+
+
+class Layers(click.ParamType):
+    """The layers before which a plan prunes, one or several."""
+
+    name = "K"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Return the layers as numbers."""
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no layer and no list of layers; write for example 2 or 8:16:24", param, ctx)

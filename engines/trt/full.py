@@ -1,0 +1,143 @@
+"""What a build for full TensorRT is told beside what every engine is told, and whether it can be made here at all.
+
+It differs from TensorRT-RTX: kernels are timed, so there is a timing cache and the GPU must be here; an engine may be
+made to run on other GPUs and on newer versions; kernels may go in ahead of time, without Python at run; and TensorRT
+10.3, of JetPack 6, takes graphs that are written out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engines.bundles.manifest import Compatibility, Hardware, Plugins
+from engines.trt.flavour import FULL, out_of_range
+from engines.trt.running import tensorrt_reasons
+from graphs.errors import BackendMissing, UsageError
+from graphs.lowering import PARSERS, Parser
+
+LEVELS = range(6)
+LEVEL_OF: dict[Hardware, str] = {
+    "none": "",
+    "ampere-plus": "AMPERE_PLUS",
+    "same-cc": "SAME_COMPUTE_CAPABILITY",
+}
+FORMS = ("python", "aot")
+AMPERE = 80
+
+
+@dataclass(frozen=True)
+class TensorrtOptions:
+    """What ``saccade build --target tensorrt`` alone is told.
+
+    timing_cache: a file that is read where it exists and updated after each engine. optimization_level: 0 to 5, None
+    for TensorRT's own. version_compatible: engines bring a runtime and run on newer TensorRTs. hardware_compatibility:
+    a key of ``LEVEL_OF``. plugins: what kernels become, ``python`` (ours must be registered at run) or ``aot`` (in
+    the engine, which needs no Python then); None: python where plugins serve at all. parser: ``10.3`` for JetPack 6.
+    """
+
+    timing_cache: Path | None = None
+    optimization_level: int | None = None
+    version_compatible: bool = False
+    hardware_compatibility: str = "none"
+    plugins: str | None = None
+    parser: Parser = "current"
+
+    def check(self, ops: str, precision: str | None) -> None:
+        """UsageError for a value that is not known, or that does not go with another."""
+        if self.optimization_level is not None and self.optimization_level not in LEVELS:
+            raise UsageError(f"optimization level {self.optimization_level} is none of TensorRT's; choose 0 to 5")
+        if self.hardware_compatibility not in LEVEL_OF:
+            known = ", ".join(LEVEL_OF)
+            raise UsageError(f"hardware compatibility {self.hardware_compatibility!r} is not known; choose of {known}")
+        if self.plugins is not None and self.plugins not in FORMS:
+            raise UsageError(f"plugins {self.plugins!r} are neither python nor aot; choose one")
+        if self.plugins is not None and ops != "plugin":
+            raise UsageError("--plugins says what kernels become, and --ops body takes none; give --ops plugin too")
+        if self.version_compatible and ops == "plugin":
+            raise UsageError(
+                "a version-compatible engine runs on a TensorRT of its own, which knows no plugins of ours; "
+                "choose --ops body"
+            )
+        if self.timing_cache is not None and self.timing_cache.is_dir():
+            raise UsageError(f"--timing-cache {self.timing_cache} is a folder; name a file")
+        refuse_for_parser(self.parser, ops, precision)
+
+    @property
+    def compatibility(self) -> Compatibility:
+        """As the manifest says it."""
+        hardware: Any = self.hardware_compatibility
+        return Compatibility(hardware=hardware, versions=self.version_compatible)
+
+    def form(self, ops: str) -> Plugins:
+        """What kernels are in an engine, as the manifest says it."""
+        if ops != "plugin":
+            return "none"
+        return "aot" if self.plugins == "aot" else "python"
+
+    def settings(self, sm: int, ops: str) -> dict[str, Any]:
+        """The worker's settings for a GPU."""
+        return {
+            "optimization_level": self.optimization_level,
+            "version_compatible": self.version_compatible,
+            "hardware_compatibility": LEVEL_OF[self.compatibility.hardware],
+            "kernel_sms": self._kernel_sms(sm, ops),
+        }
+
+    def _kernel_sms(self, sm: int, ops: str) -> list[int]:
+        """What kernels are compiled for: as far as the engine itself may go."""
+        if ops != "plugin" or self.compatibility.hardware != "ampere-plus":
+            return [sm]
+        if self.form(ops) == "aot":
+            return [AMPERE]  # PTX, which newer GPUs read
+        from plugins.cubins import SMS
+
+        return list(SMS)
+
+
+def refuse_for_parser(parser: str, ops: str, precision: str | None) -> None:
+    """UsageError for a parser that is not known, or that takes no plugins and no bf16.
+
+    precision: fp16, bf16, bfloat16, …; None where the export's own is not known yet.
+    """
+    if parser not in PARSERS:
+        raise UsageError(f"parser {parser!r} is not known; choose {' or '.join(PARSERS)}")
+    if parser == "10.3" and (ops == "plugin" or precision in ("bf16", "bfloat16")):
+        raise UsageError("TensorRT 10.3 takes no plugins of ours and no bf16 graph; choose --ops body and fp16 or fp32")
+
+
+def own_sm(sms: tuple[int, ...], options: TensorrtOptions, ops: str, *, alone: bool) -> int:
+    """The compute capability, as 89, of the GPU that is here, which is the one that is built for.
+
+    sms: what --sm asked for. alone: whether no other target of the build reads that. Errors: BackendMissing, with every
+    reason, where full TensorRT cannot build here; UsageError where --sm names another GPU, or one that the kernels of
+    ``options`` are not compiled for.
+    """
+    found, installed = tensorrt_reasons(), FULL.version()
+    if installed and options.parser == "current":
+        # What runs a graph that was written out is found too; only the build asks for more.
+        found += [why for why in [out_of_range(installed, options.parser)] if why and why not in found]
+    if found:
+        raise BackendMissing(
+            f"target tensorrt cannot be built here: {'; '.join(found)}; build for --target rtx, which needs no GPU, "
+            "or on a machine with TensorRT and the GPU"
+        )
+    from engines.trt.device import capability
+
+    here = capability()
+    if alone and sms and set(sms) != {here}:
+        other = next(sm for sm in sms if sm != here)
+        raise UsageError(
+            f"--sm is {other}, and full TensorRT builds for the GPU that is here, of SM {here}; leave --sm out, build "
+            "where the other GPU is, or build for --target rtx"
+        )
+    if options.form(ops) == "aot":
+        from plugins.aot import check_sm
+
+        check_sm(min(options.settings(here, ops)["kernel_sms"]))
+    elif ops == "plugin":
+        from plugins.cubins import check_sms
+
+        check_sms(options.settings(here, ops)["kernel_sms"])
+    return here

@@ -1,0 +1,86 @@
+"""What TensorRT-RTX compiles when an engine is first run, kept for the next time.
+
+A TensorRT-RTX engine is finished on the machine that runs it: its kernels are compiled when an execution context is
+made, and for new shapes while it runs. The binding can hand that work out and take it back (``IRuntimeCache``); it
+refuses what another version, GPU or driver made. Full TensorRT's engines are finished. Not yet run on a GPU.
+
+The files lie in ``$XDG_CACHE_HOME/saccade/tensorrt-rtx`` (``~/.cache``), one per engine by its digest, and may be
+deleted. ``SACCADE_JIT_CACHE`` names another folder; empty, nothing is kept.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+from engines.bundles.manifest import EngineFile
+from graphs.errors import SaccadeError
+from graphs.files import atomic_file
+from graphs.talk import warn
+
+VARIABLE = "SACCADE_JIT_CACHE"
+
+
+class JitCache:
+    """One engine's. how: what its contexts are created by, a runtime configuration or an allocation strategy.
+
+    Saved when asked, and once more when the session goes, for shapes that were met on the way; a file that cannot be
+    written is warned of, and the engine runs all the same.
+    """
+
+    def __init__(self, trt: Any, engine: Any, said: EngineFile | None) -> None:
+        # The memory of a context is that of its profile, not of the largest.
+        self.how: Any = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        self._state: tuple[Any, Path, list[bytes]] | None = None
+        folder = cache_folder()
+        if folder is None or said is None or not hasattr(trt, "IRuntimeCache"):
+            return
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(self.how)
+        cache, file = config.create_runtime_cache(), folder / f"{said.sha256}.cache"
+        held = _read(file)
+        if held and not cache.deserialize(held):
+            held = b""  # another GPU's or driver's: it is replaced
+        config.set_runtime_cache(cache)
+        self.how, self._state = config, (cache, file, [held])
+        # With the configuration, and so the engine, alive: what is compiled belongs to them.
+        weakref.finalize(self, lambda config, *state: _save(*state), config, *self._state)
+
+    def save(self) -> None:
+        """Write what is new, if anything is."""
+        if self._state:
+            _save(*self._state)
+
+
+def cache_folder() -> Path | None:
+    """Where the files lie, None where nothing is to be kept."""
+    if (chosen := os.environ.get(VARIABLE)) is not None:
+        return Path(chosen) if chosen else None
+    home = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(home) if home else Path.home() / ".cache") / "saccade" / "tensorrt-rtx"
+    except RuntimeError:  # no home folder
+        return None
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
+
+
+def _save(cache: Any, file: Path, held: list[bytes]) -> None:
+    """Write a cache whose content is not ``held``; where that fails it is told, for the next start will take longer."""
+    data = bytes(cache.serialize())
+    if not data or data == held[0]:
+        return
+    held[0] = data
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with atomic_file(file) as partial:
+            partial.write_bytes(data)
+    except (OSError, SaccadeError) as e:
+        warn(f"what TensorRT-RTX compiled cannot be kept in {file.parent} ({e}); {VARIABLE} names another folder")

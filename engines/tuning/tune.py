@@ -1,0 +1,231 @@
+"""The plan search: every layer, keep ratio and threshold on one part of the data, the choice on the other part.
+
+A choice among many looks better on the questions it was made on than it is, so it is reported on others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from engines.bundles.manifest import Manifest, manifest_of
+from engines.cascade import Cascade
+from engines.evaluation.contenders import unmetered
+from engines.evaluation.data import Data
+from engines.evaluation.settings import Setting, settings_of
+from engines.evaluation.sweep import Plan, Row, opened_journal, row_of, rows_of
+from engines.tuning.front import Asked, System, asked_of, cheapest, front_of, systems_of
+from engines.tuning.layers import cut_before, layers_to_walk, own_layer
+from graphs.errors import UsageError
+from graphs.files import atomic_file
+from graphs.plan_file import document_of
+from graphs.talk import say, track
+
+SCHEMA = "saccade.tune/1"
+PLAN_FILE, DOCUMENT = "plan.toml", "tune.json"
+KEEPS = (0.8, 0.64, 0.35, 0.2, 0.1, 0.05)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is searched. max_loss: of accuracy beside the large model that sees everything. seed: of the split."""
+
+    max_loss: float
+    metric: str = "exact"
+    keeps: Sequence[tuple[float, ...]] = ()
+    layers: Sequence[int] = ()
+    checkpoint: Path | None = None
+    max_new_tokens: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Search:
+    """An opened bundle and what its journals are named by."""
+
+    bundle: Path
+    cascade: Cascade
+    manifest: Manifest
+    wanted: Wanted
+    out: Path
+
+    def rows(self, data: Data, layer: int | None, settings: tuple[Setting, ...], name: str) -> list[Row]:
+        """Ask, going on where the journal ends; nothing is exported where it is complete."""
+        assert self.cascade.large
+        plan = Plan(
+            manifests=(f"{self.manifest.sha256}, cut before layer {layer}",),
+            data=data.digest,
+            targets=(self.cascade.large.target,),
+            settings=settings,
+            max_new_tokens=self.wanted.max_new_tokens,
+            seed=self.wanted.seed,
+        )
+        journal = self.out / f"{name}.jsonl"
+        done = opened_journal(journal, plan)
+        if len(done) == len(data.examples):
+            return done
+        with cut_before(self.cascade, self.manifest, self.wanted.checkpoint, layer, self.out) as cascade:
+            contenders = [unmetered(self.bundle, self.manifest, cascade)]
+            row_of(contenders, data.examples[0], plan, 0)  # so that no question pays for what is done once
+            where = "" if layer is None else f", cut before layer {layer}"
+            fresh = rows_of(contenders, data.examples, plan, journal, len(done))
+            return [*done, *track(fresh, f"asking{where}", len(data.examples) - len(done))]
+
+
+def tune_bundle(
+    bundle: Path, data: Data, out: Path, wanted: Wanted, target: str | None = None, threads: int | None = None
+) -> dict[str, Any]:
+    """Search, write tune.json and, where something was found, plan.toml into ``out``; return the document.
+
+    Raises UsageError for too few questions and for what the bundle cannot be run with, before any question is asked.
+    """
+    tuned_on, reported_on = halves(data, wanted.seed)
+    refuse_too_few(tuned_on, reported_on, wanted.max_loss)
+    say(f"{len(tuned_on.examples)} questions to tune on, {len(reported_on.examples)} others to report on")
+    manifest = manifest_of(bundle)
+    cascade = Cascade.open(bundle, target, threads)
+    pruned = pruned_settings(bundle, manifest, cascade, wanted.keeps)
+    everything = Setting((1.0,) * len(pruned[0].keep), None)
+    layers = layers_to_walk(cascade, wanted.checkpoint, wanted.layers)
+    assert cascade.large
+    if not wanted.checkpoint:
+        say("layers are not walked, for the cut's layer is in the graph; name the large model's --checkpoint for that")
+    search, guided = Search(bundle, cascade, manifest, wanted, out), cascade.large.spec.plan.needs_guidance
+    truths = [example.answers for example in tuned_on.examples]
+    asked: list[Asked] = []
+    for i, layer in enumerate(layers):
+        settings = (*(() if i else (everything,)), *pruned)
+        rows = search.rows(tuned_on, layer, settings, f"layer-{layer}")
+        asked += [asked_of(rows, truths, wanted.metric, layer, setting, guided) for setting in settings]
+    systems, baseline = systems_of(asked), asked[0].system(None)
+    best = cheapest(systems, baseline.accuracy - wanted.max_loss)
+    assert best  # the baseline is one of them
+    found = None if best is baseline or best.ms >= baseline.ms else best
+    document = {
+        "schema": SCHEMA,
+        "bundle": str(bundle),
+        "manifest_sha256": manifest.sha256,
+        "data_sha256": data.digest,
+        "target": cascade.large.target,
+        "metric": wanted.metric,
+        "max_loss": wanted.max_loss,
+        "max_new_tokens": wanted.max_new_tokens,
+        "seed": wanted.seed,
+        "bad": list(data.bad),
+        "layers": layers,
+        "layers_walked": wanted.checkpoint is not None,
+        "keep": [list(setting.keep) for setting in pruned],
+        "tuned_on": len(tuned_on.examples),
+        "reported_on": len(reported_on.examples),
+        "baseline": baseline.document(),
+        "front": [system.document() for system in front_of(systems)],
+        "chosen": found.document() if found else None,
+        "reported": None,
+        "plan": None,
+    }
+    if found:
+        setting = Setting(found.keep, None if found.layer is None else pruned[0].policy)
+        document["reported"] = told = reported(search, reported_on, found, setting, everything, guided)
+        document["plan"] = str(write_plan(search, found, told))
+    with atomic_file(out / DOCUMENT) as partial:
+        partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    return document
+
+
+def reported(
+    search: Search, data: Data, found: System, setting: Setting, everything: Setting, guided: bool
+) -> dict[str, Any]:
+    """The choice and the baseline on questions that had no part in it; the loss is paired, question by question."""
+    assert search.cascade.large
+    layer = own_layer(search.cascade.large.spec.plan) if found.layer is None else found.layer
+    settings = tuple(dict.fromkeys((everything, setting)))
+    rows = search.rows(data, layer, settings, f"chosen-{layer}-{setting.name.replace(' ', '-').replace(':', '-')}")
+    truths = [example.answers for example in data.examples]
+    whole, one = (asked_of(rows, truths, search.wanted.metric, layer, s, guided) for s in (everything, setting))
+    loss_N = whole.chosen(None)[0] - one.chosen(found.threshold)[0]
+    return {
+        "baseline": whole.system(None).document(),
+        "chosen": one.system(found.threshold).document(),
+        "loss": float(loss_N.mean()),
+        "loss_standard_error": float(loss_N.std() / math.sqrt(len(loss_N))),
+    }
+
+
+def write_plan(search: Search, found: System, told: dict[str, Any]) -> Path:
+    """Write the chosen plan as a plan file, with where it comes from."""
+    assert search.cascade.large
+    plan = search.cascade.large.spec.plan
+    exits = "nothing exits" if found.threshold is None else f"exit threshold {found.threshold:g}"
+    one, whole = (
+        f"{told[name]['accuracy']:.1%} in {told[name]['ms_per_question']:.1f} ms" for name in ("chosen", "baseline")
+    )
+    said = (
+        f"# Found by saccade tune ({search.wanted.metric}, {search.cascade.large.target}), {exits}.\n"
+        f"# On questions that had no part in the choice: {one};\n# the large model that sees everything: {whole}.\n"
+    )
+    path = search.out / PLAN_FILE
+    with atomic_file(path) as partial:
+        partial.write_text(said + document_of(plan, f"{plan.name}-tuned", found.keep, found.layer).dumps(), "utf-8")
+    return path
+
+
+def pruned_settings(
+    bundle: Path, manifest: Manifest, cascade: Cascade, keeps: Sequence[tuple[float, ...]]
+) -> tuple[Setting, ...]:
+    """The shares to walk, less those that keep everything; UsageError where nothing can be pruned or shares misfit."""
+    if not cascade.large or not cascade.large.spec.plan.budgets:
+        raise UsageError("this bundle's large model prunes nothing, so there is no plan to tune; build one that prunes")
+    points = len(cascade.large.spec.plan.budgets)
+    if not keeps and points > 1:
+        raise UsageError(f"this plan has {points} prune points; give --keep with a share for each, as 0.5:0.25")
+    walked = list(keeps) or [(share,) for share in KEEPS]
+    settings = settings_of([unmetered(bundle, manifest, cascade)], walked, [], [])
+    pruned = tuple(setting for setting in settings if setting.policy)
+    if not pruned:
+        raise UsageError("every share of --keep is 1, so there is nothing to choose from; give one below 1")
+    return pruned
+
+
+def halves(data: Data, seed: int) -> tuple[Data, Data]:
+    """Return the questions to tune on and those to report on, whatever their order; one that stands twice is in one."""
+    drawn = sorted({e.digest for e in data.examples}, key=lambda d: hashlib.sha256(f"{seed} {d}".encode()).digest())
+    first = set(drawn[: (len(drawn) + 1) // 2])
+    return (
+        replace(data, examples=tuple(e for e in data.examples if e.digest in first)),
+        replace(data, examples=tuple(e for e in data.examples if e.digest not in first)),
+    )
+
+
+def refuse_too_few(tuned_on: Data, reported_on: Data, max_loss: float) -> None:
+    """UsageError where one answer weighs more than the loss that is allowed, in either part."""
+    if not 0 < max_loss < 1:
+        raise UsageError(f"max-loss is {max_loss:g}, but a share of accuracy to lose lies in (0, 1); 0.01 is one point")
+    least = math.ceil(1 / max_loss - 1e-9)
+    sizes = [len(part.examples) for part in (tuned_on, reported_on)]
+    if min(sizes) < least:
+        raise UsageError(
+            f"{sizes[0]} questions to tune on and {sizes[1]} to report on are too few for a loss of at most "
+            f"{max_loss:g}: below {least} in each part one answer is more than that; nothing was asked; give at least "
+            f"{2 * least} questions or a larger --max-loss"
+        )
+
+
+def doubts(document: dict[str, Any]) -> list[str]:
+    """What the other part of the data says against the choice."""
+    told, bound = document["reported"], document["max_loss"]
+    if told is None:
+        return []
+    loss, error = told["loss"], told["loss_standard_error"]
+    if loss > bound:
+        return [f"on the questions to report on {loss:.1%} are lost, more than the {bound:.1%} that were allowed"]
+    if loss + 2 * error > bound:
+        return [
+            f"{document['reported_on']} questions to report on tell the loss only to ± {2 * error:.1%}, so it may be "
+            f"more than {bound:.1%}"
+        ]
+    return []
