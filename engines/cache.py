@@ -34,9 +34,12 @@ class Room:
         self.spoiled = False
         self.views: weakref.WeakSet[Cache] = weakref.WeakSet()
 
-    def takes(self, view: Cache, filled: Sequence[int], names: Sequence[str]) -> bool:
-        """Whether a view may be filled up to these rows here: there is room, and no other view has rows there."""
-        if self.spoiled or any(self.values[name].shape[2] < rows for name, rows in zip(names, filled, strict=True)):
+    def takes(self, view: Cache, filled: Mapping[str, int]) -> bool:
+        """Whether a view may be filled up to these rows here: there is room, and no other view has rows there.
+
+        filled: a buffer of each segment → its rows.
+        """
+        if self.spoiled or any(self.values[name].shape[2] < rows for name, rows in filled.items()):
             return False
         others = [other.lengths for other in self.views if other is not view]
         return not any(n > own for lengths in others for n, own in zip(lengths, view.lengths, strict=True))
@@ -98,7 +101,8 @@ def with_room(cache: Cache, spec: ExportSpec, session: Session, more: Sequence[i
     """
     segments = spec.plan.segments(spec.language.layers)
     filled = [held + rows for held, rows in zip(cache.lengths, more, strict=True)]
-    if cache.room and cache.room.takes(cache, filled, [past_names(segment[0])[0] for segment in segments]):
+    firsts = {past_names(layers[0])[0]: rows for layers, rows in zip(segments, filled, strict=True) if layers}
+    if cache.room and cache.room.takes(cache, firsts):
         return cache
     values = {}
     for segment, held, rows in zip(segments, cache.lengths, filled, strict=True):
@@ -108,9 +112,10 @@ def with_room(cache: Cache, spec: ExportSpec, session: Session, more: Sequence[i
     return Cache(values, cache.positions, cache.next_position, Room(values))
 
 
-def length_feeds(cache: Cache) -> dict[str, np.ndarray]:
+def length_feeds(cache: Cache, spec: ExportSpec) -> dict[str, np.ndarray]:
     """How many rows are filled, by input name, for a decoder that writes in place."""
-    return {length_name(j): np.array([held], np.int64) for j, held in enumerate(cache.lengths)}
+    segments = spec.plan.segments(spec.language.layers)
+    return {length_name(j): np.array([n], np.int64) for j, n in enumerate(cache.lengths) if segments[j]}
 
 
 def grown(cache: Cache, outputs: Mapping[str, Value], position_S: np.ndarray, kept: tuple[np.ndarray, ...]) -> Cache:

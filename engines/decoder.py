@@ -124,7 +124,7 @@ class Decoder:
         guidance = ("attention_received",) if plan.guidance else ()
         host = ("logits", *(self._kept_names if prunes else ()))
         if self._shared:
-            feeds |= length_feeds(cache) | self._received_before(cache, so_far, moved=cache is not held)
+            feeds |= length_feeds(cache, self._spec) | self._received_before(cache, so_far, moved=cache is not held)
             out = self._session.run(feeds, host=host, device=guidance, in_place=self._shared)
         else:
             out = self._session.run(feeds, host=(*host, *guidance), device=present_outputs(self._spec))

@@ -53,7 +53,14 @@ class Model:
         """Return a stage's session, opening it the first time."""
         if stage not in self._sessions:
             file = self.folder / self.spec.stages[stage].file
-            session = open_session(file, self.target, self.threads, self._engines, in_place=True, dtype=self.spec.dtype)
+            session = open_session(
+                file,
+                self.target,
+                self.threads,
+                self._engines,
+                in_place=stage == "decoder",
+                dtype=self.spec.dtype,
+            )
             self._sessions[stage] = self.watch(stage, session) if self.watch else session
         return self._sessions[stage]
 

@@ -170,14 +170,20 @@ def present_names(layer: int) -> tuple[str, str]:
     return f"present_k_{layer}", f"present_v_{layer}"
 
 
+LENGTH = "length_"
+
+
 def length_name(segment: int) -> str:
-    """The input that says how many rows of a segment's buffers are filled, int64 [1]; of decoders in place only."""
-    return f"length_{segment}"
+    """The input that says how many rows of a segment's buffers are filled, int64 [1]; of decoders in place only.
+
+    A segment without layers, in front of a point before layer 0, has none.
+    """
+    return f"{LENGTH}{segment}"
 
 
 def form_of(inputs: Collection[str]) -> CacheForm:
     """The form of the cache of a decoder with these inputs; any other stage counts as ``concat``."""
-    return "in-place" if length_name(0) in inputs else "concat"
+    return "in-place" if any(name.startswith(LENGTH) for name in inputs) else "concat"
 
 
 # What the visual rows received in earlier steps, fp32 [1, C_0]; of decoders in place that give guidance. Their output

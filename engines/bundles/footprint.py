@@ -20,7 +20,7 @@ from engines.trt.bounds import Bounds
 from graphs.errors import OperationFailed
 from graphs.ops import DOMAIN
 from graphs.rules.rule import Export, Stage, all_inputs_of, attribute_of
-from graphs.spec import ExportSpec, length_name
+from graphs.spec import ExportSpec, form_of
 from graphs.talk import say, warn
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def _bounds_of(engines: Mapping[str, EngineEntry]) -> Bounds:
     return Bounds(
         max_prompt=largest["inputs_embeds"][1],
         # A buffer is as long as the cache may become; a past is one row shorter, for the step's own.
-        max_length=largest["past_k_0"][2] + (length_name(0) not in largest),
+        max_length=largest["past_k_0"][2] + (form_of(largest) == "concat"),
         max_guide=largest["guide"][0] if "guide" in largest else None,
         max_tail=largest["tail"][0],
         # Rank 4: images or tiles. Packed patches do not tell.

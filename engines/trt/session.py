@@ -23,7 +23,7 @@ from engines.trt.flavour import FULL, RTX, Flavour
 from engines.trt.jit_cache import JitCache
 from engines.trt.replay import Step, wanted
 from graphs.errors import BadArtefact, OperationFailed, UsageError
-from graphs.spec import CacheForm, form_of, spec_from_folder
+from graphs.spec import CacheForm, StageSpec, form_of, spec_from_folder
 from graphs.talk import say
 
 MOST_STEPS = 2  # captured at once: of the conversation that runs, and of one beside it
@@ -75,11 +75,24 @@ class TrtSession:
             for i in range(self._engine.num_optimization_profiles)
         ]
         self.form: CacheForm = form_of(self._inputs)
+        self._refuse_copied_caches(stage)
         self._contexts: dict[int, Any] = {}
         self._jit = JitCache(trt, self._engine, engine)
         self._steps: dict[tuple[Any, ...], Step] = {}
         self._warm: Step | None = None  # the step that its context ran last
         self._replays = wanted()
+
+    def _refuse_copied_caches(self, stage: StageSpec) -> None:
+        """BadArtefact where a decoder that is to write in place has an output that is no input's memory."""
+        aliased = getattr(self._engine, "get_aliased_input_tensor", None)  # not in every TensorRT that has the layer
+        if self.form == "concat" or aliased is None:
+            return
+        for tensor in stage.outputs:
+            if tensor.name.startswith("present_") and aliased(tensor.name) != tensor.name.replace("present_", "past_"):
+                raise BadArtefact(
+                    f"{self._file} does not write {tensor.name} where it reads the past, as spec.json says; "
+                    "build the bundle again"
+                )
 
     def run(
         self,

@@ -117,7 +117,7 @@ def test_what_is_not_ours_is_named(tmp_path, entries, says):
 @given(st.data())
 def test_no_lost_key_goes_unseen(tmp_path_factory, data):
     document = json.loads(spec_of().dumps())
-    lost = data.draw(st.sampled_from(sorted(document)))
+    lost = data.draw(st.sampled_from(sorted(set(document) - {"cache"})))  # a spec without it is of a concatenated one
     folder = tmp_path_factory.mktemp("export")
     assert lost in refusal(folder, json.dumps({k: v for k, v in document.items() if k != lost}))
 

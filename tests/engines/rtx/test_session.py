@@ -245,6 +245,10 @@ def test_what_does_not_fit_is_one_sentence(lower: Lower, exports: Exports, cuda:
     cuda.room = 10
     with pytest.raises(OperationFailed, match="out of memory"):
         Cascade(model, None).ask(picture(1), QUESTION)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stand_in.Engine, "get_aliased_input_tensor", lambda self, name: None)
+        with pytest.raises(BadArtefact, match="does not write present_k_0 where it reads the past"):
+            Model(tmp_path / "small", model.spec, "rtx").session("decoder")
     (tmp_path / "small" / "rtx" / "decoder.engine").write_bytes(b"torn")
     with pytest.raises(BadArtefact, match="cannot open"):
         Model(tmp_path / "small", model.spec, "rtx").session("decoder")
