@@ -21,11 +21,14 @@ POINTS = 10
 def scores_of(heard: Heard) -> dict[str, np.ndarray]:
     """Each score, [N], the higher the surer."""
     confidence = np.exp(np.nanmean(heard.log_prob, 1))
-    consistency = np.exp(heard.consistency)
+    consistency, at_20, at_35 = np.exp(heard.consistency).T
     return {
         "S": (confidence + consistency) / 2,
         "S_confidence": confidence,
         "S_consistency": consistency,
+        "S, second look at 20%": (confidence + at_20) / 2,
+        "S, second look at 35%": (confidence + at_35) / 2,
+        "S_consistency at 35%": at_35,
         "product": np.exp(np.nansum(heard.log_prob, 1)),
         "entropy": -np.nanmean(heard.entropy, 1),
         "quantile 0": np.nanmin(heard.log_prob, 1),

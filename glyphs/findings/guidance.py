@@ -106,7 +106,7 @@ def large_sources(layers: int) -> list[Source]:
 
 
 def guidance(work: Work, small: list[str]) -> dict[str, Any]:
-    """Every source at every cut, and the paired tests behind the claims (on ``small[0]``)."""
+    """Every source at every cut, and the paired tests behind the claims."""
     layers, visual = work.heard("large").received.shape[1::2]
     cuts = cuts_of(layers, visual)
     sources = [Source("random", draw=i) for i in range(DRAWS)]
@@ -121,43 +121,46 @@ def guidance(work: Work, small: list[str]) -> dict[str, Any]:
         "sources": [
             {**source.document(), "at": [share(source.rights(work, cut)) for cut in cuts]} for source in sources
         ],
-        "tests": tests(work, small[0], cuts),
+        "tests": [test for name in small for test in tests(work, name, cuts)] + oracle_tests(work, cuts),
         "sgl_cuts": at_sgl_cuts(work, small, layers, visual),
     }
 
 
 def tests(work: Work, small: str, cuts: list[Cut]) -> list[dict[str, Any]]:
-    """Paired tests, corrected within each claim."""
+    """Paired tests of a small model's guidance, corrected within each claim."""
     depth, large = (work.heard(name).received.shape[1] for name in (small, "large"))
     every, oracle = Source(small, tuple(range(depth))), Source("large", tuple(range(large)))
     draw = Source("random")
     shares = {name: Source(small, part) for name, part in shares_of(depth).items() if name != "all"}
     claims: dict[str, list[tuple[Source, Source, str]]] = {
-        "small all against one layer of small": [(every, Source(small, (i,)), f"layer {i}") for i in range(depth)],
-        "large all against one layer of large": [(oracle, Source("large", (i,)), f"layer {i}") for i in range(large)],
-        "small all against random": [(every, draw, "random")],
-        "small all against large all": [(every, oracle, "large all")],
-        "small all against a share of its layers": [(every, source, name) for name, source in shares.items()],
-        "both rows against others": [(every, Source(small, every.layers, rows), rows) for rows in ROWS[:-1]],
-        "small all against large layer before the cut": [
+        f"{small} all against one layer of {small}": [(every, Source(small, (i,)), f"layer {i}") for i in range(depth)],
+        f"{small} all against random": [(every, draw, "random")],
+        f"{small} all against large all": [(every, oracle, "large all")],
+        f"{small} all against a share of its layers": [(every, source, name) for name, source in shares.items()],
+        f"{small} both rows against others": [(every, Source(small, every.layers, rows), rows) for rows in ROWS[:-1]],
+        f"{small} all against large layer before the cut": [
             (every, Source("large", (0,), rows), f"large layer 0, {rows}") for rows in ("prompt", "last")
         ],
     }
-    found = []
-    for claim, pairs in claims.items():
-        rows = [
-            {
-                "claim": claim,
-                "against": name,
-                "retention": cut.retention,
-                **paired(a.rights(work, cut), b.rights(work, cut)),
-            }
-            for a, b, name in pairs
-            for cut in cuts
-        ]
-        holm(rows)
-        found += rows
-    return found
+    return [test for claim, pairs in claims.items() for test in tests_of(work, claim, pairs, cuts)]
+
+
+def oracle_tests(work: Work, cuts: list[Cut]) -> list[dict[str, Any]]:
+    """All layers of the large model against each of them."""
+    layers = range(work.heard("large").received.shape[1])
+    pairs = [(Source("large", tuple(layers)), Source("large", (i,)), f"layer {i}") for i in layers]
+    return tests_of(work, "large all against one layer of large", pairs, cuts)
+
+
+def tests_of(work: Work, claim: str, pairs: list[tuple[Source, Source, str]], cuts: list[Cut]) -> list[dict[str, Any]]:
+    """One claim's tests at every retention, corrected for their number."""
+    rows = []
+    for a, b, name in pairs:
+        for cut in cuts:
+            test = paired(a.rights(work, cut), b.rights(work, cut))
+            rows.append({"claim": claim, "against": name, "retention": cut.retention, **test})
+    holm(rows)
+    return rows
 
 
 def at_sgl_cuts(work: Work, small: list[str], layers: int, visual: int) -> list[dict[str, Any]]:

@@ -86,21 +86,18 @@ def sources_short(document: Document) -> list[str]:
 
 
 def claims_short(document: Document) -> list[str]:
-    """README's: paired differences."""
-    rows = [
-        [
-            "i: small all − each one layer of small, better : worse",
-            *verdicts(document, "small all against one layer of small"),
-        ],
-        [
-            "i: large all − each one layer of large, better : worse",
-            *verdicts(document, "large all against one layer of large"),
-        ],
-        ["ii: small all − large all", *verdicts(document, "small all against large all")],
-        ["ii: small all − first half", *verdicts(document, "small all against a share of its layers", "first 1/2")],
-        ["ii: both rows − prompt rows", *verdicts(document, "both rows against others", "prompt")],
-        ["small all − random", *verdicts(document, "small all against random")],
-    ]
+    """The paired differences that findings i and ii are about, for every small model."""
+    single = "large all against one layer of large"
+    rows = [["i: large all − one layer of it, better : worse", *verdicts(document, single)]]
+    names = runs(document)
+    for title, claim, against in (
+        ("i: {} all − one layer of it, better : worse", "{0} all against one layer of {0}", None),
+        ("ii: {} all − large all", "{} all against large all", None),
+        ("ii: {} all − its first half", "{} all against a share of its layers", "first 1/2"),
+        ("ii: {} both rows − prompt rows", "{} both rows against others", "prompt"),
+        ("{} all − random", "{} all against random", None),
+    ):
+        rows += [[title.format(name), *verdicts(document, claim.format(name), against)] for name in names]
     return table(["difference", *heads(document)], rows)
 
 

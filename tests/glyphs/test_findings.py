@@ -56,8 +56,9 @@ def test_answers_are_generates_and_maps_and_scores_are_the_formulas(work, cases,
     scores = heard.scores(tuple(range(6)), "both")
     np.testing.assert_allclose(scores, whole.guidance, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(np.exp(np.nanmean(heard.log_prob, 1)), whole.confidence(), atol=1e-4)
-    pruned = small.scored(batch, answers, list(best_visual(np.array(whole.guidance), 7)), 0)
-    np.testing.assert_allclose(np.exp(heard.consistency), pruned.product(), atol=1e-4)
+    for k, count in enumerate((7, 28)):
+        pruned = small.scored(batch, answers, list(best_visual(np.array(whole.guidance), count)), 0)
+        np.testing.assert_allclose(np.exp(heard.consistency[:, k]), pruned.product(), atol=1e-4)
     entropy = [float((-p * np.log(p)).sum(-1).mean()) for p in map(softmax, whole.logits)]
     np.testing.assert_allclose(np.nanmean(heard.entropy, 1), entropy, atol=1e-4)
 
