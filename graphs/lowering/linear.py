@@ -1,0 +1,73 @@
+"""Linear layers that read their weight as the checkpoint stores it: no transpose, so nothing to copy at load.
+
+Legend: N outputs, K inputs of a layer.
+
+    y = MatMul(x, Transpose(W)),  W [N,K]   →   y = FusedMatMul(x, W, transB=1)
+
+Source: ONNX Runtime's com.microsoft::FusedMatMul. Its own optimiser folds the transpose first, which is a second copy of
+every weight in memory and most of the time it takes to open a graph.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+MICROSOFT = "com.microsoft"
+
+
+class WeightsAsStored(ir.passes.InPlacePass):
+    """Rewrite every product with a transposed fp32 matrix of a weight file; what else reads the transpose keeps it."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place."""
+        found = [(node, w) for node in model.graph.all_nodes() if (w := stored_weight(node)) is not None]
+        for node, weight in found:
+            if weight.dtype != ir.DataType.FLOAT:
+                continue
+            replace(node, ir.node("FusedMatMul", [node.inputs[0], weight], {"transB": 1}, domain=MICROSOFT))
+            model.graph.opset_imports[MICROSOFT] = 1
+        return ir.passes.PassResult(model, bool(found))
+
+
+def stored_weight(node: ir.Node) -> ir.Value | None:
+    """W [N,K] of a MatMul with its transpose, where a weight file holds it; None for other nodes."""
+    if node.domain != "" or node.op_type != "MatMul" or node.inputs[1] is None:
+        return None
+    turned = node.inputs[1].producer()
+    if turned is None or turned.op_type != "Transpose" or turned.attributes.get_ints("perm") not in ([1, 0], (1, 0)):
+        return None
+    weight = turned.inputs[0]
+    return weight if weight is not None and is_stored_matrix(weight) else None
+
+
+def is_stored_matrix(value: ir.Value) -> bool:
+    """Whether a value is an initialiser of two axes that lies in a weight file."""
+    held = value.const_value
+    return value.is_initializer() and isinstance(held, ir.ExternalTensor) and len(held.shape) == 2
+
+
+def replace(old: ir.Node, new: ir.Node) -> None:
+    """Put ``new`` in the place of ``old``, under its names; nodes that only fed ``old`` are removed with it."""
+    graph = old.graph
+    assert graph is not None
+    new.name = old.name
+    fed = [value.producer() for value in old.inputs if value is not None]
+    graph.insert_before(old, new)
+    for before, after in zip(old.outputs, new.outputs, strict=True):
+        name, before.name = before.name, f"{before.name}_replaced"
+        after.name, after.type, after.shape = name, before.type, before.shape
+        ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
+    graph.remove(old, safe=True)
+    remove_unread(fed)
+
+
+def remove_unread(nodes: list[ir.Node | None]) -> None:
+    """Remove nodes whose outputs nobody reads, and then what fed only them."""
+    for node in nodes:
+        if node is None or node.graph is None:
+            continue
+        if any(out.uses() or out.is_graph_output() for out in node.outputs):
+            continue
+        fed = [value.producer() for value in node.inputs if value is not None]
+        node.graph.remove(node, safe=True)
+        remove_unread(fed)
