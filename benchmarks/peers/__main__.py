@@ -9,10 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shlex
-import subprocess
-import sys
-import time
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -20,8 +16,10 @@ from typing import Any
 
 import click
 
-from benchmarks.peers.systems import MADE, PLANS, SYSTEMS, Python, System
-from benchmarks.shapes import IMAGE, QUESTION, SHAPES
+from benchmarks.peers.process import Worker, made, python_for
+from benchmarks.peers.systems import SYSTEMS, System
+from benchmarks.peers.table import table_of
+from benchmarks.shapes import IMAGE, SHAPES
 
 RESULTS = Path(__file__).parents[1] / "results"
 SCHEMA = "saccade.benchmark.peers/1"
@@ -50,25 +48,21 @@ def main(
     note: str,
 ) -> None:
     """Measure, print, write."""
-    pythons: dict[Python, str | None] = {"ours": sys.executable, "peers": str(peers_python) if peers_python else None}
-    words = [word.strip() for word in only.split(",")] if only else [""]
-    chosen = [s for s in SYSTEMS.values() if any(word in s.name for word in words)]
-    folder, out = work / shape, {}
-    skipped: dict[str, str] = {}
-    for system in chosen:
-        python = pythons[system.python]
-        if python is None:
-            skipped[system.name] = "no --peers-python was given"
-        elif why := made(system.made, folder, shape, python):
-            skipped[system.name] = why
-        else:
-            out[system.name] = {"system": system, "open_ms": [], "peak_bytes": 0, "asked": []}
+    chosen, skipped = ready(only, peers_python, work, shape)
+    out: dict[str, dict[str, Any]] = {
+        s.name: {"system": s, "open_ms": [], "peak_bytes": 0, "asked": []} for s in chosen
+    }
+    size, folder = SIZES.get(shape.partition("-")[0], IMAGE), work / shape
     for round_ in range(rounds):
         for i, (name, found) in enumerate(list(out.items())):
             click.echo(f"round {round_ + 1}/{rounds}: {name}", err=True)
-            python = pythons[found["system"].python]
+            system = SYSTEMS[name]
             try:
-                measure(found, str(python), folder, shape, (asks, tokens, threads), seed=1000 * round_ + 17 * i)
+                with Worker(system, str(python_for(system.python, peers_python)), folder, threads) as worker:
+                    found["open_ms"].append(worker.open_ms)
+                    rows = [worker.ask(size, tokens, seed=1000 * round_ + 17 * i + ask) for ask in range(asks + 1)]
+                    found["asked"] += rows[1:]  # the first one warms up
+                    found["peak_bytes"] = max(found["peak_bytes"], worker.peak_bytes)
             except (OSError, RuntimeError) as e:
                 skipped[name] = str(e)
                 del out[name]
@@ -80,80 +74,24 @@ def main(
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"peers-{shape}.json").write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-    from benchmarks.peers.table import table_of
-
     click.echo("\n".join(table_of(document)))
 
 
-def made(name: str, folder: Path, shape: str, python: str) -> str:
-    """Make what a system runs from, where it is not there; what went wrong, or ""."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "checkpoint").exists():
-        SHAPES[shape](folder / "checkpoint")
-    for plan, text in PLANS.items():
-        (folder / f"{plan}.toml").write_text(text)
-    if (folder / name).exists():
-        return ""
-    places = {
-        "checkpoint": folder / "checkpoint",
-        "work": folder,
-        "saccade": f"{sys.executable} -m saccade",
-        "optimum": Path(python).parent / "optimum-cli",
-    }
-    log, seconds = folder / f"{name}.log", []
-    for command in MADE[name]:
-        words = shlex.split(command.format(**places))
-        if "-o" in words and Path(words[words.index("-o") + 1]).exists():
+def ready(only: str | None, peers_python: Path | None, work: Path, shape: str) -> tuple[list[System], dict[str, str]]:
+    """The systems that can run, made where they were not; and for the others why not."""
+    words = [word.strip() for word in only.split(",")] if only else [""]
+    chosen, skipped = [], {}
+    for system in SYSTEMS.values():
+        if not any(word in system.name for word in words):
             continue
-        click.echo(" ".join(words), err=True)
-        start = time.perf_counter()
-        with log.open("a") as file:
-            if subprocess.run(words, stdout=file, stderr=file, check=False).returncode:
-                return f"{words[0]} failed: {log.read_text(errors='replace').strip().splitlines()[-1][:200]}"
-        seconds.append(round(time.perf_counter() - start, 1))
-    (folder / f"{name}.seconds.json").write_text(json.dumps(seconds))
-    return ""
-
-
-def measure(
-    found: dict[str, Any], python: str, folder: Path, shape: str, amount: tuple[int, int, int], seed: int
-) -> None:
-    """One round of one system; RuntimeError where its process ended."""
-    system: System = found["system"]
-    asks, tokens, threads = amount
-    height, width = SIZES.get(shape.partition("-")[0], IMAGE)
-    root = str(Path(__file__).parents[2])
-    log = (folder / f"{system.made}.worker.log").open("a")
-    # A peer's own Python must find its own packages first, and of ours nothing but this one.
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": str(threads)}
-    command = [python, "-m", "benchmarks.peers.worker"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-    ) as worker:
-
-        def told(line: dict[str, Any]) -> dict[str, Any]:
-            assert worker.stdin and worker.stdout
-            worker.stdin.write(json.dumps(line) + "\n")
-            worker.stdin.flush()
-            return heard()
-
-        def heard() -> dict[str, Any]:
-            assert worker.stdout
-            answer = worker.stdout.readline()
-            if not answer:
-                last = Path(log.name).read_text(errors="replace").strip().splitlines()[-1:]
-                raise RuntimeError(f"its process ended: {' '.join(last)[:300]}")
-            result: dict[str, Any] = json.loads(answer)
-            return result
-
-        place = str(folder / system.made)
-        start = {"runtime": system.runtime, "folder": place, "threads": threads, "options": system.options}
-        found["open_ms"].append(told(start)["open_ms"])
-        for ask in range(asks + 1):
-            row = told({"height": height, "width": width, "seed": seed + ask, "question": QUESTION, "tokens": tokens})
-            found["peak_bytes"] = max(found["peak_bytes"], heard()["peak_bytes"])
-            if ask:  # the first one warms up
-                found["asked"].append(row)
+        python = python_for(system.python, peers_python)
+        if python is None:
+            skipped[system.name] = "no --peers-python was given"
+        elif why := made(system.made, work / shape, shape, python):
+            skipped[system.name] = why
+        else:
+            chosen.append(system)
+    return chosen, skipped
 
 
 def row_of(name: str, found: dict[str, Any], folder: Path) -> dict[str, Any]:

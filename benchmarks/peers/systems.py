@@ -52,12 +52,13 @@ for _precision in ("int8", "int4"):
         f"{{saccade}} build {{work}}/none-export -o {{work}}/none-{_precision} --target cpu --precision {_precision}",
     )
 
-# Average retention 9 %: after layer 1 keeps 5 % of 24 layers; STAR halves at the vision stage first.
+# Average retention 9 %: after layer 1 of 24 keeps 5 %; STAR halves at the vision stage first.
+HEAD = 'schema = "saccade.plan/1"\nname = "{}"\n\n'
+VISION = '[[point]]\nwhere = "vision"\nscore = "received"\nkeep = 0.5\n\n'
+LANGUAGE = '[[point]]\nwhere = {}\nscore = "attention"\nrows = "text"\nkeep = 0.05\n'
 PLANS = {
-    "fastv": 'schema = "saccade.plan/1"\nname = "fastv"\n\n[[point]]\nwhere = 1\nscore = "attention"\n'
-    'rows = "text"\nkeep = 0.05\n',
-    "star": 'schema = "saccade.plan/1"\nname = "star"\n\n[[point]]\nwhere = "vision"\nscore = "received"\nkeep = 0.5\n\n'
-    '[[point]]\nwhere = 2\nscore = "attention"\nrows = "text"\nkeep = 0.05\n',
+    "fastv": HEAD.format("fastv") + LANGUAGE.format(1),
+    "star": HEAD.format("star") + VISION + LANGUAGE.format(2),
 }
 
 OURS = (

@@ -39,4 +39,4 @@ def cell(spread: list[float] | None) -> str:
 
 
 if __name__ == "__main__":
-    print("\n".join(table_of(json.loads(Path(sys.argv[1]).read_text("utf-8")))))
+    sys.stdout.write("\n".join(table_of(json.loads(Path(sys.argv[1]).read_text("utf-8")))) + "\n")
