@@ -1,0 +1,1 @@
+"""``python -m benchmarks.peers``: Saccade beside what a user would pick instead, in one interleaved run."""

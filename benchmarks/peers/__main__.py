@@ -1,0 +1,153 @@
+"""``python -m benchmarks.peers``: every system asked the same in turn, round after round, each in its own process.
+
+A round opens a system, asks once to warm it up, then measures; the next system follows, so that what else the machine
+does meets all alike. Medians with minimum and maximum over all rounds go to benchmarks/results/peers-SHAPE.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.peers.process import Worker, made, python_for
+from benchmarks.peers.systems import SYSTEMS, System
+from benchmarks.peers.table import table_of
+from benchmarks.shapes import IMAGE, SHAPES
+
+RESULTS = Path(__file__).parents[1] / "results"
+SCHEMA = "saccade.benchmark.peers/1"
+SIZES = {"llava": (336, 336)}  # height, width by the shape's first word; shape (a)'s else
+
+
+@click.command()
+@click.option("--shape", type=click.Choice(list(SHAPES)), default="qwen2_5_vl", show_default=True)
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Where checkpoint and exports are kept.")
+@click.option("--peers-python", type=click.Path(path_type=Path), help="The Python with openvino-genai and optimum.")
+@click.option("--only", help="Systems whose names contain one of these words, separated by commas.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--asks", type=click.IntRange(1), default=2, show_default=True, help="Measured questions a round.")
+@click.option("--tokens", type=click.IntRange(2), default=16, show_default=True, help="Length of an answer.")
+@click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--note", default="", help="What else the machine did, for the conditions.")
+def main(
+    shape: str,
+    work: Path,
+    peers_python: Path | None,
+    only: str | None,
+    rounds: int,
+    asks: int,
+    tokens: int,
+    threads: int,
+    note: str,
+) -> None:
+    """Measure, print, write."""
+    chosen, skipped = ready(only, peers_python, work, shape)
+    out: dict[str, dict[str, Any]] = {
+        s.name: {"system": s, "open_ms": [], "peak_bytes": 0, "asked": []} for s in chosen
+    }
+    size, folder = SIZES.get(shape.partition("-")[0], IMAGE), work / shape
+    for round_ in range(rounds):
+        for i, (name, found) in enumerate(list(out.items())):
+            click.echo(f"round {round_ + 1}/{rounds}: {name}", err=True)
+            system = SYSTEMS[name]
+            try:
+                with Worker(system, str(python_for(system.python, peers_python)), folder, threads) as worker:
+                    found["open_ms"].append(worker.open_ms)
+                    rows = [worker.ask(size, tokens, seed=1000 * round_ + 17 * i + ask) for ask in range(asks + 1)]
+                    found["asked"] += rows[1:]  # the first one warms up
+                    found["peak_bytes"] = max(found["peak_bytes"], worker.peak_bytes)
+            except (OSError, RuntimeError) as e:
+                skipped[name] = str(e)
+                del out[name]
+    document = {
+        "schema": SCHEMA,
+        "conditions": conditions(shape, rounds, asks, tokens, threads, note),
+        "systems": [row_of(name, found, folder) for name, found in out.items()],
+        "skipped": skipped,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"peers-{shape}.json").write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    click.echo("\n".join(table_of(document)))
+
+
+def ready(only: str | None, peers_python: Path | None, work: Path, shape: str) -> tuple[list[System], dict[str, str]]:
+    """The systems that can run, made where they were not; and for the others why not."""
+    words = [word.strip() for word in only.split(",")] if only else [""]
+    chosen, skipped = [], {}
+    for system in SYSTEMS.values():
+        if not any(word in system.name for word in words):
+            continue
+        python = python_for(system.python, peers_python)
+        if python is None:
+            skipped[system.name] = "no --peers-python was given"
+        elif why := made(system.made, work / shape, shape, python):
+            skipped[system.name] = why
+        else:
+            chosen.append(system)
+    return chosen, skipped
+
+
+def row_of(name: str, found: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A system's figures: [median, minimum, maximum] of each part."""
+    asked = found["asked"]
+    parts = {
+        "vision_ms": [a["vision_ms"] for a in asked],
+        "prefill_ms": [a["prefill_ms"] for a in asked],
+        "first_token_ms": [a["vision_ms"] + a["prefill_ms"] for a in asked],
+        "decode_ms_per_token": [a["decode_ms"] / (a["tokens"] - 1) for a in asked if a["tokens"] > 1],
+        "open_ms": found["open_ms"],
+    }
+    made_in = folder / f"{found['system'].made}.seconds.json"
+    return {
+        "name": name,
+        **{part: spread(values) for part, values in parts.items() if values},
+        "peak_bytes": found["peak_bytes"],
+        "disk_bytes": sum(f.stat().st_size for f in (folder / found["system"].made).rglob("*") if f.is_file()),
+        "made_in_s": json.loads(made_in.read_text()) if made_in.exists() else None,
+    }
+
+
+def spread(values: list[float]) -> list[float]:
+    """[median, minimum, maximum]."""
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+    return [round(v, 3) for v in (median, ordered[0], ordered[-1])]
+
+
+def conditions(shape: str, rounds: int, asks: int, tokens: int, threads: int, note: str) -> dict[str, Any]:
+    """What the figures depend on."""
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.processor(),
+    )
+    return {
+        "shape": shape,
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("torch", "transformers", "onnxruntime")},
+        "date_utc": datetime.now(UTC).date().isoformat(),
+        "rounds": rounds,
+        "asks_a_round": asks,
+        "tokens": tokens,
+        "statistic": "median, minimum, maximum",
+        "load_before": round(os.getloadavg()[0], 2),
+        "note": note,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Making what a system runs from, and the process it runs in."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import click
+
+from benchmarks.peers.systems import MADE, PLANS, Python, System
+from benchmarks.shapes import QUESTION, SHAPES
+
+ROOT = Path(__file__).parents[2]
+
+
+def made(name: str, folder: Path, shape: str, python: str) -> str:
+    """Make what a system runs from, where it is not there; what went wrong, or ""."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "checkpoint").exists():
+        SHAPES[shape](folder / "checkpoint")
+    for plan, text in PLANS.items():
+        (folder / f"{plan}.toml").write_text(text)
+    if (folder / name).exists():
+        return ""
+    places = {
+        "checkpoint": folder / "checkpoint",
+        "work": folder,
+        "saccade": f"{sys.executable} -m saccade",
+        "optimum": Path(python).parent / "optimum-cli",
+    }
+    log, seconds = folder / f"{name}.log", []
+    for command in MADE[name]:
+        words = shlex.split(command.format(**places))
+        if "-o" in words and Path(words[words.index("-o") + 1]).exists():
+            continue
+        click.echo(" ".join(words), err=True)
+        start = time.perf_counter()
+        with log.open("a") as file:
+            if subprocess.run(words, stdout=file, stderr=file, check=False).returncode:
+                return f"{words[0]} failed: {log.read_text(errors='replace').strip().splitlines()[-1][:200]}"
+        seconds.append(round(time.perf_counter() - start, 1))
+    (folder / f"{name}.seconds.json").write_text(json.dumps(seconds))
+    return ""
+
+
+class Worker:
+    """A system in a process of its own. open_ms: what opening took. peak_bytes: most resident memory so far."""
+
+    def __init__(self, system: System, python: str, folder: Path, threads: int) -> None:
+        self._log = folder / f"{system.made}.worker.log"
+        # A peer's own Python must find its own packages first, and of ours nothing but this one.
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+        with self._log.open("a") as log:
+            self._process = subprocess.Popen(
+                [python, "-m", "benchmarks.peers.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment,
+            )
+        place = str(folder / system.made)
+        start = {"runtime": system.runtime, "folder": place, "threads": threads, "options": system.options}
+        self.open_ms: float = self._told(start)["open_ms"]
+        self.peak_bytes = 0
+
+    def ask(self, size: tuple[int, int], tokens: int, seed: int) -> dict[str, float]:
+        """One question about a fresh image of (height, width); RuntimeError where the process ended."""
+        height, width = size
+        row = self._told({"height": height, "width": width, "seed": seed, "question": QUESTION, "tokens": tokens})
+        self.peak_bytes = self._heard()["peak_bytes"]
+        return row
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _told(self, line: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(line) + "\n")
+        self._process.stdin.flush()
+        return self._heard()
+
+    def _heard(self) -> dict[str, Any]:
+        assert self._process.stdout
+        answer = self._process.stdout.readline()
+        if not answer:
+            last = self._log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise RuntimeError(f"its process ended: {' '.join(last)[:300]}")
+        result: dict[str, Any] = json.loads(answer)
+        return result
+
+
+def python_for(which: Python, peers_python: Path | None) -> str | None:
+    """The interpreter of a system, None where it was not given."""
+    return sys.executable if which == "ours" else str(peers_python) if peers_python else None

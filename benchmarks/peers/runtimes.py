@@ -1,0 +1,154 @@
+"""One class per runtime: open a model, answer a question about a fresh image, say what each part took.
+
+Each runs in a process of its own, some of them in another Python, so nothing but numpy and Pillow is imported above.
+An answer is {"vision_ms", "prefill_ms", "decode_ms", "tokens"}: prefill is everything from the visual tokens to the
+first token, decode what the other tokens took together. Image preparation is left out where the runtime allows
+(OpenVINO GenAI counts it into its embeddings).
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+Measured = dict[str, float]
+
+
+class Runtime(Protocol):
+    """What the worker needs."""
+
+    def ask(self, image: np.ndarray, question: str, tokens: int) -> Measured:
+        """Answer greedily with ``tokens`` tokens, as far as the model goes. image: uint8 [H, W, 3]."""
+
+
+class Saccade:
+    """Our bundle. keep: the share of visual tokens, None for the export's."""
+
+    def __init__(self, folder: Path, threads: int, target: str, keep: float | None = None) -> None:
+        import saccade
+
+        self._cascade = saccade.Cascade.open(folder, target=target, threads=threads, preload=True)
+        self._keep = keep
+
+    def ask(self, image: np.ndarray, question: str, tokens: int) -> Measured:
+        """See ``Runtime``."""
+        from PIL import Image
+
+        answer = self._cascade.ask(Image.fromarray(image), question, self._keep, max_new_tokens=tokens)
+        ms = answer.milliseconds
+        part = {stage: sum(t for name, t in ms.items() if name.endswith(f"_{stage}")) for stage in STAGES}
+        return {
+            "vision_ms": part["vision"],
+            "prefill_ms": part["prefill"] + part["embed"],
+            "decode_ms": part["decode"],
+            "tokens": len(answer.tokens),
+        }
+
+
+STAGES = ("vision", "embed", "prefill", "decode")
+
+
+class Transformers:
+    """Hugging Face transformers, eager with sdpa, stage by stage through forward hooks."""
+
+    def __init__(self, folder: Path, threads: int, dtype: str) -> None:
+        import torch
+        from transformers import AutoModelForImageTextToText, AutoTokenizer
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+        torch.set_num_threads(threads)
+        self._torch = torch
+        self._model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa"
+        ).eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._images = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        self._spent: list[tuple[str, float]] = []
+        model: Any = self._model.model
+        self._watch("vision", getattr(model, "visual", None) or model.vision_tower)
+        self._watch("language", model.language_model)
+
+    def _watch(self, name: str, module: Any) -> None:
+        started: list[float] = []
+        module.register_forward_pre_hook(lambda *_: started.append(time.perf_counter()))
+        module.register_forward_hook(lambda *_: self._spent.append((name, time.perf_counter() - started.pop())))
+
+    def ask(self, image: np.ndarray, question: str, tokens: int) -> Measured:
+        """See ``Runtime``; prefill and decode are what is left of the whole beside the tower."""
+        from PIL import Image
+
+        torch = self._torch
+        inputs = self._inputs(Image.fromarray(image), question)
+        self._spent.clear()
+        marks: list[float] = []
+
+        def note(_: Any, scores: Any) -> Any:
+            marks.append(time.perf_counter())
+            return scores
+
+        with torch.inference_mode():
+            start = time.perf_counter()
+            ids = self._model.generate(
+                **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, logits_processor=[note]
+            )
+        vision = sum(seconds for name, seconds in self._spent if name == "vision")
+        return {
+            "vision_ms": 1e3 * vision,
+            "prefill_ms": 1e3 * (marks[0] - start - vision),
+            "decode_ms": 1e3 * (marks[-1] - marks[0]),
+            "tokens": int(ids.shape[1] - inputs["input_ids"].shape[1]),
+        }
+
+    def _inputs(self, image: Any, question: str) -> dict[str, Any]:
+        config = self._model.config
+        pixels = self._images(images=[image], return_tensors="pt")
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        text = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        if "image_grid_thw" in pixels:
+            count = int(pixels["image_grid_thw"].prod()) // self._images.merge_size**2
+        else:
+            count = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        token = self._tokenizer.convert_ids_to_tokens(config.image_token_id)
+        encoded = self._tokenizer(text.replace(token, token * count), return_tensors="pt", add_special_tokens=False)
+        pixels["pixel_values"] = pixels["pixel_values"].to(self._model.dtype)
+        extra = {}
+        if "image_grid_thw" in pixels:
+            extra["mm_token_type_ids"] = (encoded["input_ids"] == config.image_token_id).long()
+        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], **pixels, **extra}
+
+
+class OpenVinoGenAI:
+    """OpenVINO GenAI's VLMPipeline. precision: its hint, None for its own choice; pruning: percent, 0 for none."""
+
+    def __init__(self, folder: Path, threads: int, precision: str | None = None, pruning: int = 0) -> None:
+        import openvino_genai
+
+        hints = {"INFERENCE_PRECISION_HINT": precision} if precision else {}
+        self._pipe = openvino_genai.VLMPipeline(str(folder), "CPU", INFERENCE_NUM_THREADS=threads, **hints)
+        self._pruning = pruning
+
+    def ask(self, image: np.ndarray, question: str, tokens: int) -> Measured:
+        """See ``Runtime``; its "vision" metric leaves the merger out, so the embeddings' preparation is taken."""
+        import openvino
+
+        config = self._pipe.get_generation_config()
+        config.max_new_tokens, config.ignore_eos, config.do_sample = tokens, True, False
+        config.pruning_ratio = self._pruning
+        done = self._pipe.generate(question, images=[openvino.Tensor(image[None])], generation_config=config)
+        metrics = done.perf_metrics
+        vision, first = metrics.get_prepare_embeddings_duration().mean, metrics.get_ttft().mean
+        count = metrics.get_num_generated_tokens()
+        return {
+            "vision_ms": vision,
+            "prefill_ms": first - vision,
+            "decode_ms": metrics.get_tpot().mean * max(0, count - 1),
+            "tokens": count,
+        }
+
+
+RUNTIMES: dict[str, type] = {"saccade": Saccade, "transformers": Transformers, "openvino-genai": OpenVinoGenAI}
