@@ -12,7 +12,6 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -35,7 +34,9 @@ def load_ahead() -> None:
 
     def load() -> None:
         with suppress(Exception):
-            import_module("transformers.models.auto")
+            import transformers
+
+            _ = transformers.AutoTokenizer, transformers.AutoImageProcessor
 
     os.environ.setdefault(*QUIET)
     AHEAD.append(Thread(target=load, daemon=True))

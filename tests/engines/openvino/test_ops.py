@@ -47,6 +47,13 @@ CASES: dict[str, list[tuple[np.ndarray, ...]]] = {
         (drawn(2, 3, 5, 4), drawn(2, 1, 5, 4, seed=1), carrier(2)),
     ],
     "RatedAttentionReceived": [(drawn(1, 4, 70, 8), drawn(1, 2, 75, 8, seed=1), np.abs(drawn(1, 66, seed=2)))],
+    "ReceivedInCache": [
+        (drawn(1, 4, 70, 8), drawn(1, 2, 200, 8, seed=1), carrier(66), np.array([75])),
+        (drawn(1, 4, 1, 8), drawn(1, 2, 9, 8, seed=1), carrier(1), np.array([0])),
+    ],
+    "RatedReceivedInCache": [
+        (drawn(1, 4, 70, 8), drawn(1, 2, 200, 8, seed=1), np.abs(drawn(1, 66, seed=2)), np.array([75]))
+    ],
     "ReceivedFromAll": [(drawn(2, 4, 70, 8), drawn(2, 2, 70, 8, seed=1))],
     "ReceivedWithin": [(drawn(1, 4, 133, 3), drawn(1, 2, 133, 3, seed=1), images(70, 3, 60))],
     "KeepTopK": [

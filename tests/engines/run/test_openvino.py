@@ -72,9 +72,14 @@ def test_older_caches_are_continued_again(small: dict[str, Model]) -> None:
         assert short.lengths == (4,) * len(short.lengths)
         steps = [begun, one, other, two, third, run(of([15, 16, 17]), short), run(of([18]), other.cache)]
         logits[target] = [step.logits for step in steps]
-        received[target] = [step.received for step in steps]
-        for name, value in steps[3].cache.values.items():
-            assert model.to_host(value).shape == (1, 2, 7, 8), name
+        # A decoder that writes in place gives one number for each row of its buffers, [1, C].
+        received[target] = [
+            np.ravel(model.to_host(step.received))[: step.cache.lengths[0]]
+            for step in steps
+            if step.received is not None
+        ]
+        assert len(received[target]) == len(steps)
+        assert set(steps[3].cache.lengths) == {7}
     for got, wanted in zip(logits["openvino"], logits["cpu"], strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-4 * np.abs(wanted).max())
     for got, wanted in zip(received["openvino"], received["cpu"], strict=True):
@@ -196,8 +201,8 @@ def _session(file: Path, dtype: str):
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (("--target", "cpu", "--precision", "bf16"), "the target cpu has no engines to build"),
-        (("--target", "openvino", "--precision", "int3"), "has no engines to build"),
+        (("--target", "cpu", "--precision", "bf16"), "choose one of cpu: fp32, int8, int4"),
+        (("--target", "openvino", "--precision", "int3"), "choose one of openvino: bf16, fp32"),
         (("--target", "openvino", "--precision", "bf16", "--sm", "89"), "has no engines to build"),
     ],
 )
