@@ -24,15 +24,15 @@ MADE: dict[str, tuple[str, ...]] = {
     "checkpoint": (),
     "none": (
         "{saccade} export {checkpoint} -o {work}/none-export --role alone --policy none",
-        "{saccade} build {work}/none-export -o {work}/none --target cpu",
+        "{saccade} build {work}/none-export -o {work}/none --target cpu --precision fp32",
     ),
     "star": (
         "{saccade} export {checkpoint} -o {work}/star-export --role alone --plan {work}/star.toml",
-        "{saccade} build {work}/star-export -o {work}/star --target cpu",
+        "{saccade} build {work}/star-export -o {work}/star --target cpu --precision fp32",
     ),
     "fastv": (
         "{saccade} export {checkpoint} -o {work}/fastv-export --role alone --plan {work}/fastv.toml",
-        "{saccade} build {work}/fastv-export -o {work}/fastv --target cpu",
+        "{saccade} build {work}/fastv-export -o {work}/fastv --target cpu --precision fp32",
     ),
     "genai-fp32": (
         "{optimum} export openvino --model {checkpoint} --task image-text-to-text --weight-format fp32 "
@@ -52,6 +52,14 @@ for _precision in ("int8", "int4"):
         f"{{saccade}} build {{work}}/none-export -o {{work}}/none-{_precision} --target cpu --precision {_precision}",
     )
 
+for _name in ("none", "fastv", "star"):
+    for _precision in ("fp32", "bf16"):
+        MADE[f"{_name}-openvino-{_precision}"] = (
+            *MADE[_name][:1],
+            f"{{saccade}} build {{work}}/{_name}-export -o {{work}}/{_name}-openvino-{_precision} --target openvino "
+            f"--precision {_precision}",
+        )
+
 # Average retention 9 %: after layer 1 of 24 keeps 5 %; STAR halves at the vision stage first.
 HEAD = 'schema = "saccade.plan/1"\nname = "{}"\n\n'
 VISION = '[[point]]\nwhere = "vision"\nscore = "received"\nkeep = 0.5\n\n'
@@ -65,6 +73,10 @@ OURS = (
     System("saccade cpu fp32", "saccade", "none", options={"target": "cpu"}),
     System("saccade cpu fp32, fastv 9 %", "saccade", "fastv", options={"target": "cpu"}),
     System("saccade cpu fp32, star 9 %", "saccade", "star", options={"target": "cpu"}),
+    System("saccade openvino fp32", "saccade", "none-openvino-fp32", options={"target": "openvino"}),
+    System("saccade openvino bf16", "saccade", "none-openvino-bf16", options={"target": "openvino"}),
+    System("saccade openvino bf16, fastv 9 %", "saccade", "fastv-openvino-bf16", options={"target": "openvino"}),
+    System("saccade openvino bf16, star 9 %", "saccade", "star-openvino-bf16", options={"target": "openvino"}),
     System("saccade cpu int8", "saccade", "none-int8", options={"target": "cpu"}),
     System("saccade cpu int4", "saccade", "none-int4", options={"target": "cpu"}),
 )
