@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from benchmarks.peers.__main__ import RESULTS, conditions, ready, spread
-from benchmarks.peers.process import Worker, python_for
+from benchmarks.peers.process import Pythons, Worker
 
 SHAPE, PIXELS = "qwen2_5_vl", 28
 GRIDS = {256: (16, 16), 512: (16, 32), 1024: (32, 32), 2048: (32, 64), 4096: (64, 64), 8192: (64, 128)}
@@ -22,22 +22,33 @@ SCHEMA = "saccade.benchmark.growth/1"
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Where checkpoint and exports are kept.")
-@click.option("--peers-python", type=click.Path(path_type=Path), help="The Python with openvino-genai and optimum.")
+@click.option("--runtime-python", type=click.Path(path_type=Path), help="One with saccade[cpu,openvino]. [this one]")
+@click.option("--peers-python", type=click.Path(path_type=Path), help="One with openvino-genai and optimum.")
 @click.option("--only", default="saccade", show_default=True, help="Systems whose names contain one of these words.")
 @click.option("--most", type=click.IntRange(256), default=8192, show_default=True, help="Most visual tokens.")
 @click.option("--rounds", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--note", default="", help="What else the machine did, for the conditions.")
-def main(work: Path, peers_python: Path | None, only: str, most: int, rounds: int, threads: int, note: str) -> None:
+def main(
+    work: Path,
+    runtime_python: Path | None,
+    peers_python: Path | None,
+    only: str,
+    most: int,
+    rounds: int,
+    threads: int,
+    note: str,
+) -> None:
     """Measure, print, write."""
-    chosen, skipped = ready(only, peers_python, work, SHAPE)
+    pythons = Pythons(runtime_python, peers_python)
+    chosen, skipped = ready(only, pythons, work, SHAPE)
     counts = [count for count in GRIDS if count <= most]
     found: dict[str, dict[int, list[float]]] = {s.name: {count: [] for count in counts} for s in chosen}
     for round_ in range(rounds):
         for system in chosen:
             click.echo(f"round {round_ + 1}/{rounds}: {system.name}", err=True)
             try:
-                with Worker(system, str(python_for(system.python, peers_python)), work / SHAPE, threads) as worker:
+                with Worker(system, str(pythons.of(system.python)), work / SHAPE, threads) as worker:
                     for count in counts:
                         rows, columns = GRIDS[count]
                         size = rows * PIXELS, columns * PIXELS
