@@ -90,6 +90,15 @@ PEERS = (
     System("openvino genai int8", "openvino-genai", "genai-int8", "peers"),
     System("openvino genai int4", "openvino-genai", "genai-int4", "peers"),
 )
+# A pair of shape (a) twice: what the small model's guidance and the large model's pruning cost on one size.
+for _target, _precision in (("cpu", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")):
+    MADE[f"twice-{_target}-{_precision}"] = (
+        "{saccade} export {checkpoint} -o {work}/twice-small-export --role small",
+        "{saccade} export {checkpoint} -o {work}/twice-large-export --role large --keep 0.05",
+        "{saccade} build {work}/twice-small-export {work}/twice-large-export "
+        f"-o {{work}}/twice-{_target}-{_precision} --target {_target} --precision {_precision}",
+    )
+
 # Whole questions of the shipped pair. {pair} its folder, {keep} the share kept at the cut for 35 % on average.
 for _target, _precision in (("cpu", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")):
     _on = f"{_target}-{_precision}"
