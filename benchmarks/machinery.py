@@ -6,6 +6,8 @@ On shape (a), every part asked in turn, round after round, in one process (milli
                        K/L of the full prefill plus (L−K)/L of a prompt of the short length from the start
     guidance           the small model's prefill and decode step with guidance outputs, over those without
     consistency        the consistency pass over the small model's run, an answer of 16 tokens
+    break-even         how many times the small model's cost the large one must have for the cascade to win where no
+                       answer exits, if the small one's whole run shrinks as it does: run / (full − pruned prefill)
     cache reads        (a step at 4,096 past rows − a step at 64) over the time of reading that cache once
 
 Results: benchmarks/results/machinery-TARGET-PRECISION.json.
@@ -108,6 +110,7 @@ def ratios(times: Times, layers: int, layer: int) -> dict[str, float]:
         "guidance, prefill": ms["small prefill"] / ms["full prefill"],
         "guidance, step": ms["small step"] / ms["full step"],
         "consistency / small run": ms["consistency"] / ms["small run"],
+        "break-even": ms["small run"] / (ms["full prefill"] - ms["pruned prefill"]),
     }
 
 

@@ -48,6 +48,10 @@ MADE: dict[str, tuple[str, ...]] = {
     ),
 }
 for _precision in ("int8", "int4"):
+    MADE[f"none-openvino-{_precision}"] = (
+        f"{{saccade}} build {{work}}/none-export -o {{work}}/none-openvino-{_precision} --target openvino "
+        f"--precision {_precision}",
+    )
     MADE[f"none-{_precision}"] = (
         f"{{saccade}} build {{work}}/none-export -o {{work}}/none-{_precision} --target cpu --precision {_precision}",
     )
@@ -77,6 +81,8 @@ OURS = (
     System("saccade openvino bf16", "saccade", "none-openvino-bf16", options={"target": "openvino"}),
     System("saccade openvino bf16, fastv 9 %", "saccade", "fastv-openvino-bf16", options={"target": "openvino"}),
     System("saccade openvino bf16, star 9 %", "saccade", "star-openvino-bf16", options={"target": "openvino"}),
+    System("saccade openvino int8", "saccade", "none-openvino-int8", options={"target": "openvino"}),
+    System("saccade openvino int4", "saccade", "none-openvino-int4", options={"target": "openvino"}),
     System("saccade cpu int8", "saccade", "none-int8", options={"target": "cpu"}),
     System("saccade cpu int4", "saccade", "none-int4", options={"target": "cpu"}),
 )
