@@ -101,6 +101,20 @@ def growth_of(document: Document) -> list[str]:
     return lines
 
 
+def towers_of(document: Document) -> list[str]:
+    """Milliseconds of the vision stage, and the process's peak so far, over patches (4 for a visual token)."""
+    counts = sorted({int(count) for row in document["systems"] for count in row["vision_ms"]})
+    lines = [
+        "| vision, ms; peak GB, behind patches | " + " | ".join(f"{4 * count:,}" for count in counts) + " |",
+        "|---|" + "---|" * len(counts),
+    ]
+    for row in document["systems"]:
+        ms, peaks = row["vision_ms"], row["peak_bytes"]
+        cells = [f"{number(ms[c][0])}; {peaks[c] / 1e9:.2f}" if c in ms else "" for c in map(str, counts)]
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def machinery_of(documents: list[Document]) -> list[str]:
     """Ratios of pruning, guidance, consistency and the cache, a column for each target."""
     names = list(documents[0]["ratios"])
@@ -129,7 +143,18 @@ def page() -> str:
     if document := result("questions"):
         parts += ["", "## Whole questions", "", conditions_of(document), "", *questions_of(document)]
     if document := result("growth"):
-        parts += ["", "## Growth", "", conditions_of(document), "", *growth_of(document), "", "![growth](growth.png)"]
+        parts += [
+            "",
+            "## Growth",
+            "",
+            conditions_of(document),
+            "",
+            *growth_of(document),
+            "",
+            *towers_of(document),
+            "",
+            "![growth](growth.png)",
+        ]
     if documents := [
         d for name in ("cpu-fp32", "openvino-fp32", "openvino-bf16") if (d := result(f"machinery-{name}"))
     ]:
