@@ -14,6 +14,7 @@ from engines.bundles.build import build_bundle, split_precision
 from engines.bundles.bundle import open_bundle
 from engines.bundles.manifest import manifest_of
 from engines.cascade import Cascade
+from engines.evaluation.flops import costs_of
 from graphs import files
 from graphs.errors import BadArtefact, UsageError
 from graphs.spec import STAGES
@@ -72,6 +73,18 @@ def test_packed_fp32_answers_as_the_canonical_graphs(
         answers = [c.ask(image_file, question_of(seed), max_new_tokens=4, threshold=1) for c in (packed_one, mapped)]
         assert answers[0].tokens == answers[1].tokens
         assert all(map(np.array_equal, answers[0].kept, answers[1].kept))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_flops_are_those_of_the_canonical_graphs(packed: dict[str, Path], tiny_bundle: Path, precision: str) -> None:
+    sizes = {"N": 2, "S": 80, "S_1": 30, "P_0": 7, "P_1": 5, "G": 9, "R": 3, "V": 64}
+    for member in ("small", "large"):
+        found, wanted = (costs_of(path, manifest_of(path), member) for path in (packed[precision], tiny_bundle))
+        assert found
+        assert wanted
+        assert all(cost.uncounted == () for cost in found.values())
+        counted = [{stage: cost.flops(sizes) for stage, cost in costs.items()} for costs in (found, wanted)]
+        assert counted[0] == counted[1]
 
 
 def test_eight_bits_cost_less_than_four(packed: dict[str, Path]) -> None:
