@@ -1,6 +1,6 @@
 """Estimated floating-point operations of what a model ran: its graph's products, at the lengths it was really fed.
 
-Counted are the matrix products of a stage's canonical graph, a multiplication and an addition as two operations:
+Counted are the matrix products of a stage's graph, canonical or packed, a multiplication and an addition as two:
 projections, MLPs and the head 2·rows·in·out, convolutions alike, attention 2·H·S·T·(d_qk + d_v), and the maps and
 likenesses that pruning itself needs. That is the cost model of this literature (FastV, arXiv 2403.06764 §4.2:
 Σ_layers 4nd² + 2n²d + 2ndm, in multiplications) with each model's own terms for grouped heads and gated MLPs, and

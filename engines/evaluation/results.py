@@ -119,7 +119,7 @@ def _described(one: Contender) -> dict[str, Any]:
         "bundle": str(one.path),
         "manifest_sha256": one.manifest.sha256,
         "target": one.target,
-        "precision": model.spec.dtype,
+        "precision": one.manifest.members[one.member].targets[one.target].computed_in,
         "architecture": model.spec.architecture,
         "policy": one.plan.name if one.plan else None,
         "default_threshold": bars_of(one, [])[0] if one.pair else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from engines.bundles.bundle import open_bundle
 from engines.bundles.manifest import manifest_of
 from engines.cascade import Cascade
 from engines.evaluation.flops import costs_of
+from engines.sampling import Options
 from graphs import files
 from graphs.errors import BadArtefact, UsageError
 from graphs.spec import STAGES
@@ -52,6 +54,27 @@ def test_a_packed_bundle_is_verified_and_opened(packed: dict[str, Path], precisi
     opened = Cascade.open(packed[precision], preload=True)
     assert opened.small is not None
     assert opened.small.opened == set(STAGES)
+
+
+def test_what_is_measured_is_told_in_the_packed_precision(
+    packed: dict[str, Path], tmp_path: Path, saccade_cli: Cli
+) -> None:
+    """A threshold of int8 scores is one of int8, and so is an evaluation."""
+    bundle = shutil.copytree(packed["int8"], tmp_path / "pair.bundle")
+    few = ("--questions", 8, "--max-new-tokens", 2, "--threads", 1)
+    told = saccade_cli("calibrate", bundle, "glyphs", *few, "--max-loss", 0.4, "--confidence", 0.8)
+    assert told.code == 0, told.stderr
+    [found] = manifest_of(bundle).calibrations
+    assert found.precision == {"small": "int8", "large": "int8"}
+    promises = Cascade.open(bundle, threads=1).promises
+    assert promises
+    assert promises.that_holds(None, Options(2)) == found
+    promises.precision = {"small": "int8", "large": "int4"}
+    assert promises.that_holds(None, Options(2)) is None
+    shown = saccade_cli("show", bundle).stdout
+    assert "  on cpu: int8, " in shown
+    told = saccade_cli("eval", bundle, "glyphs", *few, "-o", tmp_path / "out", "--json")
+    assert json.loads(told.stdout)["bundles"][0]["precision"] == "int8"
 
 
 def test_the_error_is_told_and_written(tiny_pair: TinyPair, tmp_path: Path, saccade_cli: Cli) -> None:
