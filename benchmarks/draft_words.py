@@ -30,10 +30,11 @@ def words_of(document: dict[str, Any]) -> str:
     answers, equal, near = (sum(r[key] for r in every) for key in ("questions", "answers_equal", "near_ties"))
     same = "all" if equal == answers else f"{equal:,}"
     return (
-        f"On the glyph pair that saves {saved} (medians of prefill and decode together). Of {answers:,} answers {same} are, "
-        f"token for token, those without a draft; steps whose two best logits lie closer than 1e-4: {near}. Conditions: "
-        f"{told['questions']:,} questions, fp32, {told['cores']} cores of an {told['processor']}, threads: "
-        f"{told['threads']}, ONNX Runtime {told['onnxruntime']}, {told['date_utc']}; what else ran: {told['beside']}."
+        f"On the glyph pair that saves {saved} (medians of prefill and decode together). Of {answers:,} answers {same} "
+        "are, token for token, those without a draft; steps whose two best logits lie closer than 1e-4: "
+        f"{near}. Conditions: {told['questions']:,} questions, fp32, {told['cores']} cores of an {told['processor']}, "
+        f"threads: {told['threads']}, ONNX Runtime {told['onnxruntime']}, {told['date_utc']}; what else ran: "
+        f"{told['beside']}."
     )
 
 
