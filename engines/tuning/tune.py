@@ -67,6 +67,7 @@ class Search:
             settings=settings,
             max_new_tokens=self.wanted.max_new_tokens,
             seed=self.wanted.seed,
+            threads=self.cascade.large.threads,
         )
         journal = self.out / f"{name}.jsonl"
         done = opened_journal(journal, plan)
