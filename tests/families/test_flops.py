@@ -98,7 +98,7 @@ def test_the_vision_stage(eager: Sample, shapes: list[tuple[int, int]]) -> None:
     meter = Meter()
 
     class Nothing:
-        def run(self, feeds: Any, host: Any = (), device: Any = ()) -> dict[str, Any]:
+        def run(self, feeds: Any, host: Any = (), device: Any = (), in_place: Any = None) -> dict[str, Any]:
             return {}
 
         def to_host(self, value: Any) -> np.ndarray:
