@@ -85,8 +85,7 @@ def build_member(
     OperationFailed where memory is short, fp16 overflows, or TensorRT refuses.
     """
     lowering = options.lowering(spec, flavour)
-    if lowering.parser == "current":
-        lowering = replace(lowering, capacity=_capacity(name, spec, options.bounds))
+    lowering = replace(lowering, capacity=_capacity(name, spec, options.bounds, lowering.parser))
     _refuse_width(name, spec, lowering, flavour)
     sms = options.sms_for(flavour)
     out.mkdir()
@@ -140,9 +139,10 @@ def _split(lowered: LoweredExport) -> LoweredExport:
     return replace(lowered, ops=ops)
 
 
-def _capacity(name: str, spec: ExportSpec, bounds: Bounds) -> int | None:
-    """Rows of the caches that an engine writes in place; None, and said, for a plan that cannot have it so."""
-    if why := refusal(spec.plan):
+def _capacity(name: str, spec: ExportSpec, bounds: Bounds, parser: Parser) -> int | None:
+    """Rows of the caches that an engine writes in place; None, and said, where a plan or a parser cannot have it so."""
+    older = f"TensorRT {parser} knows no layer that writes in place" if parser != "current" else ""
+    if why := older or refusal(spec.plan):
         say(f"{name}: each step copies its caches, and no step is captured as a CUDA graph, for {why}")
         return None
     return bounds.fitted(spec, None).max_length
