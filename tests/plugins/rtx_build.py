@@ -26,7 +26,7 @@ LARGEST = {"S": 2000, "G": 64, "K": 2000}
 
 
 def model_of(served_by: str) -> onnx.ModelProto:
-    """Received attention, plain and weighted, each of a cache too → KeepTopK → CompactRows of hidden rows and of flags."""
+    """Received attention, plain and weighted, of a cache too → KeepTopK → CompactRows of hidden rows and of flags."""
 
     def node(op: str, inputs: list[str], output: str, **attributes: float) -> onnx.NodeProto:
         made = make_node(op, inputs, [output], domain=DOMAIN, name=output, **attributes)
