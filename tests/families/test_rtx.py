@@ -1,4 +1,4 @@
-"""Every family's decoder, lowered, equals its canonical one, and becomes an engine without a GPU (by kernels: test_pairs)."""
+"""Each family's decoder, lowered, equals its canonical one and becomes an engine without a GPU; kernels: test_pairs."""
 
 from __future__ import annotations
 
