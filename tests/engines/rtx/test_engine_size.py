@@ -1,4 +1,4 @@
-"""An engine of two profiles holds each weight once: at most 1.1 times its weights (a decode profile of a fixed row would hold them twice)."""
+"""An engine of two profiles holds each weight once; a decode profile of one fixed row would hold them twice."""
 
 from __future__ import annotations
 
