@@ -6,7 +6,7 @@ and no GPU. At most 3.5 times the weights of the largest engine is what is wante
 to ``benchmarks/results/build_memory.json``. An export of 1 B parameters in fp16:
 
     python -m benchmarks.shapes llava-1b checkpoint --dtype float16
-    saccade export checkpoint --in-place --role large --policy sgl
+    saccade export checkpoint --in-place --role alone --policy sgl
 """
 
 from __future__ import annotations
