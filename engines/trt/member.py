@@ -226,15 +226,20 @@ def _refuse_misread(lowered: LoweredExport, stage: str, reading: Reading, parser
     if stage != "decoder" or parser != "current":
         return  # written out there is no attention to read
     layers = lowered.spec.language.layers
+    shapes = {tensor.name: tensor.shape for tensor in lowered.spec.stages[stage].inputs}
     if len(reading.attentions) != layers:
         raise OperationFailed(f"the parser made {len(reading.attentions)} attentions of a decoder of {layers} layers")
     for attention in reading.attentions:
         if not attention.mask or not attention.cache:
             lacking = "mask" if not attention.mask else "cache"
             raise OperationFailed(f"the parser left {attention.node} without its {lacking}, so decoding would be wrong")
-        if lowered.spec.cache == "in-place" and attention.grown != IN_PLACE:
+        if lowered.spec.cache != "in-place":
+            continue
+        wanted = (IN_PLACE, shapes[attention.cache][2])
+        if (attention.grown, attention.rows) != wanted:
             raise OperationFailed(
-                f"the parser made {attention.grown} of {attention.cache}, where {IN_PLACE} was asked for"
+                f"the parser made {attention.grown} over {attention.rows} rows of {attention.cache}, where {wanted[0]} "
+                f"over {wanted[1]} was asked for; report this with the file"
             )
 
 

@@ -90,9 +90,8 @@ def test_both_become_engines(pair: dict[str, Any], tmp_path: Path, role: str, se
     assert reading.served == dict.fromkeys(ops, by)
     assert reading.unused == ()
     segments = enumerate(lowered.spec.plan.segments(spec.language.layers))
-    wanted = [(f"visible_{j}", f"past_k_{i}", "KV_CACHE_UPDATE") for j, segment in segments for i in segment]
-    assert [(a.mask, a.cache, a.grown) for a in reading.attentions] == wanted
-    assert {tuple(profile["past_k_0"][2])[2] for profile in profiles.values()} == {96}
+    wanted = [(f"visible_{j}", f"past_k_{i}", "KV_CACHE_UPDATE", 96) for j, segment in segments for i in segment]
+    assert [(a.mask, a.cache, a.grown, a.rows) for a in reading.attentions] == wanted
     assert engine.stat().st_size == answer["bytes"]
     assert (MAGIC in engine.read_bytes()) is plugins
 
