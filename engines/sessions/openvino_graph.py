@@ -8,6 +8,7 @@ memory between the file and the frontend, which calls us back for each:
     Grown(past, new)                  Concat(past, new), which becomes the state
     CachedAttention(q, k, v, …)       Grown k and v, shared by groups of heads, and one causal attention over them
     TopK(x, k)                        ONNX's, ties to the lower index
+    DequantizeLinear(q, s)            ONNX's, of a weight, kept narrow (``openvino_weights``)
 
 CachedAttention is the pattern that OpenVINO's CPU plugin turns into its one node that appends to the cache and attends
 (StatefulSDPAFusion); that node aligns causality bottom-right, as ONNX's Attention with a past. It gives its keys to
@@ -21,8 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
-from mmap import ACCESS_COPY, MADV_DONTNEED, mmap
+from mmap import MADV_DONTNEED, mmap
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,6 +34,7 @@ from openvino import op
 from openvino import opset13 as ops
 from openvino.frontend.onnx import ConversionExtension
 
+from engines.sessions.openvino_weights import DEQUANTIZE, dequantised, inputs_as_constants, weights_as_inputs
 from graphs.errors import BadArtefact
 from graphs.ops import DOMAIN as OUR_OPS
 from graphs.ops import OPS
@@ -91,7 +92,7 @@ def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
     for node in nodes_of(proto.graph):
         for attribute in [a for a in node.attribute if a.name.startswith(PLUGIN_ATTRIBUTES)]:
             node.attribute.remove(attribute)
-        if node.op_type == "TopK" and not node.domain:
+        if node.op_type in ("TopK", DEQUANTIZE) and not node.domain:
             node.domain = DOMAIN
     proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
     inputs, outputs = ({v.name: _dims(v) for v in values} for values in (proto.graph.input, proto.graph.output))
@@ -104,17 +105,14 @@ def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
             ("Grown", conversions.grown),
             ("CachedAttention", conversions.attention),
             ("TopK", conversions.top),
+            (DEQUANTIZE, dequantised),
         )
     ]
     for extension in extensions:
         core.add_extension(extension)
-    weights, files = _weights_as_inputs(proto, file.parent)
+    weights, files = weights_as_inputs(proto, file.parent)
     model = core.read_model(proto.SerializeToString())
-    for parameter in [p for p in model.get_parameters() if p.output(0).any_name in weights]:
-        constant = ops.constant(weights[parameter.output(0).any_name], shared_memory=True)
-        constant.set_friendly_name(parameter.output(0).any_name)
-        parameter.output(0).replace(constant.output(0))
-        model.remove_parameter(parameter)
+    inputs_as_constants(model, weights)
     model.add_sinks(conversions.sinks)
     model.validate_nodes_and_infer_types()
     return Read(model, inputs, outputs, states, grown, files)
@@ -122,30 +120,6 @@ def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
 
 def _dims(value: onnx.ValueInfoProto) -> Dims:
     return tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
-
-
-def _weights_as_inputs(proto: onnx.ModelProto, folder: Path) -> tuple[dict[str, np.ndarray], list[mmap]]:
-    """Make an input of every external tensor; return them as they lie in the files, and the files, mapped.
-
-    OpenVINO maps external tensors itself only for a graph that lies beside them. It wants constants writable, so the
-    mapping is private; nobody writes.
-    """
-    graph = proto.graph
-    files: dict[str, mmap] = {}
-    found: dict[str, np.ndarray] = {}
-    for tensor in [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]:
-        where = {entry.key: entry.value for entry in tensor.external_data}
-        if where["location"] not in files:
-            with (folder / where["location"]).open("rb") as opened:
-                files[where["location"]] = mmap(opened.fileno(), 0, access=ACCESS_COPY)
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        count = prod(tensor.dims)
-        found[tensor.name] = np.frombuffer(files[where["location"]], dtype, count, int(where.get("offset", 0))).reshape(
-            tensor.dims
-        )
-        graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-        graph.initializer.remove(tensor)
-    return found, list(files.values())
 
 
 def _cached(proto: onnx.ModelProto, file: Path) -> tuple[dict[str, str], dict[str, str]]:
