@@ -29,9 +29,10 @@ from graphs.talk import warn
 # Kinds of nodes in a compiled model: fused with its cache, an attention reads two states.
 ATTENTION, STATE = "ScaledDotProductAttention", "MemoryInput"
 PRECISIONS: dict[FloatType, str] = {"float32": "f32", "float16": "f32", "bfloat16": "bf16"}  # fp16 as ONNX Runtime does
-# Values of a row that share a scale where products with weights of 8 or 4 bits round their activations to 8 bits; 0:
-# they do not. Four times OpenVINO's own choice, and the block of 4-bit weights (benchmarks/LOG.md).
-GROUPS: dict[FloatType, int] = {"float32": 0, "float16": 0, "bfloat16": 128}
+# Values of a row that share a scale where products with weights of 8 or 4 bits round their activations to 8 bits: four
+# times OpenVINO's own choice, and the block of 4-bit weights (benchmarks/LOG.md). Never 0, which turns that off: 2026.4
+# then dies in fp32 (signal 11) when a decoder that has run on three rows is given 24.
+GROUP = 128
 ONE_SEQUENCE = np.zeros(1, np.int32)
 
 
@@ -57,8 +58,8 @@ class Rows:
 class OpenVinoSession:
     """An ``engines.sessions.session.Session`` over openvino.CompiledModel.
 
-    dtype: what it computes in: float32, float16 (in fp32, as ONNX Runtime does on a CPU) or bfloat16, where a CPU also
-    multiplies activations of 8 bits with weights that are narrow in the file. Raises
+    dtype: what it computes in: float32, float16 (in fp32, as ONNX Runtime does on a CPU) or bfloat16; with weights that
+    are narrow in the file, a CPU multiplies activations of 8 bits. Raises
     BackendMissing where the device is not there, BadArtefact where the file cannot be read or compiled.
     """
 
@@ -166,7 +167,7 @@ def _settings(core: ov.Core, device: str, threads: int | None, dtype: FloatType)
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     if device == CPU:
         settings["KV_CACHE_PRECISION"] = precision
-        settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = GROUPS[dtype]
+        settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = GROUP
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
     return settings
