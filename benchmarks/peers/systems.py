@@ -53,7 +53,7 @@ for _precision in ("int8", "int4"):
     )
 
 for _name in ("none", "fastv", "star"):
-    for _precision in ("fp32", "bf16"):
+    for _precision in ("fp32", "bf16", "int8", "int4"):
         MADE[f"{_name}-openvino-{_precision}"] = (
             *MADE[_name][:1],
             f"{{saccade}} build {{work}}/{_name}-export -o {{work}}/{_name}-openvino-{_precision} --target openvino "
@@ -77,6 +77,8 @@ OURS = (
     System("saccade openvino bf16", "saccade", "none-openvino-bf16", options={"target": "openvino"}),
     System("saccade openvino bf16, fastv 9 %", "saccade", "fastv-openvino-bf16", options={"target": "openvino"}),
     System("saccade openvino bf16, star 9 %", "saccade", "star-openvino-bf16", options={"target": "openvino"}),
+    System("saccade openvino int8", "saccade", "none-openvino-int8", options={"target": "openvino"}),
+    System("saccade openvino int4", "saccade", "none-openvino-int4", options={"target": "openvino"}),
     System("saccade cpu int8", "saccade", "none-int8", options={"target": "cpu"}),
     System("saccade cpu int4", "saccade", "none-int4", options={"target": "cpu"}),
 )
