@@ -133,7 +133,8 @@ def ran(case: Case, session: Session, spec: ExportSpec) -> Tensors:
     """What comes out of a session for a case, as golden tensors have it."""
     in_place = shared_names(spec) if session.form == "in-place" else {}
     feeds = fed(case, spec.model_copy(update={"cache": session.form}))
-    return told(case, session.run(feeds, host=list(case.outputs), in_place=in_place))
+    got = told(case, session.run(feeds, host=list(case.outputs), in_place=in_place))
+    return {name: np.array(value) if name in in_place else value for name, value in got.items()}  # feeds' memory
 
 
 def told(case: Case, got: Tensors) -> Tensors:

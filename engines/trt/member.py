@@ -105,10 +105,10 @@ def build_member(
             guard_against_overflow(plainer, source)
     losses: tuple[Loss, ...] = ()
     if lowering.bits:
-        with step(f"measuring what {options.precision} costs the {name} model"):
+        with step(f"measuring what {options.precision} costs the {name} model on {flavour.target}"):
             losses = losses_of(source, plainer.spec, plainer.folder, open_session)
         for line in losses_in_words(losses):
-            say(f"{name} in {options.precision}, golden tensors: {line}")
+            say(f"{name} in {options.precision} on {flavour.target}, golden tensors, by ONNX Runtime: {line}")
     bounds = options.bounds.fitted(lowered.spec, _most_rows(plainer, options.ops))
     say(f"{name}: {bounds.in_words()}")
     if _most_rows(plainer, options.ops) == BODY_ROWS:

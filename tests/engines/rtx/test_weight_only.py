@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from engines.bundles.manifest import manifest_of
 from engines.sessions.session import open_session
 from engines.trt.bounds import Bounds, profiles_of
 from engines.trt.engine import engine_from_onnx
@@ -20,6 +22,7 @@ from graphs.lowering.export import LoweredExport, lowered_export
 from graphs.lowering.roles import Width
 from graphs.lowering.weight_only import BLOCK, narrowed
 from graphs.spec import spec_from_folder
+from tests.conftest import Outcome
 from tests.engines.rtx.conftest import golden, run_onnx
 from tests.tiny import tiny_llava
 
@@ -28,12 +31,13 @@ BOUNDS = Bounds(max_prompt=64, max_length=96, max_guide=32, max_tail=8, max_imag
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One layer whose widths are multiples of a block."""
+    """Widths that are multiples of a block."""
     from exporter.export import export_checkpoint
 
     home = tmp_path_factory.mktemp("weight-only")
-    tiny_llava(home / "checkpoint", num_hidden_layers=1, hidden_size=128, intermediate_size=256)
-    export_checkpoint(home / "checkpoint", home / "export", policy="sgl", role="small")
+    tiny_llava(home / "checkpoint", num_hidden_layers=2, hidden_size=128, intermediate_size=256)
+    options = {"policy": "sgl", "role": "alone", "fraction": 0.5, "keep": 0.5}
+    export_checkpoint(home / "checkpoint", home / "export", **options)  # type: ignore[arg-type]
     return home / "export"
 
 
@@ -86,7 +90,7 @@ def test_every_product_of_the_decoder_reads_narrow_weights(
 ) -> None:
     model = ir.load(lowered[bits].file("decoder"))
     narrow = [node for node in model.graph if node.op_type == "DequantizeLinear"]
-    assert len(narrow) == 8, "q, k, v, o, gate, up, down and the head"
+    assert len(narrow) == 15, "twice q, k, v, o, gate, up and down, and the head"
     kinds = {node.inputs[0].name.removesuffix(".q"): node.inputs[0].dtype for node in narrow}  # type: ignore[union-attr]
     assert {found for name, found in kinds.items() if "layers" in name} == {kind}
     assert {found for name, found in kinds.items() if "layers" not in name} == {ir.DataType.INT8}, "the head"
@@ -105,10 +109,9 @@ def test_four_bits_are_stored_low_half_first(export: Path, lowered: dict[int, Lo
     assert (q.numpy().astype(np.int8) == wanted).all()
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_the_parser_takes_them_and_the_engine_builds(export: Path, tmp_path: Path, precision: str) -> None:
+def test_the_parser_takes_rows_of_int8_and_the_engine_builds(export: Path, tmp_path: Path) -> None:
     spec = spec_from_folder(export)
-    lowering = EngineOptions((89,), precision, "body", BOUNDS).checked().lowering(spec)
+    lowering = EngineOptions((89,), "int8", "body", BOUNDS).checked().lowering(spec)
     made = lowered_export(export, spec, tmp_path, lowering)
     assert made.spec.dtype == "float16"
     profiles = profiles_of("decoder", made.spec, BOUNDS.fitted(made.spec, None))
@@ -118,6 +121,39 @@ def test_the_parser_takes_them_and_the_engine_builds(export: Path, tmp_path: Pat
     assert reading.unused == ()
     assert all(attention.mask and attention.cache for attention in reading.attentions)
     assert (tmp_path / "e").stat().st_size == answer["bytes"]
+
+
+def test_a_bundle_of_int4_for_rtx_and_cpu_says_what_it_costs(
+    export: Path, tmp_path: Path, saccade_cli: Callable[..., Outcome]
+) -> None:
+    bounds = ("--max-prompt", "64", "--max-length", "96", "--max-tail", "8", "--max-images", "2")
+    targets = ("--target", "rtx", "--target", "cpu", "--sm", "89")
+    told = saccade_cli("build", export, "-o", tmp_path / "b", *targets, "--precision", "int4", *bounds)
+    assert told.code == 0, told.stderr
+    assert "alone in int4 on rtx, golden tensors, by ONNX Runtime: decoder: error at most" in told.stderr
+    entries = manifest_of(tmp_path / "b").members["alone"].targets
+    assert {name: (entry.precision, entry.dtype) for name, entry in entries.items()} == {
+        "rtx": ("int4", "float16"),
+        "cpu": ("int4", "float32"),
+    }
+    [rtx, cpu] = [
+        max(loss.mean_error for loss in entries[name].losses if loss.tensor == "logits") for name in ("rtx", "cpu")
+    ]
+    assert 1e-3 < rtx < 0.2
+    assert cpu == pytest.approx(rtx, rel=2)
+    assert "on rtx: int4 weights, float16" in saccade_cli("show", tmp_path / "b").stdout
+    assert saccade_cli("verify", tmp_path / "b", "--target", "cpu").code == 0
+
+
+def test_files_for_others(export: Path, tmp_path: Path, saccade_cli: Callable[..., Outcome]) -> None:
+    told = saccade_cli("lower", export, "-o", tmp_path / "l", "--precision", "int8", "--parser", "10.3")
+    assert told.code == 0, told.stderr
+    model = ir.load(tmp_path / "l" / "decoder.onnx")
+    assert model.opset_imports[""] == 20
+    assert sum(node.op_type == "DequantizeLinear" for node in model.graph) == 15
+    told = saccade_cli("lower", export, "-o", tmp_path / "m", "--precision", "int4", "--parser", "10.3")
+    assert told.code == 2
+    assert "no bf16 and no int4" in told.stderr
 
 
 def test_a_precision_that_is_not_known() -> None:

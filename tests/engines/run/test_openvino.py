@@ -202,7 +202,7 @@ def _session(file: Path, dtype: str):
     ("options", "why"),
     [
         (("--target", "cpu", "--precision", "bf16"), "choose one of cpu: fp32, int8, int4"),
-        (("--target", "openvino", "--precision", "int3"), "choose one of openvino: bf16, fp32"),
+        (("--target", "openvino", "--precision", "int3"), "choose one of openvino: bf16, fp32, int8, int4"),
         (("--target", "openvino", "--precision", "bf16", "--sm", "89"), "has no engines to build"),
     ],
 )

@@ -56,7 +56,7 @@ def test_a_packed_bundle_is_verified_and_opened(packed: dict[str, Path], precisi
 def test_the_error_is_told_and_written(tiny_pair: TinyPair, tmp_path: Path, saccade_cli: Cli) -> None:
     told = saccade_cli("build", tiny_pair.exports["alone"], "-o", tmp_path / "b", "--precision", "int4", "--json")
     assert told.code == 0, told.stderr
-    assert "alone in int4, golden tensors: decoder: error at most" in told.stderr
+    assert "alone in int4 on cpu, golden tensors: decoder: error at most" in told.stderr
     losses = json.loads(told.stdout)["members"]["alone"]["targets"]["cpu"]["losses"]
     worst = max(loss["max_error"] for loss in losses)
     assert 1e-4 < worst < 2
@@ -130,6 +130,9 @@ def test_whose_precision_it_is() -> None:
     assert split_precision(["cpu", "rtx"], "fp16") == (None, "fp16")
     assert split_precision(["cpu", "rtx"], "fp32") == ("fp32", "fp32")
     assert split_precision(["cpu", "cuda"], None) == (None, None)
+    assert split_precision(["cpu", "rtx"], "int8") == ("int8", "int8")
+    assert split_precision(["openvino", "tensorrt"], "int4") == ("int4", "int4")
+    assert split_precision(["cuda", "rtx"], "int4") == (None, "int4")
 
 
 def test_pieces_have_digests_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
