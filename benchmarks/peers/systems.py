@@ -57,7 +57,7 @@ for _precision in ("int8", "int4"):
     )
 
 for _name in ("none", "fastv", "star"):
-    for _precision in ("fp32", "bf16"):
+    for _precision in ("fp32", "bf16", "int8", "int4"):
         MADE[f"{_name}-openvino-{_precision}"] = (
             *MADE[_name][:1],
             f"{{saccade}} build {{work}}/{_name}-export -o {{work}}/{_name}-openvino-{_precision} --target openvino "

@@ -13,6 +13,7 @@ from engines.bundles.footprint import footprint_of
 from engines.bundles.manifest import MANIFEST_FILE, FileEntry, Manifest, MemberEntry, Served, TargetEntry
 from engines.bundles.pair import Source, members_from_sources, prunes_nothing
 from engines.bundles.targets import TARGETS, checked_targets
+from engines.sessions.session import refuse_unrunnable
 from graphs.errors import UsageError
 from graphs.files import atomic_folder, clone_or_copy, digests_of, path_inside
 from graphs.ops import DOMAIN
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from graphs.lowering.packing import HostPrecision
 
 DEFAULT_THRESHOLD = 0.9  # none is published; ``calibrate`` finds one for a wanted agreement
-HOST = "cpu"
 TOOLS = (
     "saccade",
     "onnx",
@@ -57,15 +57,18 @@ def build_bundle(
     beside.
     threshold: the score S above which the small model's answer stands, in [0, 1]. overwrite: replace an
     older bundle at ``out``. engines: how engines are built (``engines.trt.options.EngineOptions``).
-    precision: of a target that has ``precisions``. fp32, int8 or int4 for cpu: files of its own, packed for it, int8
-    and int4 with the error they cost in the manifest; bf16 or fp32 for openvino, which computes the same graphs in it;
-    None: the canonical graphs in the export's own.
-    Errors: BadArtefact for an export that breaks a rule, UsageError for a pair that does not fit,
-    OperationFailed for a full disk or a failed build; nothing is left under the final name then.
+    precision: of a target that has ``precisions``. fp32, int8 or int4 for cpu, int8 or int4 for openvino: files of its
+    own, packed for it, int8 and int4 with the error they cost in the manifest; bf16 or fp32 for openvino, which
+    computes the same graphs in it; None: the canonical graphs in the export's own.
+    Errors: BadArtefact for an export that breaks a rule, UsageError for a pair that does not fit, BackendMissing where
+    what quantised files are measured with is not installed, OperationFailed for a full disk or a failed build; nothing
+    is left under the final name then.
     """
     targets = checked_targets(target)
     options = _engine_options(targets, engines)
-    chosen_precision = _host_precision(targets, precision)
+    chosen_precision = _graph_precision(targets, precision)
+    for packing in (target for target in targets if _packed_as(target, precision)):
+        refuse_unrunnable(packing)
     chosen = DEFAULT_THRESHOLD if threshold is None else threshold
     if not 0 <= chosen <= 1:
         raise UsageError(f"threshold is {chosen:g}, but must lie in [0, 1]; 1 never exits early, 0 always")
@@ -139,17 +142,17 @@ def _member(
     precision: str | None,
 ) -> MemberEntry:
     """One model in the new folder ``folder``, for every target."""
-    spec, packed = export.spec, _packed_as(targets, precision)
+    spec, packed = export.spec, {target: _packed_as(target, precision) for target in targets}
     folder.mkdir()
     with step(f"copying the {name} model"):
         copy_shared(export.folder, folder)
-        own = all(_has_engines(target) or (packed and target == HOST) for target in targets)
+        own = all(_has_engines(target) or packed[target] for target in targets)
         how = "" if own else copy_graphs(export.folder, spec, folder)
     if how:
         say(f"{name}: {_in_words(how)} of {export.folder}")
     on = {
-        target: _packed(name, export, folder, packed)
-        if packed and target == HOST
+        target: _packed(name, export, folder, target, form)
+        if (form := packed[target])
         else _target(name, export, folder, target, options, precision)
         for target in targets
     }
@@ -184,6 +187,8 @@ def _target(
     built = build_member(name, export.folder, export.spec, folder / target, options, FLAVOURS[target])
     return TargetEntry(
         spec=f"{target}/{SPEC_FILE}",
+        precision=options.precision or "" if built.losses else "",
+        losses=built.losses,
         dtype=built.spec.dtype,
         stages=built.spec.stages,
         ops=built.ops,
@@ -193,20 +198,20 @@ def _target(
     )
 
 
-def _packed(name: str, export: Export, folder: Path, precision: HostPrecision) -> TargetEntry:
-    """What a model is on the CPU, packed into a folder of the target's name."""
+def _packed(name: str, export: Export, folder: Path, target: str, precision: HostPrecision) -> TargetEntry:
+    """What a model is on a target for which it is packed, into a folder of the target's name."""
     from engines.bundles.packed import pack_member
 
-    packed = pack_member(name, export.folder, export.spec, folder / HOST, precision)
+    packed = pack_member(name, export.folder, export.spec, folder / target, precision, target)
     return TargetEntry(
-        spec=f"{HOST}/{SPEC_FILE}",
+        spec=f"{target}/{SPEC_FILE}",
         dtype=packed.spec.dtype,
         stages=packed.spec.stages,
         ops=ops_served(export),
         weight_bytes=packed.weight_bytes,
         precision=precision,
         losses=packed.losses,
-        footprint=footprint_of(export, HOST, packed.spec.dtype, packed.weight_bytes, {}),
+        footprint=footprint_of(export, target, packed.spec.dtype, packed.weight_bytes, {}),
     )
 
 
@@ -221,11 +226,9 @@ def _has_engines(target: str) -> bool:
     return TARGETS[target].runs == "engines"
 
 
-def _packed_as(targets: Sequence[str], precision: str | None) -> HostPrecision | None:
-    """How the CPU's files are packed; None for the canonical ones."""
-    if HOST in targets and precision in TARGETS[HOST].precisions:
-        return precision  # type: ignore[return-value]
-    return None
+def _packed_as(target: str, precision: str | None) -> HostPrecision | None:
+    """How a target's files are packed; None for the canonical ones."""
+    return precision if precision in TARGETS[target].packed else None  # type: ignore[return-value]
 
 
 def _computed_in(target: str, spec: ExportSpec, precision: str | None) -> FloatType:
@@ -250,7 +253,7 @@ def _engine_options(targets: Sequence[str], engines: EngineOptions | None) -> En
     return None
 
 
-def _host_precision(targets: Sequence[str], precision: str | None) -> str | None:
+def _graph_precision(targets: Sequence[str], precision: str | None) -> str | None:
     """The precision of what runs graphs; UsageError for one that no target can choose."""
     if precision is None or any(precision in TARGETS[target].precisions for target in targets):
         return precision

@@ -100,7 +100,7 @@ def build(
 @click.command()
 @click.argument("folder", metavar="EXPORT", type=folder_type)
 @click.option("-o", "--out", "out", type=folder_type, required=True, metavar="DIR", help="The folder to write.")
-@click.option("--precision", metavar="P", help="fp16, bf16 or fp32. [the export's]")
+@click.option("--precision", metavar="P", help="fp16, bf16 or fp32; int8 or int4 weights. [the export's]")
 @click.option("--ops", metavar="HOW", default="body", show_default=True, help="plugin or body.")
 @click.option("--parser", metavar="V", default="current", show_default=True, help="current, or 10.3 for JetPack 6.")
 @click.option("--overwrite", is_flag=True, help="Replace an older folder.")

@@ -15,7 +15,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 _OF_ENGINES = (
     click.option("--sm", "sms", type=int, multiple=True, metavar="SM", help="rtx: compute capability, as 89; several."),
     click.option(
-        "--precision", metavar="P", help="engines: fp16, bf16 or fp32; cpu: fp32, int8 or int4; openvino: bf16 or fp32."
+        "--precision",
+        metavar="P",
+        help="int8 or int4 (weights); engines: fp16, bf16 or fp32 too; cpu: fp32; openvino: bf16 or fp32.",
     ),
     click.option("--ops", metavar="HOW", help="plugin or body, what serves the ops that have a kernel. [body]"),
 )

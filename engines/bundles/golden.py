@@ -129,6 +129,14 @@ def fed(case: Case, spec: ExportSpec) -> Tensors:
     return feeds
 
 
+def ran(case: Case, session: Session, spec: ExportSpec) -> Tensors:
+    """What comes out of a session for a case, as golden tensors have it."""
+    in_place = shared_names(spec) if session.form == "in-place" else {}
+    feeds = fed(case, spec.model_copy(update={"cache": session.form}))
+    got = told(case, session.run(feeds, host=list(case.outputs), in_place=in_place))
+    return {name: np.array(value) if name in in_place else value for name, value in got.items()}  # feeds' memory
+
+
 def told(case: Case, got: Tensors) -> Tensors:
     """What came out, as golden tensors have it: of buffers the filled rows."""
     grown = ("present_", "attention_received")
@@ -147,9 +155,7 @@ def _check_names(path: Path, case: Case, spec: ExportSpec) -> None:
 
 
 def _replayed(case: Case, session: Session, spec: ExportSpec) -> Replay:
-    in_place = shared_names(spec) if session.form == "in-place" else {}
-    feeds = fed(case, spec.model_copy(update={"cache": session.form}))
-    got = told(case, session.run(feeds, host=list(case.outputs), in_place=in_place))
+    got = ran(case, session, spec)
     # Kept rows first: where they differ, that is the reason for every number behind them.
     names = sorted(case.outputs, key=lambda name: not name.startswith("kept_"))
     tensors = tuple(compare(name, got[name], case.outputs[name], TOLERANCES[spec.dtype]) for name in names)

@@ -1,8 +1,9 @@
-"""One model of a bundle for the CPU, packed: stages and weights in a folder of their own, laid out or quantised."""
+"""One model of a bundle for a CPU, packed: stages and weights in a folder of their own, laid out or quantised."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -12,8 +13,11 @@ from engines.bundles.manifest import Loss
 from engines.sessions.session import open_session
 from graphs.lowering.export import interface_of
 from graphs.lowering.packing import BITS, HostPrecision, Packing
-from graphs.spec import SPEC_FILE, ExportSpec, StageSpec, WeightFile
+from graphs.spec import SPEC_FILE, ExportSpec, FloatType, StageSpec, WeightFile
 from graphs.talk import say, step
+
+# target → what it computes in between quantised weights; each falls back to fp32 by itself.
+COMPUTED_IN: dict[str, FloatType] = {"cpu": "float32", "openvino": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -25,15 +29,18 @@ class PackedMember:
     losses: tuple[Loss, ...]
 
 
-def pack_member(name: str, source: Path, spec: ExportSpec, out: Path, precision: HostPrecision) -> PackedMember:
+def pack_member(
+    name: str, source: Path, spec: ExportSpec, out: Path, precision: HostPrecision, target: str = "cpu"
+) -> PackedMember:
     """Write an export's stages and weights into the new folder ``out``, which lies in the model's.
 
-    Quantised ones are replayed against the golden tensors of ``source``; the errors are told and returned.
+    Quantised ones are replayed on the target against the golden tensors of ``source``; the errors are told and
+    returned.
     """
     out.mkdir()
-    packing = Packing(precision, out)
+    packing, dtype = Packing(precision, out, target), COMPUTED_IN[target]
     stages: dict[str, StageSpec] = {}
-    with step(f"packing the {name} model as {precision}"):
+    with step(f"packing the {name} model as {precision} for {target}"):
         for stage, interface in sorted(spec.stages.items(), key=lambda item: item[0] == "decoder"):
             model = ir.load(source / interface.file)
             packing.apply(model)
@@ -46,7 +53,7 @@ def pack_member(name: str, source: Path, spec: ExportSpec, out: Path, precision:
     packed = spec.model_copy(
         update={
             "stages": {stage: stages[stage] for stage in spec.stages},
-            "dtype": "float32",
+            "dtype": dtype,
             "weights": (WeightFile(name=f"{out.name}/{weights.file}", bytes=size),),
             "weights_are": "converted",
         }
@@ -54,8 +61,8 @@ def pack_member(name: str, source: Path, spec: ExportSpec, out: Path, precision:
     (out / SPEC_FILE).write_text(packed.dumps(), "utf-8")
     losses: tuple[Loss, ...] = ()
     if precision in BITS:
-        with step(f"measuring what {precision} costs the {name} model"):
-            losses = losses_of(source, packed, out.parent, open_session)
+        with step(f"measuring what {precision} costs the {name} model on {target}"):
+            losses = losses_of(source, packed, out.parent, partial(open_session, target=target, dtype=dtype))
         for line in losses_in_words(losses):
-            say(f"{name} in {precision}, golden tensors: {line}")
+            say(f"{name} in {precision} on {target}, golden tensors: {line}")
     return PackedMember(packed, size, losses)

@@ -23,7 +23,7 @@ class Target:
 
     memory: where weights and caches lie. reasons: ``module:function`` from the bundle's engines for this target
     (none for graphs) to every reason why this machine cannot run it; an empty list where it can. precisions: what
-    its graphs can be packed or computed in, where a build may choose.
+    its graphs can be packed or computed in, where a build may choose. packed: those of them with files of their own.
     """
 
     name: str
@@ -31,16 +31,25 @@ class Target:
     memory: Literal["host", "device"]
     reasons: str
     precisions: tuple[str, ...] = ()
+    packed: tuple[str, ...] = ()
 
 
+CPU_PRECISIONS = ("fp32", "int8", "int4")
 TABLE = (
     Target("tensorrt", "engines", "device", "engines.trt.running:tensorrt_reasons"),
     Target("rtx", "engines", "device", "engines.trt.running:reasons"),
     Target("ort-tensorrt", "graphs", "device", "engines.sessions.ort_providers:tensorrt_reasons"),
     Target("ort-rtx", "graphs", "device", "engines.sessions.ort_providers:rtx_reasons"),
     Target("cuda", "graphs", "device", "engines.sessions.ort_providers:cuda_reasons"),
-    Target("openvino", "graphs", "host", "engines.sessions.openvino_device:reasons", ("bf16", "fp32")),
-    Target("cpu", "graphs", "host", "engines.bundles.targets:cpu_reasons", ("fp32", "int8", "int4")),
+    Target(
+        "openvino",
+        "graphs",
+        "host",
+        "engines.sessions.openvino_device:reasons",
+        ("bf16", "fp32", "int8", "int4"),
+        packed=("int8", "int4"),
+    ),
+    Target("cpu", "graphs", "host", "engines.bundles.targets:cpu_reasons", CPU_PRECISIONS, packed=CPU_PRECISIONS),
 )
 TARGETS = {target.name: target for target in TABLE}
 

@@ -9,6 +9,7 @@ memory between the file and the frontend, which calls us back for each:
     CachedAttention(q, k, v, …)       Grown k and v, shared by groups of heads, and one causal attention over them
     TopK(x, k)                        ONNX's, ties to the lower index
     BlockAttention(q, k, v, is_real)  ours, as one attention under a mask, which keeps no map
+    DequantizeLinear(q, s)            ONNX's, of a weight, kept narrow (``openvino_weights``)
 
 CachedAttention is the pattern that OpenVINO's CPU plugin turns into its one node that appends to the cache and attends
 (StatefulSDPAFusion); that node aligns causality bottom-right, as ONNX's Attention with a past. It gives its keys to
@@ -23,20 +24,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
-from mmap import ACCESS_COPY, MADV_DONTNEED, mmap
+from mmap import MADV_DONTNEED, mmap
 from pathlib import Path
 from threading import Event, Thread
 from typing import TypeAlias
 
-import numpy as np
 import onnx
 import onnx.inliner
 import openvino as ov
-from openvino import opset13 as ops
 from openvino.frontend.onnx import ConversionExtension
 
 from engines.sessions.openvino_nodes import Conversions
+from engines.sessions.openvino_weights import (
+    DEQUANTIZE,
+    dequantised,
+    inputs_as_constants,
+    read_as_they_lie,
+    weights_as_inputs,
+)
 from graphs.errors import BadArtefact
 from graphs.ops import DOMAIN as OUR_OPS
 from graphs.ops import OPS
@@ -117,7 +122,7 @@ def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
     for node in nodes_of(proto.graph):
         for attribute in [a for a in node.attribute if a.name.startswith(PLUGIN_ATTRIBUTES)]:
             node.attribute.remove(attribute)
-        if (node.domain, node.op_type) in (("", "TopK"), (OUR_OPS, BLOCKS)):
+        if (node.domain, node.op_type) in (("", "TopK"), ("", DEQUANTIZE), (OUR_OPS, BLOCKS)):
             node.domain = DOMAIN
     proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
     inputs, outputs = ({v.name: _dims(v) for v in values} for values in (proto.graph.input, proto.graph.output))
@@ -131,18 +136,15 @@ def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
             ("CachedAttention", conversions.attention),
             ("TopK", conversions.top),
             (BLOCKS, conversions.blocks),
+            (DEQUANTIZE, dequantised),
         )
     ]
     for extension in extensions:
         core.add_extension(extension)
-    weights, files = _weights_as_inputs(proto, file.parent)
+    weights, files = weights_as_inputs(proto, file.parent)
     model = core.read_model(proto.SerializeToString())
-    _read_weights_as_they_lie(model)
-    for parameter in [p for p in model.get_parameters() if p.output(0).any_name in weights]:
-        constant = ops.constant(weights[parameter.output(0).any_name], shared_memory=True)
-        constant.set_friendly_name(parameter.output(0).any_name)
-        parameter.output(0).replace(constant.output(0))
-        model.remove_parameter(parameter)
+    read_as_they_lie(model)
+    inputs_as_constants(model, weights)
     model.add_sinks(conversions.sinks)
     model.validate_nodes_and_infer_types()
     return Read(model, inputs, outputs, states, grown, files)
@@ -150,45 +152,6 @@ def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
 
 def _dims(value: onnx.ValueInfoProto) -> Dims:
     return tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
-
-
-def _weights_as_inputs(proto: onnx.ModelProto, folder: Path) -> tuple[dict[str, np.ndarray], list[mmap]]:
-    """Make an input of every external tensor; return them as they lie in the files, and the files, mapped.
-
-    OpenVINO maps external tensors itself only for a graph that lies beside them. It wants constants writable, so the
-    mapping is private; nobody writes.
-    """
-    graph = proto.graph
-    files: dict[str, mmap] = {}
-    found: dict[str, np.ndarray] = {}
-    for tensor in [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]:
-        where = {entry.key: entry.value for entry in tensor.external_data}
-        if where["location"] not in files:
-            with (folder / where["location"]).open("rb") as opened:
-                files[where["location"]] = mmap(opened.fileno(), 0, access=ACCESS_COPY)
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        count = prod(tensor.dims)
-        found[tensor.name] = np.frombuffer(files[where["location"]], dtype, count, int(where.get("offset", 0))).reshape(
-            tensor.dims
-        )
-        graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-        graph.initializer.remove(tensor)
-    return found, list(files.values())
-
-
-def _read_weights_as_they_lie(model: ov.Model) -> None:
-    """MatMul(x, Transpose(w)) → MatMul with w turned, while w is no constant: OpenVINO would fold it into a copy."""
-    for node in model.get_ops():
-        if node.get_type_name() != "MatMul" or node.get_attributes()["transpose_b"]:
-            continue
-        turned = node.input_value(1).get_node()
-        if turned.get_type_name() != "Transpose" or turned.input_value(0).get_node().get_type_name() != "Parameter":
-            continue
-        weight = turned.input_value(0)
-        if weight.get_partial_shape().rank.get_length() == 2:
-            wide = ops.matmul(node.input_value(0), weight, node.get_attributes()["transpose_a"], True)
-            wide.set_friendly_name(node.get_friendly_name())
-            node.output(0).replace(wide.output(0))
 
 
 def _cached(proto: onnx.ModelProto, file: Path) -> tuple[dict[str, str], dict[str, str]]:

@@ -30,6 +30,9 @@ from graphs.talk import warn
 # Kinds of nodes in a compiled model: fused with its cache, an attention reads two states.
 ATTENTION, STATE = "ScaledDotProductAttention", "MemoryInput"
 PRECISIONS: dict[FloatType, str] = {"float32": "f32", "float16": "f32", "bfloat16": "bf16"}  # fp16 as ONNX Runtime does
+# Values of a row that share a scale where products with weights of 8 or 4 bits round their activations to 8 bits: four
+# times OpenVINO's own choice, and the block of 4-bit weights (benchmarks/LOG.md). 0: they stay as they are.
+GROUPS: dict[FloatType, int] = {"float32": 0, "float16": 0, "bfloat16": 128}
 ONE_SEQUENCE = np.zeros(1, np.int32)
 
 
@@ -55,7 +58,8 @@ class Rows:
 class OpenVinoSession:
     """An ``engines.sessions.session.Session`` over openvino.CompiledModel.
 
-    dtype: what it computes in: float32, float16 (in fp32, as ONNX Runtime does on a CPU) or bfloat16. Raises
+    dtype: what it computes in: float32, float16 (in fp32, as ONNX Runtime does on a CPU) or bfloat16; of those that it
+    multiplies with weights which are narrow in the file, activations in bfloat16 are rounded to 8 bits. Raises
     BackendMissing where the device is not there, BadArtefact where the file cannot be read or compiled.
     """
 
@@ -80,6 +84,7 @@ class OpenVinoSession:
                 "replay its golden tensors with: saccade verify, or build the bundle again"
             ) from None
         self._packing: Callable[[], AbstractContextManager[None]] = read.packing
+        self._files = read.files  # whose memory the constants are, and which they do not keep
         self._states, self._grown = read.states, read.grown
         self._inputs, self._outputs = read.inputs, read.outputs
         if read.states:
@@ -164,6 +169,7 @@ def _settings(core: ov.Core, device: str, threads: int | None, dtype: FloatType)
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     if device == CPU:
         settings["KV_CACHE_PRECISION"] = precision
+        settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = GROUPS[dtype]
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
     return settings

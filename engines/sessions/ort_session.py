@@ -43,6 +43,8 @@ class OrtSession:
         options.inter_op_num_threads = 1
         # Six sessions take turns: one that spins after its run takes the cores of the next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        # What is written for others (DequantizeLinear) is computed as it says: activations are not rounded too.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         try:
             self._session = self._opened(options)
         except SaccadeError:

@@ -97,14 +97,16 @@ class TensorrtOptions:
 
 
 def refuse_for_parser(parser: str, ops: str, precision: str | None) -> None:
-    """UsageError for a parser that is not known, or that takes no plugins and no bf16.
+    """UsageError for a parser that is not known, or that takes no plugins, no bf16 and no weights of 4 bits.
 
-    precision: fp16, bf16, bfloat16, …; None where the export's own is not known yet.
+    precision: fp16, bf16, bfloat16, int4, …; None where the export's own is not known yet.
     """
     if parser not in PARSERS:
         raise UsageError(f"parser {parser!r} is not known; choose {' or '.join(PARSERS)}")
-    if parser == "10.3" and (ops == "plugin" or precision in ("bf16", "bfloat16")):
-        raise UsageError("TensorRT 10.3 takes no plugins of ours and no bf16 graph; choose --ops body and fp16 or fp32")
+    if parser == "10.3" and (ops == "plugin" or precision in ("bf16", "bfloat16", "int4")):
+        raise UsageError(
+            "TensorRT 10.3 takes no plugins of ours, no bf16 and no int4; choose --ops body and fp16, fp32 or int8"
+        )
 
 
 def own_sm(sms: tuple[int, ...], options: TensorrtOptions, ops: str, *, alone: bool) -> int:

@@ -6,8 +6,10 @@ import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from engines.bundles.manifest import Compatibility, EngineEntry, Served
+from engines.bundles.losses import losses_in_words, losses_of
+from engines.bundles.manifest import Compatibility, EngineEntry, Loss, Served
 from engines.bundles.overflow import guard_against_overflow
+from engines.sessions.session import open_session
 from engines.trt.bounds import BODY_ROWS, Bounds, profiles_of
 from engines.trt.engine import engine_from_onnx, refuse_too_large
 from engines.trt.flavour import FLAVOURS, RTX, Flavour
@@ -66,12 +68,13 @@ def _plainer(source: Path, spec: ExportSpec, lowered: LoweredExport, lowering: L
 
 @dataclass(frozen=True)
 class BuiltMember:
-    """One model as it lies in the bundle."""
+    """One model as it lies in the bundle. losses: what weights of 8 or 4 bits cost, in ONNX Runtime."""
 
     spec: ExportSpec
     engines: dict[str, EngineEntry]
     ops: dict[str, Served]
     weight_bytes: int
+    losses: tuple[Loss, ...]
 
 
 def build_member(
@@ -99,6 +102,12 @@ def build_member(
     if lowered.spec.dtype == "float16":
         with step(f"replaying the {name} model for overflow"):
             guard_against_overflow(plainer, source)
+    losses: tuple[Loss, ...] = ()
+    if lowering.bits:
+        with step(f"measuring what {options.precision} costs the {name} model on {flavour.target}"):
+            losses = losses_of(source, plainer.spec, plainer.folder, open_session)
+        for line in losses_in_words(losses):
+            say(f"{name} in {options.precision} on {flavour.target}, golden tensors, by ONNX Runtime: {line}")
     bounds = options.bounds.fitted(lowered.spec, _most_rows(plainer, options.ops))
     say(f"{name}: {bounds.in_words()}")
     if _most_rows(plainer, options.ops) == BODY_ROWS:
@@ -120,7 +129,7 @@ def build_member(
             # One node left to its body is what a reader must know of the op.
             op = lowered.ops[stage][node]
             served[op] = by if served.get(op, by) == by else "body"
-    return BuiltMember(built, engines, dict(sorted(served.items())), sum(lowered.weight_bytes.values()))
+    return BuiltMember(built, engines, dict(sorted(served.items())), sum(lowered.weight_bytes.values()), losses)
 
 
 def _split(lowered: LoweredExport) -> LoweredExport:

@@ -11,10 +11,12 @@ from engines.trt.flavour import FLAVOURS, RTX, Flavour
 from engines.trt.full import TensorrtOptions, own_sm, refuse_for_parser
 from graphs.errors import UsageError
 from graphs.lowering import Lowering, Parser
+from graphs.lowering.roles import Width
 from graphs.spec import ExportSpec, FloatType
 from graphs.talk import say
 
 PRECISIONS: dict[str, FloatType] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+BITS: dict[str, Width] = {"int8": 8, "int4": 4}  # of the weights of products; all else is fp16
 OPS_CHOICES = ("plugin", "body")
 
 
@@ -22,8 +24,9 @@ OPS_CHOICES = ("plugin", "body")
 class EngineOptions:
     """What ``saccade build --target rtx`` or ``tensorrt`` is told.
 
-    sms: compute capabilities, as 89. precision: fp16, bf16 or fp32; None: the export's own. ops: whether plugins are
-    asked to serve the ops that have a kernel, or the bodies serve all. tensorrt: what full TensorRT alone is told.
+    sms: compute capabilities, as 89. precision: fp16, bf16 or fp32; int8 or int4 for weights of so many bits and
+    fp16 otherwise; None: the export's own. ops: whether plugins are asked to serve the ops that have a kernel, or the
+    bodies serve all. tensorrt: what full TensorRT alone is told.
     """
 
     sms: tuple[int, ...] = ()
@@ -43,8 +46,8 @@ class EngineOptions:
         Errors: UsageError for a value that is not known, or that no target reads; BackendMissing where a target cannot
         be built here.
         """
-        if self.precision is not None and self.precision not in PRECISIONS:
-            raise UsageError(f"precision {self.precision!r} is not known; choose fp16, bf16 or fp32")
+        if self.precision is not None and self.precision not in {**PRECISIONS, **BITS}:
+            raise UsageError(f"precision {self.precision!r} is not known; choose {', '.join((*PRECISIONS, *BITS))}")
         if self.ops not in OPS_CHOICES:
             raise UsageError(f"ops {self.ops!r} is neither plugin nor body; choose one")
         if "tensorrt" in targets:
@@ -69,16 +72,17 @@ class EngineOptions:
 
     def lowering(self, spec: ExportSpec, flavour: Flavour = RTX) -> Lowering:
         """The passes that these options ask for; UsageError where the parser does not take the export's precision."""
-        precision = PRECISIONS[self.precision] if self.precision else spec.dtype
+        bits = BITS.get(self.precision or "")
+        precision = "float16" if bits else PRECISIONS[self.precision] if self.precision else spec.dtype
         parser = self.full.parser if flavour is not RTX else "current"
-        refuse_for_parser(parser, self.ops, precision)
-        return lowering_of(precision, self.ops, parser)
+        refuse_for_parser(parser, self.ops, self.precision or precision)
+        return lowering_of(precision, self.ops, parser, bits)
 
 
-def lowering_of(precision: FloatType, ops: str, parser: Parser) -> Lowering:
-    """The passes for a precision, what serves the ops, and a parser."""
+def lowering_of(precision: FloatType, ops: str, parser: Parser, bits: Width | None = None) -> Lowering:
+    """The passes for a precision, what serves the ops, a parser, and the bits of weights."""
     if ops == "body":
-        return Lowering(precision, parser=parser)
+        return Lowering(precision, parser=parser, bits=bits)
     from plugins.registry import NODE_ATTRIBUTES, ops_with_kernels
 
-    return Lowering(precision, frozenset(ops_with_kernels()), NODE_ATTRIBUTES, parser)
+    return Lowering(precision, frozenset(ops_with_kernels()), NODE_ATTRIBUTES, parser, bits=bits)

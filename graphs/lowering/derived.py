@@ -17,7 +17,9 @@ from graphs.lowering.weights import HEADER
 
 CHUNK = 1 << 22  # values made at a time
 ALIGNED = 64  # bytes: a cache line
+# int4 is stored as bytes of two values
 SAFETENSORS_NAME = {
+    ir.DataType.INT4: "U8",
     ir.DataType.FLOAT: "F32",
     ir.DataType.FLOAT16: "F16",
     ir.DataType.UINT8: "U8",
@@ -57,8 +59,8 @@ class DerivedWeights:
         """
         if key not in self._places:
             self._places[key] = _Place(self._size, name, dtype, shape, pieces)
-            self._size += -(-prod(shape) * int(dtype.itemsize) // ALIGNED) * ALIGNED
-        length = prod(shape) * int(dtype.itemsize)
+            self._size += -(-_bytes(shape, dtype) // ALIGNED) * ALIGNED
+        length = _bytes(shape, dtype)
         return ir.ExternalTensor(
             self.file,
             HEADER + self._places[key].at,
@@ -76,9 +78,9 @@ class DerivedWeights:
         for i, p in enumerate(self._places.values()):
             if p.at > end:
                 header[f"{i}.padding"] = {"dtype": "U8", "shape": [p.at - end], "data_offsets": [end, p.at]}
-            end = p.at + prod(p.shape) * int(p.dtype.itemsize)
+            end = p.at + _bytes(p.shape, p.dtype)
             name = SAFETENSORS_NAME[p.dtype]
-            header[f"{i}.{p.name}"] = {"dtype": name, "shape": list(p.shape), "data_offsets": [p.at, end]}
+            header[f"{i}.{p.name}"] = {"dtype": name, "shape": _shape(p), "data_offsets": [p.at, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         if len(text) > HEADER - 8:
             raise OperationFailed(f"{len(self._places)} weights are more than one file can name; report this")
@@ -87,5 +89,17 @@ class DerivedWeights:
             for p in self._places.values():
                 out.write(b"\0" * (HEADER + p.at - out.tell()))
                 for piece in p.pieces():
-                    out.write(np.ascontiguousarray(piece, p.dtype.numpy()).data)
-                assert out.tell() == HEADER + p.at + prod(p.shape) * int(p.dtype.itemsize)
+                    out.write(np.ascontiguousarray(piece, np.uint8 if _halves(p.dtype) else p.dtype.numpy()).data)
+                assert out.tell() == HEADER + p.at + _bytes(p.shape, p.dtype)
+
+
+def _halves(dtype: ir.DataType) -> bool:
+    return dtype == ir.DataType.INT4
+
+
+def _bytes(shape: tuple[int, ...], dtype: ir.DataType) -> int:
+    return int(prod(shape) * dtype.itemsize)
+
+
+def _shape(place: _Place) -> list[int]:
+    return [_bytes(place.shape, place.dtype)] if _halves(place.dtype) else list(place.shape)

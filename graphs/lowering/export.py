@@ -11,6 +11,7 @@ import onnx_ir as ir
 from graphs.errors import BadArtefact
 from graphs.files import clone_or_copy, path_inside
 from graphs.lowering import Lowering
+from graphs.lowering.derived import DerivedWeights
 from graphs.lowering.weights import ConvertedWeights
 from graphs.spec import DType, ExportSpec, StageSpec, TensorSpec, WeightFile
 
@@ -53,13 +54,13 @@ def lowered_export(
     link instead of a copy, which TensorRT follows and the export does not notice; ONNX Runtime and onnx's own loaders
     refuse it, so it is for folders that do not stay.
     """
-    weights = ConvertedWeights(out)
+    weights, derived = ConvertedWeights(out), DerivedWeights(out, "quantised.safetensors")
     stages: dict[str, StageSpec] = {}
     weight_bytes: dict[str, int] = {}
     ops: dict[str, dict[str, str]] = {}
     kept: set[str] = set()
     for name, stage in spec.stages.items():
-        model = lowering.apply(ir.load(folder / stage.file), weights.rebind)
+        model = lowering.apply(ir.load(folder / stage.file), weights.rebind, derived)
         external = [
             v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)
         ]
@@ -68,12 +69,14 @@ def lowered_export(
         ops[name] = {str(n.name): n.op_type for n in model.graph.all_nodes() if n.domain}
         ir.save(model, out / stage.file)
         stages[name] = interface_of(stage, model)
-    link = link and not weights.is_needed  # one folder has all of them
+    link = link and not (weights.is_needed or derived.is_needed)  # one folder has all of them
     for location in sorted(kept):
         _place(folder, location, out, link)
+    if derived.is_needed:
+        derived.write()
     if weights.is_needed:
         weights.write()
-    files = sorted({*kept, *([weights.file] if weights.is_needed else [])})
+    files = sorted({*kept, *(made.file for made in (weights, derived) if made.is_needed)})
     listed = tuple(WeightFile(name=f, bytes=(out / f).stat().st_size) for f in files)
     update = {"stages": stages, "dtype": lowering.precision, "weights": listed, "cache": lowering.cache}
     lowered = spec.model_copy(update=update)

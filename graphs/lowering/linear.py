@@ -10,9 +10,13 @@ of every weight in memory and most of the time it takes to open a graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import onnx_ir as ir
 
 MICROSOFT = "com.microsoft"
+Rows = Callable[[int, int], np.ndarray]  # rows of a weight in fp32, by first and end
 
 
 class WeightsAsStored(ir.passes.InPlacePass):
@@ -77,3 +81,34 @@ def remove_unread(nodes: list[ir.Node | None]) -> None:
         fed = [value.producer() for value in node.inputs if value is not None]
         node.graph.remove(node, safe=True)
         remove_unread(fed)
+
+
+def initializer(model: ir.Model, tensor: ir.ExternalTensor) -> ir.Value:
+    """The graph's value of an external tensor, made once per name."""
+    name = str(tensor.name)
+    if name not in model.graph.initializers:
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        model.graph.initializers[name] = value
+    return model.graph.initializers[name]
+
+
+def mapped_values(held: ir.ExternalTensor) -> np.ndarray:
+    """A weight's values, mapped until they are read no more: the tensor's own map would stay, with all its pages."""
+    return np.memmap(held.path, np.dtype(held.dtype.numpy()), "r", held.offset or 0, held.shape.numpy())
+
+
+def rows_of(weight: ir.Value) -> Rows:
+    """What reads rows of a stored weight from its file, in fp32."""
+    held = weight.const_value
+    assert isinstance(held, ir.ExternalTensor)
+    return rows_in(held)
+
+
+def rows_in(held: ir.ExternalTensor) -> Rows:
+    """The same of the tensor itself; of a number, the number."""
+
+    def rows(first: int, end: int) -> np.ndarray:
+        values = mapped_values(held)
+        return np.asarray(values[first:end] if values.shape else values, np.float32)
+
+    return rows

@@ -21,11 +21,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphs.lowering.derived import CHUNK, DerivedWeights
-from graphs.lowering.linear import MICROSOFT, is_stored_matrix, replace, sizes_of, stored_weight
+from graphs.lowering.linear import MICROSOFT, Rows, initializer, is_stored_matrix, replace, sizes_of, stored_weight
 
 ACCURACY_LEVEL = 4
 SMALLEST_BLOCK = 16  # of both ops
-Rows = Callable[[int, int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -149,12 +148,3 @@ class Quantise(ir.passes.InPlacePass):
         q = self.weights.place((*place, "q"), f"{name}.q", ir.DataType.UINT8, shape, lambda: pieces(0))
         s = self.weights.place((*place, "s"), f"{name}.scale", ir.DataType.FLOAT, (n, blocks), lambda: pieces(1))
         return initializer(model, q), initializer(model, s)
-
-
-def initializer(model: ir.Model, tensor: ir.ExternalTensor) -> ir.Value:
-    """The graph's value of an external tensor, made once per name."""
-    name = str(tensor.name)
-    if name not in model.graph.initializers:
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-        model.graph.initializers[name] = value
-    return model.graph.initializers[name]

@@ -187,6 +187,39 @@ def test_bf16_is_asked_for_at_the_build(tiny_pair: TinyPair, tmp_path: Path, sac
     assert saccade_cli("verify", bundle, "--target", "cpu").code == 0
 
 
+def test_weights_of_8_bits_beside_those_of_the_cpu(tiny_pair: TinyPair, tmp_path: Path, saccade_cli: Cli) -> None:
+    bundle, exports = tmp_path / "b", [tiny_pair.exports["small"], tiny_pair.exports["large"]]
+    targets = ("--target", "openvino", "--target", "cpu")
+    built = saccade_cli("build", *exports, "-o", bundle, *targets, "--precision", "int8")
+    assert built.code == 0, built.stderr
+    assert "large in int8 on openvino, golden tensors: decoder: error at most" in built.stderr
+    assert {path.name for path in (bundle / "small").iterdir()} == {
+        "golden.safetensors",
+        "processor",
+        "openvino",
+        "cpu",
+    }
+    for member in manifest_of(bundle).members.values():
+        entry = member.targets["openvino"]
+        assert (entry.precision, entry.dtype, entry.spec) == ("int8", "bfloat16", "openvino/spec.json")
+        losses = {loss.tensor: loss.mean_error for loss in entry.losses}
+        assert 1e-4 < losses["logits"] < 0.03
+        assert entry.weight_bytes < 1.2 * member.targets["cpu"].weight_bytes
+    assert "on openvino: int8 weights, bfloat16" in saccade_cli("show", bundle).stdout
+    for target in ("openvino", "cpu"):
+        told = saccade_cli("verify", bundle, "--target", target)
+        assert told.code == 0, told.stderr
+    answer = Cascade.open(bundle, target="openvino").ask(picture_of(3), question_of(3), max_new_tokens=NEW_TOKENS)
+    assert answer.tokens
+
+
+def test_narrow_files_are_measured_so_openvino_must_be_here(tiny_pair: TinyPair, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("engines.sessions.openvino_device.find_spec", lambda name: None)
+    with pytest.raises(BackendMissing, match="target openvino cannot be run here: openvino is not installed"):
+        build_bundle([tiny_pair.exports["alone"]], tmp_path / "b", target="openvino", precision="int4")
+    assert not (tmp_path / "b").exists()
+
+
 def _member(bundle: Path):
     member = open_bundle(bundle, target="openvino").members["large"]
     return member.folder, member.spec
@@ -202,7 +235,7 @@ def _session(file: Path, dtype: str):
     ("options", "why"),
     [
         (("--target", "cpu", "--precision", "bf16"), "choose one of cpu: fp32, int8, int4"),
-        (("--target", "openvino", "--precision", "int3"), "choose one of openvino: bf16, fp32"),
+        (("--target", "openvino", "--precision", "int3"), "choose one of openvino: bf16, fp32, int8, int4"),
         (("--target", "openvino", "--precision", "bf16", "--sm", "89"), "has no engines to build"),
     ],
 )

@@ -72,7 +72,7 @@ def test_what_is_measured_is_told_in_the_packed_precision(
     promises.precision = {"small": "int8", "large": "int4"}
     assert promises.that_holds(None, Options(2)) is None
     shown = saccade_cli("show", bundle).stdout
-    assert "  on cpu: int8, " in shown
+    assert "  on cpu: int8 weights, float32, " in shown
     told = saccade_cli("eval", bundle, "glyphs", *few, "-o", tmp_path / "out", "--json")
     assert json.loads(told.stdout)["bundles"][0]["precision"] == "int8"
 
@@ -80,7 +80,7 @@ def test_what_is_measured_is_told_in_the_packed_precision(
 def test_the_error_is_told_and_written(tiny_pair: TinyPair, tmp_path: Path, saccade_cli: Cli) -> None:
     told = saccade_cli("build", tiny_pair.exports["alone"], "-o", tmp_path / "b", "--precision", "int4", "--json")
     assert told.code == 0, told.stderr
-    assert "alone in int4, golden tensors: decoder: error at most" in told.stderr
+    assert "alone in int4 on cpu, golden tensors: decoder: error at most" in told.stderr
     losses = json.loads(told.stdout)["members"]["alone"]["targets"]["cpu"]["losses"]
     worst = max(loss["max_error"] for loss in losses)
     assert 1e-4 < worst < 2
@@ -166,6 +166,9 @@ def test_whose_precision_it_is() -> None:
     assert split_precision(["cpu", "rtx"], "fp16") == (None, "fp16")
     assert split_precision(["cpu", "rtx"], "fp32") == ("fp32", "fp32")
     assert split_precision(["cpu", "cuda"], None) == (None, None)
+    assert split_precision(["cpu", "rtx"], "int8") == ("int8", "int8")
+    assert split_precision(["openvino", "tensorrt"], "int4") == ("int4", "int4")
+    assert split_precision(["cuda", "rtx"], "int4") == (None, "int4")
 
 
 def test_pieces_have_digests_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
