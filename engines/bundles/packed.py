@@ -11,8 +11,9 @@ from engines.bundles.losses import losses_in_words, losses_of
 from engines.bundles.manifest import Loss
 from engines.sessions.session import open_session
 from graphs.lowering.export import interface_of
+from graphs.lowering.in_place import grouped
 from graphs.lowering.packing import BITS, HostPrecision, Packing
-from graphs.spec import SPEC_FILE, ExportSpec, StageSpec, WeightFile
+from graphs.spec import SPEC_FILE, CacheForm, ExportSpec, StageSpec, WeightFile
 from graphs.talk import say, step
 
 
@@ -33,10 +34,13 @@ def pack_member(name: str, source: Path, spec: ExportSpec, out: Path, precision:
     out.mkdir()
     packing = Packing(precision, out)
     stages: dict[str, StageSpec] = {}
+    form: CacheForm = "concat"
     with step(f"packing the {name} model as {precision}"):
         for stage, interface in sorted(spec.stages.items(), key=lambda item: item[0] == "decoder"):
             model = ir.load(source / interface.file)
             packing.apply(model)
+            if stage == "decoder" and grouped(model):
+                form = "in-place"
             ir.save(model, out / interface.file)
             typed = interface_of(interface, model)
             stages[stage] = typed.model_copy(update={"file": f"{out.name}/{interface.file}"})
@@ -49,6 +53,7 @@ def pack_member(name: str, source: Path, spec: ExportSpec, out: Path, precision:
             "dtype": "float32",
             "weights": (WeightFile(name=f"{out.name}/{weights.file}", bytes=size),),
             "weights_are": "converted",
+            "cache": form,
         }
     )
     (out / SPEC_FILE).write_text(packed.dumps(), "utf-8")

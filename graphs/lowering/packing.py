@@ -4,7 +4,7 @@ Legend: N outputs, K inputs of a layer.
 
 fp32: a weight [N,K] with N > K is stored turned, [K,N], else as the checkpoint has it; what is an embedding table too
 stays as it is, so that both are one. Read in place, decode is then within 5 % of what ONNX Runtime's own packed copies
-reach, which take as much memory again and are made at every open (benchmarks/LOG-cpu.md).
+reach, which take as much memory again and are made at every open (benchmarks/LOG.md).
 int8, int4: ``graphs.lowering.quantised``, tables included; norms, biases and convolutions stay fp32. Of int4, the
 vision tower, the embedding table and the head are int8: they are few bytes and most of the error.
 """
@@ -22,10 +22,12 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from graphs.errors import OperationFailed
 from graphs.lowering.derived import CHUNK, DerivedWeights, Pieces
-from graphs.lowering.host import PACKED, one_node_each
+from graphs.lowering.host import one_node_each
 from graphs.lowering.linear import WeightsAsStored, is_stored_matrix, replace, sizes_of, stored_weight
+from graphs.lowering.patches import PatchesByProduct
 from graphs.lowering.precision import Precision
 from graphs.lowering.quantised import Bits, Quantise, Rows, initializer
+from graphs.packed import PACKED
 
 HostPrecision = Literal["fp32", "int8", "int4"]
 PRECISIONS: tuple[HostPrecision, ...] = get_args(HostPrecision)
@@ -73,6 +75,8 @@ class Packing:
         one_node_each(model)
         RemoveUnusedNodesPass()(model)
         self._keep_the_rest(model)
+        PatchesByProduct()(model)
+        RemoveUnusedNodesPass()(model)
         model.metadata_props[PACKED] = self.precision
 
     def _turn(self, model: ir.Model) -> None:
