@@ -146,10 +146,15 @@ def _check_names(path: Path, case: Case, spec: ExportSpec) -> None:
             raise _bad(path, f"{side} of {case.stage}/{case.name} and of spec.json differ in {', '.join(differ)}")
 
 
-def _replayed(case: Case, session: Session, spec: ExportSpec) -> Replay:
+def ran(case: Case, session: Session, spec: ExportSpec) -> Tensors:
+    """A case through its stage's session, whatever the form of its caches; what comes out as golden tensors have it."""
     in_place = shared_names(spec) if session.form == "in-place" else {}
     feeds = fed(case, spec.model_copy(update={"cache": session.form}))
-    got = told(case, session.run(feeds, host=list(case.outputs), in_place=in_place))
+    return told(case, session.run(feeds, host=list(case.outputs), in_place=in_place))
+
+
+def _replayed(case: Case, session: Session, spec: ExportSpec) -> Replay:
+    got = ran(case, session, spec)
     # Kept rows first: where they differ, that is the reason for every number behind them.
     names = sorted(case.outputs, key=lambda name: not name.startswith("kept_"))
     tensors = tuple(compare(name, got[name], case.outputs[name], TOLERANCES[spec.dtype]) for name in names)

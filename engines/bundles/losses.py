@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.bundles.golden import Case, Replay, Tensors, cases_of
+from engines.bundles.golden import Case, Replay, Tensors, cases_of, ran
 from engines.bundles.manifest import Loss
 from engines.sessions.session import Session
 from graphs.compare import SMALLEST_SCALE, Comparison, kept_overlap
@@ -73,8 +73,8 @@ def _ran(golden: Path, spec: ExportSpec, stages: Path, open_stage: OpenStage) ->
         if session is None or session[0] != case.stage:
             session = case.stage, open_stage(stages / stage.file)
         wanted = {tensor.name: tensor.dtype for tensor in stage.inputs}
-        feeds = {name: value.astype(wanted[name], copy=False) for name, value in case.inputs.items()}
-        yield case, session[1].run(feeds, host=list(case.outputs))
+        inputs = {name: value.astype(wanted[name], copy=False) for name, value in case.inputs.items()}
+        yield case, ran(replace(case, inputs=inputs), session[1], spec)
 
 
 def _loss(case: Case, name: str, got: np.ndarray, wanted: np.ndarray) -> Loss:

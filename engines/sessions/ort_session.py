@@ -122,8 +122,9 @@ class OrtSession:
                 f"ONNX Runtime failed in {self._file.name} ({_first_line(e)}); {_remedy(e)}"
             ) from None
         results = dict(zip((*returned, *device), binding.get_outputs(), strict=False))
-        results |= {name: values[shared] for name, shared in in_place.items() if name in host}
-        return {name: value.numpy() if name in host else value for name, value in results.items()}
+        on_host = {name: value.numpy() if name in host else value for name, value in results.items()}
+        # A buffer's memory is its feeder's.
+        return on_host | {name: values[shared].numpy().copy() for name, shared in in_place.items() if name in host}
 
     def _after(self, values: Mapping[str, ort.OrtValue]) -> ort.RunOptions | None:
         """Options of a run: what a large one took is given back, for the other stages; a decode step keeps it."""
