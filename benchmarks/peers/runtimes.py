@@ -8,6 +8,7 @@ first token, decode what the other tokens took together. Image preparation is le
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +29,8 @@ class Saccade:
     """Our bundle. keep: the share of visual tokens, None for the export's."""
 
     def __init__(self, folder: Path, threads: int, target: str, keep: float | None = None) -> None:
+        # As the front door's verbs do, and as in an installation without the extra export: transformers would import it.
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
         import saccade
 
         self._cascade = saccade.Cascade.open(folder, target=target, threads=threads, preload=True)
