@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+
 PACKED = "saccade.packed"  # metadata of a file that was lowered at build; its value is the precision
 # ModelProto.metadata_props as it is serialised: a key, then the length of a short value, then the value.
 ENTRY = re.compile(rb"\x0a\x0e" + re.escape(PACKED.encode()) + rb"\x12([\x01-\x7f])")

@@ -29,7 +29,7 @@ class Saccade:
     """Our bundle. keep: the share of visual tokens, None for the export's."""
 
     def __init__(self, folder: Path, threads: int, target: str, keep: float | None = None) -> None:
-        # As the front door's verbs do, and as in an installation without the extra export: transformers would import it.
+        # As the front door's verbs do: transformers would import it, and an installation that only runs has none.
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
         import saccade
 

@@ -62,8 +62,9 @@ def open_bundle(path: Path | str, *, target: str | None = None, check: Literal["
     """Open a bundle on a target, or raise BadArtefact with the reason and the command that mends it.
 
     target: this one and no other; None: the best that this machine can run, named on stderr where there is a choice.
-    check: ``full`` hashes every file, ``used`` those that the target uses and that are not known. Errors: UsageError for a target that the
-    bundle does not hold, BackendMissing with the reasons where it cannot be run here; both before a file is read.
+    check: ``full`` hashes every file, ``used`` those that the target uses and that are not remembered. Errors:
+    UsageError for a target that the bundle does not hold, BackendMissing with the reasons where it cannot be run here;
+    both before a file is read.
     """
     path = Path(path)
     manifest = manifest_of(path)

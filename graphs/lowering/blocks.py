@@ -26,8 +26,8 @@ class BlocksTiled(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite in place."""
-        found = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "BlockAttention"]
-        found = [node for node in found if node.inputs[0] is not None and _heads(node.inputs[0])]
+        blocks = (node for node in model.graph if node.domain == DOMAIN and node.op_type == "BlockAttention")
+        found = [node for node in blocks if _heads(node.inputs[0])]
         columns: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         for node in found:
             _rewrite(node, columns)
@@ -42,8 +42,10 @@ def _rewrite(node: ir.Node, columns: dict[ir.Value, tuple[ir.Value, ir.Value]]) 
     q, k, v, is_real = node.inputs
     assert q is not None
     assert is_real is not None
-    graph, (heads, width) = node.graph, _heads(q)
+    graph, sizes = node.graph, _heads(q)
     assert graph is not None
+    assert sizes
+    heads, width = sizes
     if is_real not in columns:
         columns[is_real] = _columns(node, is_real, heads)
     one, padding = columns[is_real]
@@ -77,15 +79,17 @@ def _flat(node: ir.Node, value: ir.Value, width: int) -> ir.Value:
 def _rows_first(node: ir.Node, value: ir.Value | None) -> ir.Value:
     """[B,K,H,D] of [B,H,K,D]: what it was turned from, or turned back."""
     maker = value.producer() if value is not None else None
-    if maker is not None and maker.op_type == "Transpose" and not maker.domain:
-        if tuple(maker.attributes.get_ints("perm") or ()) == ROWS_FIRST and maker.inputs[0] is not None:
-            return maker.inputs[0]
+    turned = maker is not None and maker.op_type == "Transpose" and not maker.domain
+    if maker is not None and turned and tuple(maker.attributes.get_ints("perm") or ()) == ROWS_FIRST:
+        source = maker.inputs[0]
+        assert source is not None
+        return source
     return before(node, "Transpose", [value], perm=ROWS_FIRST)
 
 
-def _heads(value: ir.Value) -> tuple[int, int] | tuple[()]:
-    """H and D of [B,H,K,D]; nothing where they or the type are not known, or are not those of fp32."""
-    if value.shape is None or len(value.shape) != 4 or value.dtype != ir.DataType.FLOAT:
-        return ()
+def _heads(value: ir.Value | None) -> tuple[int, int] | None:
+    """H and D of [B,H,K,D] in fp32; None where type or sizes are others, or not known."""
+    if value is None or value.shape is None or len(value.shape) != 4 or value.dtype != ir.DataType.FLOAT:
+        return None
     heads, width = value.shape[1], value.shape[3]
-    return (heads, width) if isinstance(heads, int) and isinstance(width, int) else ()
+    return (heads, width) if isinstance(heads, int) and isinstance(width, int) else None

@@ -51,13 +51,17 @@ def blocks(dtype: int = T.FLOAT, *, rows_first: bool = True) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=opsets, functions=[OP.function], ir_version=10)
 
 
-def ran(model: onnx.ModelProto | ir.Model, feeds: dict[str, np.ndarray], folder: Path | None = None) -> list[np.ndarray]:
+def ran(
+    model: onnx.ModelProto | ir.Model, feeds: dict[str, np.ndarray], folder: Path | None = None
+) -> list[np.ndarray]:
     proto = ir.serde.serialize_model(model) if isinstance(model, ir.Model) else model
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     if folder:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    found = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(None, feeds)
+    found = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(
+        None, feeds
+    )
     return [np.asarray(value) for value in found]
 
 

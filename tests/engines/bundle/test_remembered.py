@@ -107,9 +107,7 @@ def test_a_note_that_is_no_note_is_passed_over(bundle: Path, hashed: list[str], 
     assert WEIGHTS in hashed
 
 
-def test_without_a_cache_every_opening_hashes(
-    bundle: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_cache_every_opening_hashes(bundle: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     open_bundle(bundle, check="used")
     hashed.clear()
