@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from engines.sessions.heap import give_back
 from engines.sessions.session import NOTHING, Value
 from graphs.errors import BadArtefact, OperationFailed, SaccadeError
 from graphs.packed import packed_as
@@ -116,7 +117,7 @@ class OrtSession:
                 binding.bind_output(name, self.device)
             for name, shared in in_place.items():
                 binding.bind_ortvalue_output(name, values[shared])
-            self._session.run_with_iobinding(binding, self._after(values))
+            self._session.run_with_iobinding(binding, self._options_of(values))
         except Exception as e:
             raise OperationFailed(
                 f"ONNX Runtime failed in {self._file.name} ({_first_line(e)}); {_remedy(e)}"
@@ -126,11 +127,12 @@ class OrtSession:
         # A buffer's memory is its feeder's.
         return on_host | {name: values[shared].numpy().copy() for name, shared in in_place.items() if name in host}
 
-    def _after(self, values: Mapping[str, ort.OrtValue]) -> ort.RunOptions | None:
-        """Options of a run: what a large one took is given back, for the other stages; a decode step keeps it."""
+    def _options_of(self, values: Mapping[str, ort.OrtValue]) -> ort.RunOptions | None:
+        """A large run begins on a trimmed heap and gives back what it took; a decode step keeps its memory."""
         fed = (value.shape() for name, value in values.items() if not name.startswith("past_"))
         if self.device != "cpu" or all(prod(shape) < LARGE for shape in fed):
             return None
+        give_back()
         options = ort.RunOptions()
         options.add_run_config_entry(GIVE_BACK, "cpu:0")
         return options
