@@ -117,7 +117,7 @@ class OrtSession:
                 binding.bind_output(name, self.device)
             for name, shared in in_place.items():
                 binding.bind_ortvalue_output(name, values[shared])
-            self._session.run_with_iobinding(binding, self._options_of(values))
+            self._session.run_with_iobinding(binding, *self._options_of(values))
         except Exception as e:
             raise OperationFailed(
                 f"ONNX Runtime failed in {self._file.name} ({_first_line(e)}); {_remedy(e)}"
@@ -127,15 +127,15 @@ class OrtSession:
         # A buffer's memory is its feeder's.
         return on_host | {name: values[shared].numpy().copy() for name, shared in in_place.items() if name in host}
 
-    def _options_of(self, values: Mapping[str, ort.OrtValue]) -> ort.RunOptions | None:
+    def _options_of(self, values: Mapping[str, ort.OrtValue]) -> tuple[ort.RunOptions, ...]:
         """A large run begins on a trimmed heap and gives back what it took; a decode step keeps its memory."""
         fed = (value.shape() for name, value in values.items() if not name.startswith("past_"))
         if self.device != "cpu" or all(prod(shape) < LARGE for shape in fed):
-            return None
+            return ()
         give_back()
         options = ort.RunOptions()
         options.add_run_config_entry(GIVE_BACK, "cpu:0")
-        return options
+        return (options,)
 
     def to_host(self, value: Value) -> np.ndarray:
         """Copy an OrtValue to numpy; arrays and buffers of the host pass through."""
