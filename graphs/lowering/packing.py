@@ -4,7 +4,7 @@ Legend: N outputs, K inputs of a layer.
 
 fp32: a weight [N,K] with N > K is stored turned, [K,N], else as the checkpoint has it; what is an embedding table too
 stays as it is, so that both are one. Read in place, decode is then within 5 % of what ONNX Runtime's own packed copies
-reach, which take as much memory again and are made at every open (benchmarks/LOG.md).
+reach, which take as much memory again and are made at every open (benchmarks/LOG.md, "opening and memory").
 int8, int4: ``graphs.lowering.quantised``, tables included; norms, biases and convolutions stay fp32. Of int4, the
 vision tower, the embedding table and the head are int8: they are few bytes and most of the error.
 """
