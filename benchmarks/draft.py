@@ -3,7 +3,7 @@
 Every question is asked both ways, one right after the other and in turns the first, at three retentions; the small
 model's pass is shared and not timed. Tokens must be equal; a step is a near-tie where the two best logits lie closer
 than 1e-4. A millisecond is one of prefill and decode of the large model. One JSON document goes to stdout and to
-``benchmarks/results/draft.json``.
+``benchmarks/results/draft.json``, and README's sentences are made of it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import click
 import numpy as np
 
+from benchmarks.draft_words import RESULTS, publish
 from engines.answer import Answer, SmallPass
 from engines.cascade import Cascade
 from engines.draft import padded, with_draft
@@ -31,7 +32,6 @@ from graphs.errors import SaccadeError
 from graphs.plan import keep_for_retention
 from graphs.talk import track
 
-RESULTS = Path(__file__).parent / "results"
 RETENTIONS = (0.64, 0.35, 0.09)
 NEAR_TIE = 1e-4
 
@@ -47,9 +47,11 @@ def main(questions: int, threads: int | None, beside: str) -> None:
     except SaccadeError as e:
         click.echo(f"benchmarks.draft: {e}", err=True)
         sys.exit(e.exit_code)
-    RESULTS.mkdir(exist_ok=True)
     text = json.dumps(document, indent=2)
-    (RESULTS / "draft.json").write_text(text + "\n", "utf-8")
+    partial = RESULTS.with_suffix(".partial")
+    partial.write_text(text + "\n", "utf-8")
+    partial.replace(RESULTS)
+    publish()
     click.echo(text)
 
 

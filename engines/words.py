@@ -10,15 +10,15 @@ from typing import Any, get_args
 from engines.bundles.footprint import footprint_in_words
 from engines.bundles.golden import Replay
 from engines.bundles.manifest import Manifest, MemberEntry, TargetEntry
+from engines.bundles.targets import TARGETS
 from graphs.errors import UsageError
 from graphs.ops import DOMAIN, OPS
 from graphs.plan import Budget, PruningPlan, Role, retention_of
 from graphs.policies import TABLE, plan_of_policy
 from graphs.spec import StageSpec, VisualGrid
-from plugins.registry import RUNTIMES, service
+from plugins.registry import service
 
 MB = 1e6
-OP_TARGETS = ("cpu", *RUNTIMES)
 
 
 def columns(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
@@ -108,15 +108,10 @@ def target_in_words(target: str, entry: TargetEntry) -> list[str]:
     """What a model is on one target, its stages left out."""
     served = ", ".join(f"{op} by its {by}" for op, by in entry.ops.items()) or "none of ours"
     return [
-        f"  on {target}: {_precision(entry)}, {entry.weight_bytes / MB:.1f} MB of weights{_engines_in_words(entry)}",
+        f"  on {target}: {entry.computed_in}, {entry.weight_bytes / MB:.1f} MB of weights{_engines_in_words(entry)}",
         f"  on {target}: memory, estimated: {footprint_in_words(entry.footprint)}",
         f"  on {target}: ops: {served}",
     ]
-
-
-def _precision(entry: TargetEntry) -> str:
-    """What it computes in, and where they are narrower, its weights."""
-    return f"{entry.precision} weights, {entry.dtype}" if entry.precision.startswith("int") else entry.dtype
 
 
 def _engines_in_words(entry: TargetEntry) -> str:
@@ -169,8 +164,8 @@ def op_documents() -> list[dict[str, Any]]:
     return [
         {
             "op": f"{DOMAIN}::{name}",
-            **{target: service(name, target)[0] for target in OP_TARGETS},
-            "why_body": {t: why for t in OP_TARGETS for by, why in [service(name, t)] if by == "body"},
+            **{target: service(name, target)[0] for target in TARGETS},
+            "why_body": {t: why for t in TARGETS for by, why in [service(name, t)] if by == "body"},
             "meaning": (import_module(op.define.__module__).__doc__ or "").partition("\n")[0].partition(": ")[2],
         }
         for name, op in OPS.items()
@@ -178,11 +173,14 @@ def op_documents() -> list[dict[str, Any]]:
 
 
 def op_rows(documents: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """The same as rows: an op with its meaning, then a row per target with what serves it and why not the kernel."""
+    """The same as rows: an op with its meaning, then what serves it and why not the kernel, a row for targets alike."""
     rows = []
     for document in documents:
         rows.append((document["op"], "", document["meaning"]))
-        rows += [(f"  {target}", document[target], document["why_body"].get(target, "")) for target in OP_TARGETS]
+        alike: dict[tuple[str, str], list[str]] = {}
+        for target in TARGETS:
+            alike.setdefault((document[target], document["why_body"].get(target, "")), []).append(target)
+        rows += [(f"  {', '.join(targets)}", by, why) for (by, why), targets in alike.items()]
     return rows
 
 

@@ -12,9 +12,13 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
+from packaging.version import Version
+
 from graphs.ops import DOMAIN
+from graphs.versions import installed_version
 from plugins.ops import SERVED
 from plugins.ops.keep_topk import MOST_ROWS
+from plugins.trt import LEAST
 
 NAMESPACE = DOMAIN
 VERSION = "1"
@@ -50,7 +54,7 @@ def service(op: str, target: str) -> tuple[Literal["kernel", "body"], str]:
     The answer is for this machine and this Python; nothing is imported and no device is touched.
     """
     if target not in RUNTIMES:
-        return "body", f"the target {target} takes no plugins"
+        return "body", "it runs the graphs, which take no plugins"
     if op not in SERVED:
         return "body", "no kernel is written for it"
     lacking = [
@@ -60,4 +64,7 @@ def service(op: str, target: str) -> tuple[Literal["kernel", "body"], str]:
     ]
     if lacking:
         return "body", f"{' and '.join(lacking)} not installed here"
+    version = installed_version(RUNTIMES[target]) if target == "tensorrt" else None
+    if version and Version(version) < Version(LEAST):
+        return "body", f"tensorrt {version} takes no plugins of ours, {LEAST} and newer do"
     return "kernel", ""

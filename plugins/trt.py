@@ -17,13 +17,14 @@ TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "i64": "INT64", "i32":
 NAMES = {theirs: ours for ours, theirs in TYPES.items()}
 
 LIBRARY = "libtensorrt_rtx.so"
+LEAST = "10.16"  # the first full TensorRT that our plugins are written for
 
 
 def load(module: str) -> Any:
     """Import ``tensorrt`` or ``tensorrt_rtx`` for our plugins, which take 10.16; BackendMissing where it is not had."""
     trt = imported(module)
     if not hasattr(trt, "IPluginCreatorV3One"):
-        raise BackendMissing(f"{module} {trt.__version__} knows no IPluginV3: install 10.16 or newer")
+        raise BackendMissing(f"{module} {trt.__version__} knows no IPluginV3: install {LEAST} or newer")
     return trt
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from benchmarks.peers.process import Worker, made, python_for
+from benchmarks.peers.process import Pythons, Worker, made
 from benchmarks.peers.systems import SYSTEMS, System
 from benchmarks.peers.table import table_of
 from benchmarks.shapes import IMAGE, SHAPES
@@ -29,7 +29,8 @@ SIZES = {"llava": (336, 336)}  # height, width by the shape's first word; shape 
 @click.command()
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="qwen2_5_vl", show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Where checkpoint and exports are kept.")
-@click.option("--peers-python", type=click.Path(path_type=Path), help="The Python with openvino-genai and optimum.")
+@click.option("--runtime-python", type=click.Path(path_type=Path), help="One with saccade[cpu,openvino]. [this one]")
+@click.option("--peers-python", type=click.Path(path_type=Path), help="One with openvino-genai and optimum.")
 @click.option("--only", help="Systems whose names contain one of these words, separated by commas.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--asks", type=click.IntRange(1), default=2, show_default=True, help="Measured questions a round.")
@@ -39,6 +40,7 @@ SIZES = {"llava": (336, 336)}  # height, width by the shape's first word; shape 
 def main(
     shape: str,
     work: Path,
+    runtime_python: Path | None,
     peers_python: Path | None,
     only: str | None,
     rounds: int,
@@ -48,7 +50,8 @@ def main(
     note: str,
 ) -> None:
     """Measure, print, write."""
-    chosen, skipped = ready(only, peers_python, work, shape)
+    pythons = Pythons(runtime_python, peers_python)
+    chosen, skipped = ready(only, pythons, work, shape)
     out: dict[str, dict[str, Any]] = {
         s.name: {"system": s, "open_ms": [], "peak_bytes": 0, "asked": []} for s in chosen
     }
@@ -58,7 +61,7 @@ def main(
             click.echo(f"round {round_ + 1}/{rounds}: {name}", err=True)
             system = SYSTEMS[name]
             try:
-                with Worker(system, str(python_for(system.python, peers_python)), folder, threads) as worker:
+                with Worker(system, str(pythons.of(system.python)), folder, threads) as worker:
                     found["open_ms"].append(worker.open_ms)
                     rows = [worker.ask(size, tokens, seed=1000 * round_ + 17 * i + ask) for ask in range(asks + 1)]
                     found["asked"] += rows[1:]  # the first one warms up
@@ -77,16 +80,16 @@ def main(
     click.echo("\n".join(table_of(document)))
 
 
-def ready(only: str | None, peers_python: Path | None, work: Path, shape: str) -> tuple[list[System], dict[str, str]]:
+def ready(only: str | None, pythons: Pythons, work: Path, shape: str) -> tuple[list[System], dict[str, str]]:
     """The systems that can run, made where they were not; and for the others why not."""
     words = [word.strip() for word in only.split(",")] if only else [""]
     chosen, skipped = [], {}
     for system in SYSTEMS.values():
         if not any(word in system.name for word in words):
             continue
-        python = python_for(system.python, peers_python)
+        python = pythons.of(system.python)
         if python is None:
-            skipped[system.name] = "no --peers-python was given"
+            skipped[system.name] = f"no --{system.python}-python was given"
         elif why := made(system.made, work / shape, shape, python):
             skipped[system.name] = why
         else:

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,12 +19,14 @@ from benchmarks.peers.systems import MADE, PLANS, Python, System
 from benchmarks.shapes import QUESTION, SHAPES
 
 ROOT = Path(__file__).parents[2]
+PAIR = ROOT / "glyphs" / "pair"
+KEEP = 0.3217  # behind layer 1 of 24: (0.35 · 24 − 1) / 23
 
 
 def made(name: str, folder: Path, shape: str, python: str) -> str:
     """Make what a system runs from, where it is not there; what went wrong, or ""."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "checkpoint").exists():
+    if shape in SHAPES and not (folder / "checkpoint").exists():
         SHAPES[shape](folder / "checkpoint")
     for plan, text in PLANS.items():
         (folder / f"{plan}.toml").write_text(text)
@@ -32,6 +35,8 @@ def made(name: str, folder: Path, shape: str, python: str) -> str:
     places = {
         "checkpoint": folder / "checkpoint",
         "work": folder,
+        "pair": PAIR,
+        "keep": KEEP,
         "saccade": f"{sys.executable} -m saccade",
         "optimum": Path(python).parent / "optimum-cli",
     }
@@ -68,15 +73,17 @@ class Worker:
             )
         place = str(folder / system.made)
         start = {"runtime": system.runtime, "folder": place, "threads": threads, "options": system.options}
-        self.open_ms: float = self._told(start)["open_ms"]
         self.peak_bytes = 0
+        self.open_ms: float = self._told(start)["open_ms"]
 
-    def ask(self, size: tuple[int, int], tokens: int, seed: int) -> dict[str, float]:
+    def ask(self, size: tuple[int, int], tokens: int, seed: int) -> dict[str, Any]:
         """One question about a fresh image of (height, width); RuntimeError where the process ended."""
         height, width = size
-        row = self._told({"height": height, "width": width, "seed": seed, "question": QUESTION, "tokens": tokens})
-        self.peak_bytes = self._heard()["peak_bytes"]
-        return row
+        return self._told({"height": height, "width": width, "seed": seed, "question": QUESTION, "tokens": tokens})
+
+    def ask_about(self, image: Path, question: str, tokens: int) -> dict[str, Any]:
+        """A whole answer to a question about a file; RuntimeError where the process ended."""
+        return self._told({"image": str(image), "question": question, "tokens": tokens})
 
     def __enter__(self) -> Worker:
         return self
@@ -99,9 +106,18 @@ class Worker:
             last = self._log.read_text(errors="replace").strip().splitlines()[-1:]
             raise RuntimeError(f"its process ended: {' '.join(last)[:300]}")
         result: dict[str, Any] = json.loads(answer)
+        self.peak_bytes = result.get("peak_bytes", 0)
         return result
 
 
-def python_for(which: Python, peers_python: Path | None) -> str | None:
-    """The interpreter of a system, None where it was not given."""
-    return sys.executable if which == "ours" else str(peers_python) if peers_python else None
+@dataclass(frozen=True)
+class Pythons:
+    """The interpreters: what runs bundles (``saccade[cpu,openvino]``, without torch), and what runs the peers."""
+
+    runtime: Path | None = None
+    peers: Path | None = None
+
+    def of(self, which: Python) -> str | None:
+        """The interpreter of a system, None where it was not given; this one has torch."""
+        given = {"runtime": self.runtime or sys.executable, "torch": sys.executable, "peers": self.peers}[which]
+        return str(given) if given else None

@@ -1,8 +1,8 @@
 """One class per runtime: open a model, answer a question about a fresh image, say what each part took.
 
 Each runs in a process of its own, some of them in another Python, so nothing but numpy and Pillow is imported above.
-An answer is {"vision_ms", "prefill_ms", "decode_ms", "tokens"}: prefill is everything from the visual tokens to the
-first token, decode what the other tokens took together. Image preparation is left out where the runtime allows
+An answer is {"vision_ms", "prefill_ms", "decode_ms", "tokens", "text"}: prefill is everything from the visual tokens to
+the first token, decode what the other tokens took together. Image preparation is left out where the runtime allows
 (OpenVINO GenAI counts it into its embeddings).
 """
 
@@ -14,30 +14,30 @@ from typing import Any, Protocol
 
 import numpy as np
 
-Measured = dict[str, float]
+Measured = dict[str, Any]
 
 
 class Runtime(Protocol):
     """What the worker needs."""
 
-    def ask(self, image: np.ndarray, question: str, tokens: int) -> Measured:
-        """Answer greedily with ``tokens`` tokens, as far as the model goes. image: uint8 [H, W, 3]."""
+    def ask(self, image: np.ndarray, question: str, tokens: int, *, whole: bool = False) -> Measured:
+        """Answer greedily. image: uint8 [H, W, 3]. whole: to the answer's own end; else ``tokens`` tokens if it can."""
 
 
 class Saccade:
-    """Our bundle. keep: the share of visual tokens, None for the export's."""
+    """Our bundle. threshold: where the small model's answer stands; None for the bundle's, calibrated where it is."""
 
-    def __init__(self, folder: Path, threads: int, target: str, keep: float | None = None) -> None:
+    def __init__(self, folder: Path, threads: int, target: str, threshold: float | None = None) -> None:
         import saccade
 
         self._cascade = saccade.Cascade.open(folder, target=target, threads=threads, preload=True)
-        self._keep = keep
+        self._threshold = threshold
 
-    def ask(self, image: np.ndarray, question: str, tokens: int) -> Measured:
-        """See ``Runtime``."""
+    def ask(self, image: np.ndarray, question: str, tokens: int, *, whole: bool = False) -> Measured:
+        """See ``Runtime``; an answer ends where the model ends it, so a token's time is that of those it wrote."""
         from PIL import Image
 
-        answer = self._cascade.ask(Image.fromarray(image), question, self._keep, max_new_tokens=tokens)
+        answer = self._cascade.ask(Image.fromarray(image), question, threshold=self._threshold, max_new_tokens=tokens)
         ms = answer.milliseconds
         part = {stage: sum(t for name, t in ms.items() if name.endswith(f"_{stage}")) for stage in STAGES}
         return {
@@ -45,6 +45,7 @@ class Saccade:
             "prefill_ms": part["prefill"] + part["embed"],
             "decode_ms": part["decode"],
             "tokens": len(answer.tokens),
+            "text": answer.text,
         }
 
 
@@ -76,7 +77,7 @@ class Transformers:
         module.register_forward_pre_hook(lambda *_: started.append(time.perf_counter()))
         module.register_forward_hook(lambda *_: self._spent.append((name, time.perf_counter() - started.pop())))
 
-    def ask(self, image: np.ndarray, question: str, tokens: int) -> Measured:
+    def ask(self, image: np.ndarray, question: str, tokens: int, *, whole: bool = False) -> Measured:
         """See ``Runtime``; prefill and decode are what is left of the whole beside the tower."""
         from PIL import Image
 
@@ -92,7 +93,11 @@ class Transformers:
         with torch.inference_mode():
             start = time.perf_counter()
             ids = self._model.generate(
-                **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, logits_processor=[note]
+                **inputs,
+                max_new_tokens=tokens,
+                min_new_tokens=0 if whole else tokens,
+                do_sample=False,
+                logits_processor=[note],
             )
         vision = sum(seconds for name, seconds in self._spent if name == "vision")
         return {
@@ -100,6 +105,7 @@ class Transformers:
             "prefill_ms": 1e3 * (marks[0] - start - vision),
             "decode_ms": 1e3 * (marks[-1] - marks[0]),
             "tokens": int(ids.shape[1] - inputs["input_ids"].shape[1]),
+            "text": self._tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip(),
         }
 
     def _inputs(self, image: Any, question: str) -> dict[str, Any]:
@@ -132,12 +138,12 @@ class OpenVinoGenAI:
         self._pipe = openvino_genai.VLMPipeline(str(folder), "CPU", INFERENCE_NUM_THREADS=threads, **hints)
         self._pruning = pruning
 
-    def ask(self, image: np.ndarray, question: str, tokens: int) -> Measured:
+    def ask(self, image: np.ndarray, question: str, tokens: int, *, whole: bool = False) -> Measured:
         """See ``Runtime``; its "vision" metric leaves the merger out, so the embeddings' preparation is taken."""
         import openvino
 
         config = self._pipe.get_generation_config()
-        config.max_new_tokens, config.ignore_eos, config.do_sample = tokens, True, False
+        config.max_new_tokens, config.ignore_eos, config.do_sample = tokens, not whole, False
         config.pruning_ratio = self._pruning
         done = self._pipe.generate(question, images=[openvino.Tensor(image[None])], generation_config=config)
         metrics = done.perf_metrics
@@ -148,6 +154,7 @@ class OpenVinoGenAI:
             "prefill_ms": first - vision,
             "decode_ms": metrics.get_tpot().mean * max(0, count - 1),
             "tokens": count,
+            "text": done.texts[0].strip(),
         }
 
 

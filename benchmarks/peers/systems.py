@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Python = Literal["ours", "peers"]
+Python = Literal["runtime", "torch", "peers"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class System:
     name: str
     runtime: str
     made: str
-    python: Python = "ours"
+    python: Python = "runtime"
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -48,6 +48,10 @@ MADE: dict[str, tuple[str, ...]] = {
     ),
 }
 for _precision in ("int8", "int4"):
+    MADE[f"none-openvino-{_precision}"] = (
+        f"{{saccade}} build {{work}}/none-export -o {{work}}/none-openvino-{_precision} --target openvino "
+        f"--precision {_precision}",
+    )
     MADE[f"none-{_precision}"] = (
         f"{{saccade}} build {{work}}/none-export -o {{work}}/none-{_precision} --target cpu --precision {_precision}",
     )
@@ -83,8 +87,8 @@ OURS = (
     System("saccade cpu int4", "saccade", "none-int4", options={"target": "cpu"}),
 )
 PEERS = (
-    System("transformers fp32", "transformers", "checkpoint", options={"dtype": "float32"}),
-    System("transformers bf16", "transformers", "checkpoint", options={"dtype": "bfloat16"}),
+    System("transformers fp32", "transformers", "checkpoint", "torch", {"dtype": "float32"}),
+    System("transformers bf16", "transformers", "checkpoint", "torch", {"dtype": "bfloat16"}),
     System("openvino genai f32", "openvino-genai", "genai-fp32", "peers", {"precision": "f32"}),
     System("openvino genai default", "openvino-genai", "genai-fp32", "peers"),
     System("openvino genai default, 50 % pruned", "openvino-genai", "genai-fp32", "peers", {"pruning": 50}),
@@ -92,4 +96,52 @@ PEERS = (
     System("openvino genai int8", "openvino-genai", "genai-int8", "peers"),
     System("openvino genai int4", "openvino-genai", "genai-int4", "peers"),
 )
+# A pair of shape (a) twice: what the small model's guidance and the large model's pruning cost on one size.
+for _target, _precision in (("cpu", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")):
+    MADE[f"twice-{_target}-{_precision}"] = (
+        "{saccade} export {checkpoint} -o {work}/twice-small-export --role small",
+        "{saccade} export {checkpoint} -o {work}/twice-large-export --role large --keep 0.05",
+        "{saccade} build {work}/twice-small-export {work}/twice-large-export "
+        f"-o {{work}}/twice-{_target}-{_precision} --target {_target} --precision {_precision}",
+    )
+
+# Whole questions of the shipped pair. {pair} its folder, {keep} the share kept at the cut for 35 % on average.
+for _target, _precision in (("cpu", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")):
+    _on = f"{_target}-{_precision}"
+    MADE[f"pair-{_on}"] = (
+        "{saccade} export {pair}/small -o {work}/small-export --role small",
+        "{saccade} export {pair}/large -o {work}/large-export --role large --keep {keep}",
+        f"{{saccade}} build {{work}}/small-export {{work}}/large-export -o {{work}}/pair-{_on} --target {_target} "
+        f"--precision {_precision}",
+        f"{{saccade}} calibrate {{work}}/pair-{_on} glyphs --max-loss 0.02 --max-new-tokens 16",
+    )
+    MADE[f"alone-{_on}"] = (
+        "{saccade} export {pair}/large -o {work}/alone-export --role alone --policy none",
+        f"{{saccade}} build {{work}}/alone-export -o {{work}}/alone-{_on} --target {_target} --precision {_precision}",
+    )
+MADE["large"] = ("cp -r {pair}/large {work}/large",)
+
+
+def _whole(target: str, precision: str) -> tuple[System, ...]:
+    on, made = f"{target} {precision}", f"{target}-{precision}"
+    return (
+        System(f"saccade {on}: cascade, calibrated", "saccade", f"pair-{made}", options={"target": target}),
+        System(
+            f"saccade {on}: small, then always large",
+            "saccade",
+            f"pair-{made}",
+            "runtime",
+            {"target": target, "threshold": 1},
+        ),
+        System(f"saccade {on}: large alone, unpruned", "saccade", f"alone-{made}", options={"target": target}),
+    )
+
+
+QUESTIONS = (
+    *_whole("cpu", "fp32"),
+    *_whole("openvino", "fp32"),
+    *_whole("openvino", "bf16"),
+    System("transformers generate, large fp32", "transformers", "large", "torch", {"dtype": "float32"}),
+)
+
 SYSTEMS = {system.name: system for system in (*OURS, *PEERS)}

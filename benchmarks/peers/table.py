@@ -1,11 +1,22 @@
-"""The README's table out of a results file: ``python -m benchmarks.peers.table FILE``."""
+"""``python -m benchmarks.peers.table``: README's block, docs/peers.md and docs/growth.png out of the committed results.
+
+The figures of a row are medians with (minimum–maximum). ``README_ROWS`` are the systems that README shows.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE, PLOT = ROOT / "docs" / "peers.md", ROOT / "docs" / "growth.png"
+BEGIN, END = "<!-- peers: python -m benchmarks.peers.table -->", "<!-- end of peers -->"
+Document = dict[str, Any]
 
 COLUMNS = (
     ("vision_ms", "vision ms"),
@@ -14,29 +25,204 @@ COLUMNS = (
     ("decode_ms_per_token", "ms a token"),
     ("open_ms", "open ms"),
 )
+README_ROWS = (
+    "saccade cpu fp32",
+    "saccade openvino fp32",
+    "saccade openvino bf16",
+    "saccade openvino bf16, fastv 9 %",
+    "saccade openvino int4",
+    "transformers fp32",
+    "openvino genai f32",
+    "openvino genai default",
+    "openvino genai default, 50 % pruned",
+    "openvino genai int4",
+)
+SHAPES = {
+    "qwen2_5_vl": "Shape (a): Qwen2.5-VL with 24 layers of width 896, 1,000 visual and 40 text tokens",
+    "llava-1b": "Shape (b): LLaVA-1.5, 16 layers of width 2,048 behind CLIP-L, 576 visual tokens",
+    "llava-3b": "Shape (b): LLaVA-1.5, 26 layers of width 3,200 behind CLIP-L, 576 visual tokens",
+}
 
 
-def table_of(document: dict[str, Any]) -> list[str]:
-    """Lines of Markdown: medians with their range, peak memory, bytes on disk; then what was skipped."""
+def table_of(document: Document, only: Sequence[str] | None = None) -> list[str]:
+    """Lines of Markdown: medians with their range, peak memory, bytes on disk, seconds to make; what was skipped."""
     lines = [
-        "| system | " + " | ".join(title for _, title in COLUMNS) + " | peak GB | disk GB |",
-        "|---|" + "---|" * (len(COLUMNS) + 2),
+        "| system | " + " | ".join(title for _, title in COLUMNS) + " | peak GB | disk GB | made in s |",
+        "|---|" + "---|" * (len(COLUMNS) + 3),
     ]
     for row in document["systems"]:
-        cells = [cell(row.get(key)) for key, _ in COLUMNS]
-        sizes = [f"{row[key] / 1e9:.2f}" for key in ("peak_bytes", "disk_bytes")]
-        lines.append(f"| {row['name']} | " + " | ".join([*cells, *sizes]) + " |")
-    lines += [f"- {name}: not measured ({why})" for name, why in document["skipped"].items()]
+        if only is None or row["name"] in only:
+            cells = [cell(row.get(key)) for key, _ in COLUMNS]
+            sizes = [f"{row[key] / 1e9:.2f}" for key in ("peak_bytes", "disk_bytes")]
+            made = f"{sum(row['made_in_s']):.0f}" if row["made_in_s"] else ""
+            lines.append(f"| {row['name']} | " + " | ".join([*cells, *sizes, made]) + " |")
+    if only is None:
+        lines += ["", *(f"- {name}: not measured ({why})" for name, why in document["skipped"].items())]
     return lines
 
 
-def cell(spread: list[float] | None) -> str:
+def short_of(document: Document) -> list[str]:
+    """README's: medians only."""
+    lines = ["| 1,000 visual tokens | vision ms | first token ms | ms a token | peak GB |", "|---|---|---|---|---|"]
+    for row in document["systems"]:
+        if row["name"] in README_ROWS:
+            keys = ("vision_ms", "first_token_ms", "decode_ms_per_token")
+            values = [number(row[key][0]) for key in keys]
+            lines.append(f"| {row['name']} | " + " | ".join(values) + f" | {row['peak_bytes'] / 1e9:.2f} |")
+    return lines
+
+
+def questions_of(document: Document) -> list[str]:
+    """Whole questions of the pair."""
+    count = document["conditions"]["questions"]
+    lines = [
+        f"| {count} whole questions of the pair | right | ms, median | ms, mean | least–most | peak GB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in document["systems"]:
+        median, least, most = row["whole_ms"]
+        lines.append(
+            f"| {row['name']} | {row['accuracy']:.1%} | {number(median)} | {number(row['whole_ms_mean'])} | "
+            f"{number(least)}–{number(most)} | {row['peak_bytes'] / 1e9:.2f} |"
+        )
+    return lines
+
+
+def growth_of(document: Document) -> list[str]:
+    """Milliseconds to the first token over visual tokens."""
+    counts = sorted({int(count) for row in document["systems"] for count in row["first_token_ms"]})
+    lines = [
+        "| first token, ms, behind visual tokens | " + " | ".join(f"{count:,}" for count in counts) + " |",
+        "|---|" + "---|" * len(counts),
+    ]
+    for row in document["systems"]:
+        cells = [cell(row["first_token_ms"].get(str(count))) for count in counts]
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def towers_of(document: Document) -> list[str]:
+    """Milliseconds of the vision stage, and the process's peak so far, over patches (4 for a visual token)."""
+    counts = sorted({int(count) for row in document["systems"] for count in row["vision_ms"]})
+    lines = [
+        "| vision, ms; peak GB, behind patches | " + " | ".join(f"{4 * count:,}" for count in counts) + " |",
+        "|---|" + "---|" * len(counts),
+    ]
+    for row in document["systems"]:
+        ms, peaks = row["vision_ms"], row["peak_bytes"]
+        cells = [f"{number(ms[c][0])}; {peaks[c] / 1e9:.2f}" if c in ms else "" for c in map(str, counts)]
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def machinery_of(documents: list[Document]) -> list[str]:
+    """Ratios of pruning, guidance, consistency and the cache, a column for each target."""
+    names = list(documents[0]["ratios"])
+    heads = [f"{d['conditions']['target']} {d['conditions']['precision']}" for d in documents]
+    lines = ["| part | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    return lines + [f"| {name} | " + " | ".join(f"{d['ratios'][name]:.3g}" for d in documents) + " |" for name in names]
+
+
+def conditions_of(document: Document) -> str:
+    """One sentence."""
+    of = document["conditions"]
+    note = f", {of['note']}" if of["note"] else ""
+    return (
+        f"{of['cpu']}, {of['threads']} threads of {of['cores']} cores{note}; {of['date_utc']}; Python {of['python']}, "
+        f"onnxruntime {of['onnxruntime']}, torch {of['torch']}, transformers {of['transformers']}."
+    )
+
+
+def page() -> str:
+    """docs/peers.md."""
+    parts = ["# Beside peers", "", "Made by `python -m benchmarks.peers.table` out of `benchmarks/results/`."]
+    parts += ["Medians of an interleaved run, with (least–most)."]
+    for shape, title in SHAPES.items():
+        if document := result(f"peers-{shape}"):
+            parts += ["", f"## {title}", "", conditions_of(document), "", *table_of(document)]
+    if document := result("questions"):
+        parts += ["", "## Whole questions", "", conditions_of(document), "", *questions_of(document)]
+    if document := result("growth"):
+        parts += [
+            "",
+            "## Growth",
+            "",
+            conditions_of(document),
+            "",
+            *growth_of(document),
+            "",
+            *towers_of(document),
+            "",
+            "![growth](growth.png)",
+        ]
+    if documents := [
+        d for name in ("cpu-fp32", "openvino-fp32", "openvino-bf16") if (d := result(f"machinery-{name}"))
+    ]:
+        parts += ["", "## Pruning, guidance and the cache", "", conditions_of(documents[0])]
+        parts += ["What each line is: `benchmarks/machinery.py`.", "", *machinery_of(documents)]
+    return "\n".join(parts) + "\n"
+
+
+def block() -> str:
+    """README's, without its marks."""
+    lines: list[str] = []
+    if document := result("peers-qwen2_5_vl"):
+        lines += [*short_of(document), "", conditions_of(document)]
+    if document := result("questions"):
+        lines += ["", *questions_of(document)]
+    return "\n".join(lines)
+
+
+def readme_with(block_: str) -> str:
+    """README.md with its block replaced."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
+    return re.sub(pattern, lambda _: f"{BEGIN}\n{block_}\n{END}", text, flags=re.DOTALL)
+
+
+def result(name: str) -> Document | None:
+    """A committed result; None where there is none."""
+    path = RESULTS / f"{name}.json"
+    found: Document | None = json.loads(path.read_text("utf-8")) if path.exists() else None
+    return found
+
+
+def draw(document: Document, out: Path) -> None:
+    """The growth as a picture; wants matplotlib (``saccade[benchmarks]``)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for row in document["systems"]:
+        points = sorted((int(count), ms[0] / 1e3) for count, ms in row["first_token_ms"].items())
+        style = "-" if row["name"].startswith("saccade") else "--"
+        axes.plot(*zip(*points, strict=True), style, marker="o", markersize=4, label=row["name"])
+    axes.set(xscale="log", yscale="log", xlabel="visual tokens", ylabel="seconds to the first token")
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(out, dpi=120, metadata={"Software": None})
+
+
+def number(value: float) -> str:
+    """Three digits or more."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}"
+
+
+def cell(spread: Sequence[float] | None) -> str:
     """Median (minimum–maximum)."""
     if not spread:
         return ""
-    digits = 0 if spread[0] >= 100 else 1
-    return f"{spread[0]:,.{digits}f} ({spread[1]:,.{digits}f}–{spread[2]:,.{digits}f})"
+    return f"{number(spread[0])} ({number(spread[1])}–{number(spread[2])})"
+
+
+def main() -> None:
+    """Write them."""
+    PAGE.write_text(page(), "utf-8")
+    (ROOT / "README.md").write_text(readme_with(block()), "utf-8")
+    if document := result("growth"):
+        draw(document, PLOT)
+    sys.stdout.write(f"{PAGE}\n")
 
 
 if __name__ == "__main__":
-    sys.stdout.write("\n".join(table_of(json.loads(Path(sys.argv[1]).read_text("utf-8")))) + "\n")
+    main()

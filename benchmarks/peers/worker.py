@@ -1,7 +1,8 @@
 """One runtime in a process of its own: ``python -m benchmarks.peers.worker``; a JSON line in, a JSON line out.
 
 First line in: {"runtime", "folder", "threads", "options"}; out: {"open_ms"}. Then for each
-{"height", "width", "seed", "question", "tokens"} what it took. At the end of input the peak memory.
+{"height", "width", "seed", "question", "tokens"}, or {"image": a file, "question", "tokens"} for a whole answer, what
+it took, "whole_ms" from the pixels on, and the peak memory.
 """
 
 from __future__ import annotations
@@ -32,11 +33,19 @@ def main() -> None:
     tell({"open_ms": 1e3 * (time.perf_counter() - start)})
     for line in sys.stdin:
         asked = json.loads(line)
-        shape = (asked["height"], asked["width"], 3)
-        # A fresh image each time: a runtime that keeps prefixes must not meet one again.
-        image = np.random.default_rng(asked["seed"]).integers(0, 256, shape, dtype=np.uint8)
-        tell(runtime.ask(image, asked["question"], asked["tokens"]))
-        tell({"peak_bytes": peak_bytes()})
+        image, whole = image_of(asked), "image" in asked
+        start = time.perf_counter()
+        found = runtime.ask(image, asked["question"], asked["tokens"], whole=whole)
+        tell(found | {"whole_ms": 1e3 * (time.perf_counter() - start), "peak_bytes": peak_bytes()})
+
+
+def image_of(asked: dict[str, Any]) -> np.ndarray:
+    """uint8 [H, W, 3]: the named file, or a fresh one, for a runtime that keeps prefixes must not meet one again."""
+    if "image" in asked:
+        from PIL import Image
+
+        return np.asarray(Image.open(asked["image"]).convert("RGB"))
+    return np.random.default_rng(asked["seed"]).integers(0, 256, (asked["height"], asked["width"], 3), dtype=np.uint8)
 
 
 def peak_bytes() -> int:

@@ -143,6 +143,11 @@ class TargetEntry(Record):
     losses: tuple[Loss, ...] = ()
     footprint: Footprint
 
+    @property
+    def computed_in(self) -> str:
+        """How its numbers are held and multiplied: the precision of packed stages, else the float type."""
+        return self.precision or self.dtype
+
 
 class MemberEntry(Record):
     """One model of the bundle, and what it is on each target."""

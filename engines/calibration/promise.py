@@ -31,7 +31,8 @@ def promises_of(bundle: Bundle) -> Promises | None:
     """The calibrated thresholds of an opened bundle; None where there is no choice between two models."""
     if "large" not in bundle.members:
         return None
-    precision: dict[str, str] = {name: member.spec.dtype for name, member in bundle.members.items()}
+    entries = {name: member.targets[bundle.target] for name, member in bundle.manifest.members.items()}
+    precision: dict[str, str] = {name: entry.computed_in for name, entry in entries.items()}
     return Promises(bundle.manifest.calibrations, bundle.target, precision, bundle.members["large"].spec.plan)
 
 
@@ -39,7 +40,7 @@ def promises_of(bundle: Bundle) -> Promises | None:
 class Promises:
     """The calibrated thresholds of a bundle on the target that it was opened on.
 
-    precision: model → float type of its stages. plan: the large model's.
+    precision: model → what it is computed in, as int8 or bfloat16. plan: the large model's.
     """
 
     calibrations: tuple[Calibration, ...]

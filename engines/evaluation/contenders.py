@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engines.bundles.manifest import Manifest, manifest_of
 from engines.bundles.targets import TARGETS
@@ -56,6 +56,11 @@ class Contender:
         return model
 
     @property
+    def member(self) -> Literal["large", "alone"]:
+        """What that model is called in the manifest."""
+        return "large" if self.pair else "alone"
+
+    @property
     def target(self) -> str:
         """What it runs on."""
         return self.model.target
@@ -95,10 +100,9 @@ def whole_identity(of: Contender) -> Any:
 
     They have the same small model before them, the same weights and processor; graphs differ in what they would prune.
     """
-    name = "large" if of.pair else "alone"
     if not of.cascade.large or TARGETS[of.target].runs == "engines":
         return object()
-    spec, folder = of.cascade.large.spec, of.manifest.members[name].folder  # type: ignore[index]
+    spec, folder = of.cascade.large.spec, of.manifest.members[of.member].folder
     weights = {weight.name for weight in spec.weights}
     files = _files(of.manifest, f"{folder}/", PROCESSOR_FOLDER) + [
         entry for entry in _files(of.manifest, f"{folder}/", "") if entry[0] in weights

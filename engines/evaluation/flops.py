@@ -1,6 +1,6 @@
 """Estimated floating-point operations of what a model ran: its graph's products, at the lengths it was really fed.
 
-Counted are the matrix products of a stage's canonical graph, a multiplication and an addition as two operations:
+Counted are the matrix products of a stage's graph, canonical or packed, a multiplication and an addition as two:
 projections, MLPs and the head 2·rows·in·out, convolutions alike, attention 2·H·S·T·(d_qk + d_v), and the maps and
 likenesses that pruning itself needs. That is the cost model of this literature (FastV, arXiv 2403.06764 §4.2:
 Σ_layers 4nd² + 2n²d + 2ndm, in multiplications) with each model's own terms for grouped heads and gated MLPs, and
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from engines.sessions.session import NOTHING, Session
 from graphs.files import path_inside
+from graphs.lowering.linear import MICROSOFT
 from graphs.ops import DOMAIN
 from graphs.rules.rule import Stage, attribute_of, stage_from_folder
 from graphs.spec import ExportSpec, length_name, spec_from_folder
@@ -221,6 +222,10 @@ def _matmul(node: Any, shapes: Shapes) -> Dims:
     return (2, *shapes[node.output[0]], shapes[node.input[0]][-1])
 
 
+def _quantised(node: Any, shapes: Shapes) -> Dims:
+    return (2, *shapes[node.output[0]], attribute_of(node, "K"))
+
+
 def _gemm(node: Any, shapes: Shapes) -> Dims:
     return (2, *shapes[node.output[0]], shapes[node.input[0]][0 if attribute_of(node, "transA") else -1])
 
@@ -230,7 +235,10 @@ def _conv(node: Any, shapes: Shapes) -> Dims:
 
 
 def _attention(node: Any, shapes: Shapes) -> list[Dims]:
-    """4D inputs, as the exporter writes them; keys are those of the cache and the chunk."""
+    """4D inputs, as the exporter writes them, or heads side by side; keys are those of the cache and the chunk."""
+    if heads := attribute_of(node, "q_num_heads"):
+        (batch, rows, _), k_BHTd, v_BHTd = (shapes[name] for name in node.output[:3])
+        return [(2, batch, heads, rows, width, k_BHTd[2]) for width in (k_BHTd[3], v_BHTd[3])]
     q_BHSd, v_BHTd = (shapes[node.input[i]] for i in (0, 2))
     keys = shapes[node.output[1]][2] if len(node.output) > 1 and node.output[1] else v_BHTd[2]
     return [(2, *q_BHSd, keys), (2, *q_BHSd[:3], keys, v_BHTd[3])]
@@ -273,6 +281,8 @@ COUNTS: dict[tuple[str, str], Callable[[Any, Shapes], Dims | list[Dims]]] = {
     ("", "Gemm"): _gemm,
     ("", "Conv"): _conv,
     ("", "Attention"): _attention,
+    (MICROSOFT, "FusedMatMul"): _matmul,  # packed stages turn the second factor only
+    (MICROSOFT, "MatMulNBits"): _quantised,
     (DOMAIN, "AttentionReceived"): _received,
     (DOMAIN, "RatedAttentionReceived"): _received,
     (DOMAIN, "ReceivedFromAll"): _received,

@@ -76,7 +76,8 @@ def evaluate_bundles(
         raise UsageError("this bundle holds one model, so --threshold does nothing; leave it out")
     wanted = [checked_threshold(threshold) for threshold in thresholds or []]
     digests = tuple(one.manifest.sha256 for one in contenders)
-    plan = Plan(digests, data.digest, tuple(one.target for one in contenders), settings, max_new_tokens, seed)
+    targets = tuple(one.target for one in contenders)
+    plan = Plan(digests, data.digest, targets, settings, max_new_tokens, seed, threads)
     rows = _asked(contenders, data, plan, out / JOURNAL)
     worths = Worths.of(rows, data.examples, metric)
     document: dict[str, Any] = {
@@ -88,6 +89,7 @@ def evaluate_bundles(
         "metric": metric,
         "max_new_tokens": max_new_tokens,
         "seed": seed,
+        "threads": threads,
         "flops_are": "estimated from the products of the graphs at the lengths that were fed",
         "bad": list(data.bad),
         "systems": systems_of(contenders, rows, worths, settings, wanted),
@@ -119,7 +121,7 @@ def _described(one: Contender) -> dict[str, Any]:
         "bundle": str(one.path),
         "manifest_sha256": one.manifest.sha256,
         "target": one.target,
-        "precision": model.spec.dtype,
+        "precision": one.manifest.members[one.member].targets[one.target].computed_in,
         "architecture": model.spec.architecture,
         "policy": one.plan.name if one.plan else None,
         "default_threshold": bars_of(one, [])[0] if one.pair else None,

@@ -25,13 +25,16 @@ from engines.guidance import random_guidance
 from graphs.errors import BadArtefact, UsageError
 from graphs.files import unreadable
 
-SCHEMA = "saccade.eval-journal/2"
+SCHEMA = "saccade.eval-journal/3"
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked of bundles. manifests, data: digests. seed: of random tokens, question i draws with seed + i."""
+    """What is asked of bundles, and how: times of other threads are other times.
+
+    manifests, data: digests. seed: of random tokens, question i draws with seed + i. threads: None for the runtime's.
+    """
 
     manifests: tuple[str, ...]
     data: str
@@ -39,6 +42,7 @@ class Plan:
     settings: tuple[Setting, ...]
     max_new_tokens: int | None
     seed: int
+    threads: int | None = None
 
     def header(self) -> Row:
         """The journal's first line."""

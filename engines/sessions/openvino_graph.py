@@ -9,6 +9,7 @@ memory between the file and the frontend, which calls us back for each:
     CachedAttention(q, k, v, …)       Grown k and v, shared by groups of heads, and one causal attention over them
     TopK(x, k)                        ONNX's, ties to the lower index
     DequantizeLinear(q, s)            ONNX's, of a weight, kept narrow (``openvino_weights``)
+    BlockAttention(q, k, v, is_real)  ours, as one attention under a mask, which keeps no map
 
 CachedAttention is the pattern that OpenVINO's CPU plugin turns into its one node that appends to the cache and attends
 (StatefulSDPAFusion); that node aligns causality bottom-right, as ONNX's Attention with a past. It gives its keys to
@@ -21,19 +22,20 @@ Legend: Hkv key-value heads, H query heads, P past rows, S new rows, d head widt
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from mmap import MADV_DONTNEED, mmap
 from pathlib import Path
-from typing import Any, TypeAlias
+from threading import Event, Thread
+from typing import TypeAlias
 
-import numpy as np
 import onnx
 import onnx.inliner
 import openvino as ov
-from openvino import op
 from openvino import opset13 as ops
 from openvino.frontend.onnx import ConversionExtension
 
+from engines.sessions.openvino_nodes import Conversions
 from engines.sessions.openvino_weights import DEQUANTIZE, dequantised, inputs_as_constants, weights_as_inputs
 from graphs.errors import BadArtefact
 from graphs.ops import DOMAIN as OUR_OPS
@@ -47,9 +49,12 @@ K, V, PAST_K, PAST_V = 1, 2, 4, 5  # inputs of Attention
 MASK = 3
 UNDERSTOOD = {"is_causal", "scale"}
 PLUGIN_ATTRIBUTES = "plugin_"
+FORGET_EVERY_S = 0.02  # some 50 MB of pages, at the speed at which weights are packed
 
 # A Loop copies what it reads from outside, here all keys at every step. Flat, the map H·G·T is there at once.
 FLAT = {"AttentionReceived", "RatedAttentionReceived"}
+
+BLOCKS = "BlockAttention"
 
 Dims: TypeAlias = tuple[int | str, ...]
 
@@ -69,10 +74,28 @@ class Read:
     grown: dict[str, str]
     files: list[mmap]
 
-    def forget_pages(self) -> None:
-        """Give back the pages of the files: what was compiled holds weights of its own, or reads a page again."""
-        for file in self.files:
-            file.madvise(MADV_DONTNEED)
+    @contextmanager
+    def packing(self) -> Iterator[None]:
+        """Around what copies the weights into a form of its own: give back the files' pages time and again meanwhile.
+
+        So a model's weights never lie in memory twice; a page that is needed again is read again.
+        """
+        done = Event()
+
+        def forget() -> None:
+            last = False
+            while not last:
+                last = done.wait(FORGET_EVERY_S)
+                for file in self.files:
+                    file.madvise(MADV_DONTNEED)
+
+        thread = Thread(target=forget, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
 
 def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
@@ -86,18 +109,20 @@ def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
         for function in proto.functions:
             if function.domain == OUR_OPS and function.name in FLAT:
                 function.CopyFrom(OPS[function.name].flat_function)
+        for function in [f for f in proto.functions if (f.domain, f.name) == (OUR_OPS, BLOCKS)]:
+            proto.functions.remove(function)  # its nodes stay as they are
         proto = onnx.inliner.inline_local_functions(proto)
     except Exception as e:  # protobuf's and the inliner's share no base class
         raise BadArtefact(f"{file} cannot be read as a graph ({e}); build the bundle again") from None
     for node in nodes_of(proto.graph):
         for attribute in [a for a in node.attribute if a.name.startswith(PLUGIN_ATTRIBUTES)]:
             node.attribute.remove(attribute)
-        if node.op_type in ("TopK", DEQUANTIZE) and not node.domain:
+        if (node.domain, node.op_type) in (("", "TopK"), ("", DEQUANTIZE), (OUR_OPS, BLOCKS)):
             node.domain = DOMAIN
     proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
     inputs, outputs = ({v.name: _dims(v) for v in values} for values in (proto.graph.input, proto.graph.output))
     states, grown = _cached(proto, file) if with_states else ({}, {})
-    conversions = _Conversions()
+    conversions = Conversions()
     extensions = [
         ConversionExtension(name, DOMAIN, convert)
         for name, convert in (
@@ -106,12 +131,14 @@ def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
             ("CachedAttention", conversions.attention),
             ("TopK", conversions.top),
             (DEQUANTIZE, dequantised),
+            (BLOCKS, conversions.blocks),
         )
     ]
     for extension in extensions:
         core.add_extension(extension)
     weights, files = weights_as_inputs(proto, file.parent)
     model = core.read_model(proto.SerializeToString())
+    _read_weights_as_they_lie(model)
     inputs_as_constants(model, weights)
     model.add_sinks(conversions.sinks)
     model.validate_nodes_and_infer_types()
@@ -120,6 +147,21 @@ def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
 
 def _dims(value: onnx.ValueInfoProto) -> Dims:
     return tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
+
+
+def _read_weights_as_they_lie(model: ov.Model) -> None:
+    """MatMul(x, Transpose(w)) → MatMul with w turned, while w is no constant: OpenVINO would fold it into a copy."""
+    for node in model.get_ops():
+        if node.get_type_name() != "MatMul" or node.get_attributes()["transpose_b"]:
+            continue
+        turned = node.input_value(1).get_node()
+        if turned.get_type_name() != "Transpose" or turned.input_value(0).get_node().get_type_name() != "Parameter":
+            continue
+        weight = turned.input_value(0)
+        if weight.get_partial_shape().rank.get_length() == 2:
+            wide = ops.matmul(node.input_value(0), weight, node.get_attributes()["transpose_a"], True)
+            wide.set_friendly_name(node.get_friendly_name())
+            node.output(0).replace(wide.output(0))
 
 
 def _cached(proto: onnx.ModelProto, file: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -200,67 +242,3 @@ def _with_nested(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield from nodes_of(attribute.g)
-
-
-class _Conversions:
-    """What the frontend calls for our nodes; ``sinks`` gathers the ends of the states, which a model must be given."""
-
-    def __init__(self) -> None:
-        self.sinks: list[Any] = []
-        self._variables: dict[str, Any] = {}
-
-    def past(self, node: Any) -> list[Any]:
-        """The state as it was before the run: [1, Hkv, P, d]."""
-        state, heads, width = (node.get_attribute(name) for name in ("state", "heads", "width"))
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(node.get_attribute("dtype"))
-        info = op.util.VariableInfo()
-        info.variable_id, info.data_type, info.data_shape = (
-            state,
-            ov.Type(dtype),
-            ov.PartialShape([1, heads, -1, width]),
-        )
-        self._variables[state] = op.util.Variable(info)
-        empty = ops.constant(np.zeros((1, heads, 0, width), dtype))
-        return [op.read_value(empty, self._variables[state]).output(0)]
-
-    def grown(self, node: Any) -> list[Any]:
-        """Past and new rows behind each other, [1, Hkv, P + S, d], which the state is from then on."""
-        return [self._assigned(node.get_attribute("state"), [node.get_input(0), node.get_input(1)]).output(0)]
-
-    def attention(self, node: Any) -> list[Any]:
-        """Causal attention of q [1, H, S, d] over the grown caches."""
-        q, k, v, past_k, past_v, beam = (node.get_input(i) for i in range(6))
-        zero = ops.constant(np.array(0, np.int64))
-        pasts = [ops.gather(past, beam, zero) for past in (past_k, past_v)]
-        keys = self._assigned(node.get_attribute("state_k"), [pasts[0], k])
-        values = self._assigned(node.get_attribute("state_v"), [pasts[1], v])
-        heads = q.get_partial_shape()[1].get_length()
-        scale = ops.constant(np.array(node.get_attribute("scale"), q.get_element_type().to_dtype()))
-        out = ops.scaled_dot_product_attention(
-            q, _shared(keys, heads), _shared(values, heads), scale=scale, causal=True
-        )
-        return [out.output(0)]
-
-    def top(self, node: Any) -> list[Any]:
-        """TopK-11 of ONNX, ties to the lower index: values and their indices."""
-        k = ops.squeeze(node.get_input(1), ops.constant(np.array([0], np.int64)))
-        mode = "max" if node.get_attribute("largest", 1) else "min"
-        axis = node.get_attribute("axis", -1)
-        out = ops.topk(node.get_input(0), k, axis, mode, "value", "i64", stable=True)
-        return [out.output(0), out.output(1)]
-
-    def _assigned(self, state: str, parts: list[Any]) -> Any:
-        whole = ops.concat(parts, 2)
-        self.sinks.append(op.assign(whole, self._variables[state]))
-        return whole
-
-
-def _shared(x_1VTd: Any, heads: int) -> Any:
-    """Keys or values for every query head: each is broadcast to its group."""
-    _, groups, _, width = x_1VTd.output(0).get_partial_shape()
-    if groups.get_length() == heads:
-        return x_1VTd
-    column = ops.unsqueeze(x_1VTd, ops.constant(np.array([2], np.int64)))
-    to = ops.constant(np.array([1, 1, heads // groups.get_length(), 1, 1], np.int64))
-    wide = ops.broadcast(column, to, broadcast_spec="BIDIRECTIONAL")
-    return ops.reshape(wide, ops.constant(np.array([0, heads, -1, width.get_length()], np.int64)), True)

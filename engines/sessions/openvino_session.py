@@ -11,7 +11,8 @@ Legend: Hkv key-value heads, P_j cached rows of segment j, d head width.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,9 @@ class OpenVinoSession:
         device = chosen_device(core)
         try:
             read = read_graph(core, self._file, with_states=device == CPU)
-            self._compiled = core.compile_model(read.model, device, _settings(core, device, threads, dtype))
-            read.forget_pages()
+            settings = _settings(core, device, threads, dtype)
+            with read.packing():
+                self._compiled = core.compile_model(read.model, device, settings)
         except SaccadeError:
             raise
         except Exception as e:  # the binding's exceptions share no base class
@@ -82,7 +84,7 @@ class OpenVinoSession:
                 "replay its golden tensors with: saccade verify, or build the bundle again"
             ) from None
         self._files = read.files  # whose memory the constants are, and which they do not keep
-        self._forget_once = read.forget_pages
+        self._packing: Callable[[], AbstractContextManager[None]] = read.packing
         self._states, self._grown = read.states, read.grown
         self._inputs, self._outputs = read.inputs, read.outputs
         if read.states:
@@ -111,13 +113,13 @@ class OpenVinoSession:
         # Until the run is over nobody may take the states for those of an earlier one.
         room.newest = None
         try:
-            room.request.infer(values, share_inputs=True, share_outputs=True)
+            with self._packing():
+                room.request.infer(values, share_inputs=True, share_outputs=True)
         except Exception as e:
             raise OperationFailed(
                 f"OpenVINO failed in {self._file.name} ({_first_line(e)}); check the bundle with: saccade verify"
             ) from None
-        self._forget_once()  # the first run packs what opening did not
-        self._forget_once = _nothing
+        self._packing = nullcontext  # the first run packed what opening did not
         room.newest = run = object()
         sizes = {
             dim: size
@@ -192,10 +194,6 @@ def _is_newest(room: Room, name: str, value: Value) -> bool:
 def _kind(node: Any) -> str:
     """What a node of a compiled model is there."""
     return str(node.get_rt_info()["layerType"].astype(str))
-
-
-def _nothing() -> None:
-    """What is left to be done after it was done once."""
 
 
 def _size(dim: int | str, sizes: Mapping[str, int]) -> int:

@@ -21,7 +21,7 @@ from engines.trt.flavour import RTX, Flavour
 from engines.trt.worker import Request
 from graphs.errors import OperationFailed, UsageError
 from graphs.files import atomic_file
-from graphs.talk import Step, step
+from graphs.talk import Step, say, step
 from graphs.versions import missing, require
 
 WEIGHTS_IN_MEMORY = 3.0  # peak host memory of a build, in weights (measured 2.9 with one profile)
@@ -47,9 +47,11 @@ def memory_needed(weight_bytes: int) -> int:
 
 
 def refuse_too_large(weight_bytes: int, what: str) -> None:
-    """OperationFailed where a build needs more host memory than is free."""
+    """OperationFailed where a build needs more host memory than is free; said where that is not known."""
     needed, free = memory_needed(weight_bytes), free_memory()
-    if free is not None and needed > free:
+    if free is None:
+        say(f"building {what} takes about {needed / 1e9:.1f} GB of memory, and how much is free cannot be told here")
+    elif needed > free:
         raise OperationFailed(
             f"building {what} takes about {needed / 1e9:.1f} GB of memory ({WEIGHTS_IN_MEMORY:g} × weights), "
             f"and {free / 1e9:.1f} GB are free; build on a larger machine, for an engine may run elsewhere"

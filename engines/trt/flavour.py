@@ -12,10 +12,11 @@ from packaging.version import Version
 
 from graphs.errors import BackendMissing
 from graphs.versions import extras_of, installed_version
+from plugins.trt import LEAST
 
-# Full TensorRT: the first whose parser takes our graphs as they are, the first that takes them written out, and the
-# first that nothing here was written for.
-LEAST, LEAST_WRITTEN_OUT, BEYOND = "10.16", "10.3", "12"
+# Full TensorRT: LEAST is the first whose parser takes our graphs as they are, then the first that takes them written
+# out, and the first that nothing here was written for.
+LEAST_WRITTEN_OUT, BEYOND = "10.3", "12"
 
 
 @dataclass(frozen=True)

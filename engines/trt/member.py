@@ -88,8 +88,7 @@ def build_member(
     OperationFailed where memory is short, fp16 overflows, or TensorRT refuses.
     """
     lowering = options.lowering(spec, flavour)
-    if lowering.parser == "current":
-        lowering = replace(lowering, capacity=_capacity(name, spec, options.bounds))
+    lowering = replace(lowering, capacity=_capacity(name, spec, options.bounds, lowering.parser))
     _refuse_width(name, spec, lowering, flavour)
     sms = options.sms_for(flavour)
     out.mkdir()
@@ -149,9 +148,10 @@ def _split(lowered: LoweredExport) -> LoweredExport:
     return replace(lowered, ops=ops)
 
 
-def _capacity(name: str, spec: ExportSpec, bounds: Bounds) -> int | None:
-    """Rows of the caches that an engine writes in place; None, and said, for a plan that cannot have it so."""
-    if why := refusal(spec.plan):
+def _capacity(name: str, spec: ExportSpec, bounds: Bounds, parser: Parser) -> int | None:
+    """Rows of the caches that an engine writes in place; None, and said, where a plan or a parser cannot have it so."""
+    older = f"TensorRT {parser} knows no layer that writes in place" if parser != "current" else ""
+    if why := older or refusal(spec.plan):
         say(f"{name}: each step copies its caches, and no step is captured as a CUDA graph, for {why}")
         return None
     return bounds.fitted(spec, None).max_length
@@ -235,15 +235,20 @@ def _refuse_misread(lowered: LoweredExport, stage: str, reading: Reading, parser
     if stage != "decoder" or parser != "current":
         return  # written out there is no attention to read
     layers = lowered.spec.language.layers
+    shapes = {tensor.name: tensor.shape for tensor in lowered.spec.stages[stage].inputs}
     if len(reading.attentions) != layers:
         raise OperationFailed(f"the parser made {len(reading.attentions)} attentions of a decoder of {layers} layers")
     for attention in reading.attentions:
         if not attention.mask or not attention.cache:
             lacking = "mask" if not attention.mask else "cache"
             raise OperationFailed(f"the parser left {attention.node} without its {lacking}, so decoding would be wrong")
-        if lowered.spec.cache == "in-place" and attention.grown != IN_PLACE:
+        if lowered.spec.cache != "in-place":
+            continue
+        wanted = (IN_PLACE, shapes[attention.cache][2])
+        if (attention.grown, attention.rows) != wanted:
             raise OperationFailed(
-                f"the parser made {attention.grown} of {attention.cache}, where {IN_PLACE} was asked for"
+                f"the parser made {attention.grown} over {attention.rows} rows of {attention.cache}, where {wanted[0]} "
+                f"over {wanted[1]} was asked for; report this with the file"
             )
 
 

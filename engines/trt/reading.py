@@ -20,7 +20,8 @@ class Attention:
     """One attention layer: its causality (NONE, for it is in the mask), its mask input, and where its keys come from.
 
     cache: the network's input whose rows are the first of the keys, '' where there is none (a tower). grown: the kind
-    of layer that puts the chunk behind them, CONCATENATION or KV_CACHE_UPDATE.
+    of layer that puts the chunk behind them, CONCATENATION or KV_CACHE_UPDATE. rows: how long that input is, −1 where
+    it is dynamic, 0 where there is none.
     """
 
     node: str
@@ -28,8 +29,9 @@ class Attention:
     mask: str
     cache: str
     grown: str = ""
+    rows: int = 0
 
-    def document(self) -> dict[str, str]:
+    def document(self) -> dict[str, str | int]:
         """As JSON writes it."""
         return dict(vars(self))
 
@@ -113,5 +115,7 @@ def _attention(trt: Any, layer: Any, makers: dict[str, Any]) -> Attention:
     maker = makers.get(keys.name) if keys is not None else None
     grown = maker.type.name if maker is not None and maker.type.name in GROWING else ""
     first = maker.get_input(0) if maker is not None and grown else None
-    cache = first.name if first is not None and first.is_network_input else ""
-    return Attention(attention.name, attention.causal_kind.name, mask.name if mask is not None else "", cache, grown)
+    cache = first if first is not None and first.is_network_input else None
+    name, rows = (cache.name, int(cache.shape[2])) if cache is not None else ("", 0)
+    kind = attention.causal_kind.name
+    return Attention(attention.name, kind, mask.name if mask is not None else "", name, grown, rows)

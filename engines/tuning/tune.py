@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engines.bundles.manifest import Manifest, manifest_of
 from engines.cascade import Cascade
 from engines.evaluation.contenders import unmetered
@@ -28,6 +30,7 @@ from graphs.talk import say, track
 
 SCHEMA = "saccade.tune/1"
 PLAN_FILE, DOCUMENT = "plan.toml", "tune.json"
+STEADY = 1.15  # the most that one computation's median time may differ between layers' searches
 KEEPS = (0.8, 0.64, 0.35, 0.2, 0.1, 0.05)
 
 
@@ -64,6 +67,7 @@ class Search:
             settings=settings,
             max_new_tokens=self.wanted.max_new_tokens,
             seed=self.wanted.seed,
+            threads=self.cascade.large.threads,
         )
         journal = self.out / f"{name}.jsonl"
         done = opened_journal(journal, plan)
@@ -97,12 +101,15 @@ def tune_bundle(
         say("layers are not walked, for the cut's layer is in the graph; name the large model's --checkpoint for that")
     search, guided = Search(bundle, cascade, manifest, wanted, out), cascade.large.spec.plan.needs_guidance
     truths = [example.answers for example in tuned_on.examples]
-    asked: list[Asked] = []
-    for i, layer in enumerate(layers):
-        settings = (*(() if i else (everything,)), *pruned)
+    wholes: list[Asked] = []
+    cut: list[Asked] = []
+    for layer in layers:
+        settings = (everything, *pruned)
         rows = search.rows(tuned_on, layer, settings, f"layer-{layer}")
-        asked += [asked_of(rows, truths, wanted.metric, layer, setting, guided) for setting in settings]
-    systems, baseline = systems_of(asked), asked[0].system(None)
+        whole, *others = (asked_of(rows, truths, wanted.metric, layer, setting, guided) for setting in settings)
+        wholes.append(whole)
+        cut += others
+    systems, baseline = systems_of([wholes[0], *cut]), wholes[0].system(None)
     best = cheapest(systems, baseline.accuracy - wanted.max_loss)
     assert best  # the baseline is one of them
     found = None if best is baseline or best.ms >= baseline.ms else best
@@ -123,6 +130,7 @@ def tune_bundle(
         "tuned_on": len(tuned_on.examples),
         "reported_on": len(reported_on.examples),
         "baseline": baseline.document(),
+        "baseline_ms_median_by_layer": [round(float(np.median(whole.ms)), 3) for whole in wholes],
         "front": [system.document() for system in front_of(systems)],
         "chosen": found.document() if found else None,
         "reported": None,
@@ -216,16 +224,23 @@ def refuse_too_few(tuned_on: Data, reported_on: Data, max_loss: float) -> None:
 
 
 def doubts(document: dict[str, Any]) -> list[str]:
-    """What the other part of the data says against the choice."""
-    told, bound = document["reported"], document["max_loss"]
+    """What speaks against the choice: a machine that was now fast, now slow, and the other part of the data."""
+    told, bound, times = document["reported"], document["max_loss"], document["baseline_ms_median_by_layer"]
+    found = []
+    if max(times) > STEADY * min(times):
+        found.append(
+            f"the large model that sees everything took {min(times):.1f} ms at one time and {max(times):.1f} at "
+            "another, so the layers' times cannot be compared; search again, into another folder, when the machine "
+            "does nothing else"
+        )
     if told is None:
-        return []
+        return found
     loss, error = told["loss"], told["loss_standard_error"]
     if loss > bound:
-        return [f"on the questions to report on {loss:.1%} are lost, more than the {bound:.1%} that were allowed"]
-    if loss + 2 * error > bound:
-        return [
+        found.append(f"on the questions to report on {loss:.1%} are lost, more than the {bound:.1%} that were allowed")
+    elif loss + 2 * error > bound:
+        found.append(
             f"{document['reported_on']} questions to report on tell the loss only to ± {2 * error:.1%}, so it may be "
             f"more than {bound:.1%}"
-        ]
-    return []
+        )
+    return found

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from glyphs.findings import tables_guidance, tables_rest
+from glyphs.findings import tables_guidance, tables_rest, tables_short
 from glyphs.findings.cells import Document
 from graphs.errors import UsageError
 
@@ -21,7 +21,10 @@ BLOCK = re.compile(r"<!-- findings (\w+) -->\n.*?<!-- end of findings -->\n", re
 TABLES: dict[str, Callable[[Document], list[str]]] = {
     f.__name__: f
     for f in (
-        tables_guidance.sources_short,
+        tables_short.sources_short,
+        tables_short.overlap_short,
+        tables_short.exits_short,
+        tables_short.star_short,
         tables_guidance.claims_short,
         tables_guidance.all_sources,
         tables_guidance.single_layers,

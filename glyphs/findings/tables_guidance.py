@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from glyphs.findings.cells import (
     ROWS,
     SIGNIFICANT,
@@ -14,18 +12,10 @@ from glyphs.findings.cells import (
     heads,
     interval_cells,
     percent,
-    plain,
     points,
-    ranged,
     runs,
     table,
 )
-
-
-def over_runs(document: Document, layers: Sequence[int], rows: str = "both") -> list[str]:
-    """The shipped small model's share and the range over all of them, one cell per retention."""
-    every = [at(document, name, layers, rows) for name in runs(document)]
-    return [ranged(column) for column in zip(*every, strict=True)]
 
 
 def singles(document: Document, model: str) -> list[str]:
@@ -68,21 +58,6 @@ def verdicts(document: Document, claim: str, against: str | None = None) -> list
             better = sum(t["difference"] > 0 for t in sure)
             cells.append(f"{better} : {len(sure) - better} of {len(here)}")
     return cells
-
-
-def sources_short(document: Document) -> list[str]:
-    """README's: who says which tokens stay."""
-    small, large = (range(depth(document, name)) for name in ("small", "large"))
-    half = list(small)[: len(small) // 2]
-    rows = [
-        ["small model, all layers", *over_runs(document, small)],
-        ["small model, first half of them", *over_runs(document, half)],
-        ["small model, one layer: best / mean / worst", *map(plain, singles(document, "small"))],
-        ["large model itself, all layers (oracle)", *(percent(c["share"]) for c in at(document, "large", large))],
-        ["large model itself, one layer: best / mean / worst", *map(plain, singles(document, "large"))],
-        ["random tokens, three draws", *drawn(document)],
-    ]
-    return table(["tokens chosen by", *heads(document)], rows)
 
 
 def claims_short(document: Document) -> list[str]:

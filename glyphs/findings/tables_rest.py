@@ -22,18 +22,23 @@ def exit_rows(document: Document, small: str, large: str) -> list[dict[str, Any]
     return [r for r in document["exits"]["rows"] if (r["small"], r["large"]) == (small, large)]
 
 
-def areas(document: Document) -> list[str]:
-    """The area of each score, by what the large model keeps; the range over the small models."""
+def areas_of(document: Document) -> tuple[list[str], dict[str, list[str]]]:
+    """What the large model keeps, and by score the area for each; the range over the small models."""
     names = runs(document)
     columns = list(dict.fromkeys(r["large"] for r in document["exits"]["rows"]))
     scores = [r["score"] for r in exit_rows(document, names[0], columns[0])]
-    rows = []
-    for score in scores:
-        cells = []
+    every: dict[str, list[str]] = {score: [] for score in scores}
+    for score, cells in every.items():
         for large in columns:
             values = [next(r["area"] for r in exit_rows(document, n, large) if r["score"] == score) for n in names]
             cells.append(ranged([{"share": v} for v in values]))
-        rows.append([score, *cells])
+    return columns, every
+
+
+def areas(document: Document) -> list[str]:
+    """The area of each score."""
+    columns, every = areas_of(document)
+    rows = [[score, *cells] for score, cells in every.items()]
     return table(["area under accuracy over calls", *(f"large at {c}" for c in columns)], rows)
 
 

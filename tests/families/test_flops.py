@@ -6,6 +6,7 @@ Legend: S rows, H heads, d head width, G guide rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from engines.evaluation.flops import Meter, Metered, stage_costs, stage_flops
+from engines.bundles.packed import pack_member
+from engines.evaluation.flops import Meter, Metered, cost_of, stage_costs, stage_flops
+from graphs.rules.rule import stage_from_folder
 from tests.families.cases import pictures
 from tests.families.conftest import PLAN, Sample
 
@@ -76,6 +79,18 @@ def test_a_prefill_pruned_and_whole_and_a_decode_step(eager: Sample) -> None:
     assert cost.flops(step) - rated == of_language(eager, 1, past=ROWS)
 
 
+def test_packed_stages_cost_what_the_canonical_ones_do(sample: Sample, tmp_path: Path) -> None:
+    folder, spec = sample.onnx.folder, sample.onnx.spec
+    packed = pack_member("one", folder, spec, tmp_path / "cpu", "fp32").spec
+    lengths = (f"{name}_{i}" for name in ("S", "P") for i in range(3))
+    sizes = {name: 3 + i for i, name in enumerate(("S", "G", "R", "N", "V", *lengths))}
+    for stage, cost in stage_costs(tmp_path, packed).items():
+        wanted = cost_of(stage_from_folder(folder, spec, stage))
+        known = sizes | dict.fromkeys({*cost.symbols, *wanted.symbols} - {*sizes}, 11)
+        assert cost.uncounted == wanted.uncounted == ()
+        assert cost.flops(known) == wanted.flops(known), stage
+
+
 @pytest.mark.parametrize("shapes", [[(40, 64)], [(64, 64), (24, 40)]], ids=str)
 def test_the_vision_stage(eager: Sample, shapes: list[tuple[int, int]]) -> None:
     costs = stage_costs(eager.onnx.folder, eager.onnx.spec)
@@ -83,7 +98,7 @@ def test_the_vision_stage(eager: Sample, shapes: list[tuple[int, int]]) -> None:
     meter = Meter()
 
     class Nothing:
-        def run(self, feeds: Any, host: Any = (), device: Any = ()) -> dict[str, Any]:
+        def run(self, feeds: Any, host: Any = (), device: Any = (), in_place: Any = None) -> dict[str, Any]:
             return {}
 
         def to_host(self, value: Any) -> np.ndarray:

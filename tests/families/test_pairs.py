@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,26 +73,27 @@ def embedded(sample: Sample, ids: torch.Tensor, inputs: dict[str, torch.Tensor])
     return embeds, torch.cat([positions, behind], -1), is_visual, stack
 
 
-@pytest.mark.parametrize(("role", "served"), [("small", {"AttentionReceived"}), ("large", {"KeepTopK", "CompactRows"})])
-def test_both_become_engines_whose_kernels_serve(
-    pair: dict[str, Any], tmp_path: Path, role: str, served: set[str]
-) -> None:
+@pytest.mark.parametrize("by", ["kernel", "body"])
+@pytest.mark.parametrize(("role", "served"), [("small", {"ReceivedInCache"}), ("large", {"KeepTopK", "CompactRows"})])
+def test_both_become_engines(pair: dict[str, Any], tmp_path: Path, role: str, served: set[str], by: str) -> None:
     pytest.importorskip("tensorrt_rtx")
     folder: Path = pair[f"{role}_export"]
-    spec = spec_from_folder(folder)
-    lowered = lowered_export(folder, spec, tmp_path, lowering_of("float32", "plugin", "current"), link=True)
+    spec, plugins = spec_from_folder(folder), by == "kernel"
+    lowering = replace(lowering_of("float32", "plugin" if plugins else "body", "current"), capacity=96)
+    lowered = lowered_export(folder, spec, tmp_path, lowering, link=True)
     profiles = profiles_of("decoder", lowered.spec, Bounds(64, 96, 32, 8, 2).fitted(lowered.spec, None))
     file, ops = lowered.file("decoder"), lowered.ops["decoder"]
     engine = tmp_path / "decoder.engine"
-    answer = engine_from_onnx(file, engine, sms=[89], profiles=profiles, ops=ops, plugins="python")
+    answer = engine_from_onnx(file, engine, sms=[89], profiles=profiles, ops=ops, plugins=plugins)
     reading = reading_from(answer["reading"])
     assert set(ops.values()) == served
-    assert reading.served == dict.fromkeys(ops, "kernel")
+    assert reading.served == dict.fromkeys(ops, by)
     assert reading.unused == ()
-    assert len(reading.attentions) == spec.language.layers
-    assert all(attention.mask and attention.cache for attention in reading.attentions)
+    segments = enumerate(lowered.spec.plan.segments(spec.language.layers))
+    wanted = [(f"visible_{j}", f"past_k_{i}", "KV_CACHE_UPDATE", 96) for j, segment in segments for i in segment]
+    assert [(a.mask, a.cache, a.grown, a.rows) for a in reading.attentions] == wanted
     assert engine.stat().st_size == answer["bytes"]
-    assert MAGIC in engine.read_bytes()
+    assert (MAGIC in engine.read_bytes()) is plugins
 
 
 def test_guidance_and_pruned_answer_are_those_of_plain_maps(pair: dict[str, Any]) -> None:

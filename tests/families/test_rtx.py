@@ -1,4 +1,4 @@
-"""Every family's decoder, lowered, equals its canonical one, and becomes a TensorRT-RTX engine without a GPU."""
+"""Each family's decoder, lowered, equals its canonical one and becomes an engine without a GPU; kernels: test_pairs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from engines.trt.reading import reading_from
 from graphs.compare import compare
 from graphs.lowering import Lowering
 from graphs.lowering.export import LoweredExport, lowered_export
-from plugins.registry import NODE_ATTRIBUTES, ops_with_kernels
 from tests.families.conftest import Sample
 
 pytest.importorskip("tensorrt_rtx")
@@ -32,17 +31,6 @@ def test_the_decoder_builds_with_its_masks_and_caches(sample: Sample, tmp_path: 
     segments = lowered.spec.plan.segments(lowered.spec.language.layers)
     wanted = [(f"visible_{j}", f"past_k_{i}", "KV_CACHE_UPDATE") for j, layers in enumerate(segments) for i in layers]
     assert [(a.mask, a.cache, a.grown) for a in reading.attentions] == wanted
-
-
-def test_the_kernels_serve_where_they_are_asked_for(sample: Sample, tmp_path: Path) -> None:
-    lowering = Lowering("float16", frozenset(ops_with_kernels()), NODE_ATTRIBUTES)
-    lowered = lowered_export(sample.onnx.folder, sample.onnx.spec, tmp_path, lowering)
-    file, ops = lowered.file("decoder"), lowered.ops["decoder"]
-    answer = engine_from_onnx(file, tmp_path / "none", sms=[89], profiles={}, ops=ops, plugins=True, parse_only=True)
-    reading = reading_from(answer["reading"])
-    assert reading.served == dict.fromkeys(ops, "kernel")
-    assert reading.unused == ()
-    assert all(attention.mask and attention.cache for attention in reading.attentions)
 
 
 def test_every_stage_equals_the_canonical_one(sample: Sample, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def by_cubin(op: str, inputs: list[torch.Tensor], attributes: tuple[float, ...] 
     tensors = dict(zip(served.inputs, inputs, strict=True)) | {served.output: out, **scratch}
     values = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     values |= {f"{name}_bits": bits_of(value) for name, value in zip(served.attributes, attributes, strict=True)}
-    values["weight"] = values.get("weight", inputs[-1].data_ptr())
+    values["weight"] = values.get("weight", inputs[2 if len(inputs) > 2 else -1].data_ptr())
     for variant in served.chosen(variants, shapes):
         numbers = dict(served.sizes(variant, types, shapes))
         launcher.launch(variant, values | numbers, torch.cuda.current_stream().cuda_stream)
@@ -77,6 +77,24 @@ def test_rated_attention_received(way):
     weight = on_gpu(drawn(1, 33, seed=2))
     wanted = OPS["RatedAttentionReceived"].torch_op(q, k, weight, SCALE)
     torch.testing.assert_close(way("RatedAttentionReceived", [q, k, weight], (SCALE,)), wanted, rtol=1e-3, atol=1e-3)
+
+
+@WAYS
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(("rows", "held", "capacity", "guides"), [(1, 700, 4096, 1), (300, 0, 1024, 64)])
+def test_received_in_a_cache(way, dtype, rows, held, capacity, guides):
+    """What lies behind the filled rows is never read; the length is on the device."""
+    q, k = on_gpu(drawn(1, 8, rows, 64), dtype), on_gpu(drawn(1, 2, capacity, 64, seed=1), dtype)
+    filled = held + rows
+    k[:, :, filled:] = torch.nan
+    weight = on_gpu(np.abs(drawn(1, guides, seed=2)))
+    length = torch.tensor([held], device="cuda")
+    for op, third in (("ReceivedInCache", carrier(guides)), ("RatedReceivedInCache", weight)):
+        over_all = op.replace("ReceivedInCache", "AttentionReceived")
+        wanted = OPS[over_all].torch_op(q.float(), k[:, :, :filled].float(), third, SCALE)
+        got = way(op, [q, k, third, length], (SCALE,))
+        torch.testing.assert_close(got[:, :filled], wanted, rtol=1e-3, atol=1e-4)
+        assert (got[:, filled:] == 0).all()
 
 
 @WAYS

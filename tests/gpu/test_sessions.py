@@ -20,6 +20,7 @@ from engines.cascade import Cascade
 from engines.sessions.session import SESSIONS, open_session
 from engines.trt.device import capability
 from engines.trt.flavour import FLAVOURS
+from engines.trt.full import FORMS, TensorrtOptions
 from engines.trt.member import build_member
 from engines.trt.options import EngineOptions
 from exporter.export import export_checkpoint
@@ -54,23 +55,29 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return export
 
 
-def engine_options(target: str, spec: ExportSpec) -> EngineOptions:
-    """For the GPU that is here; skips what TensorRT-RTX does not build."""
+def engine_options(target: str, spec: ExportSpec, plugins: str = "none") -> EngineOptions:
+    """For the GPU that is here; skips what TensorRT-RTX does not build.
+
+    plugins: none where bodies serve, ``python``, or ``aot`` of full TensorRT.
+    """
     flavour, here = FLAVOURS[target], capability()
     if flavour.sms and here not in flavour.sms:
         pytest.skip(f"{flavour.title} builds no engine for SM {here}")
     if spec.dtype != "float32" and spec.language.head_dim % flavour.head_widths:
         pytest.skip(f"{flavour.title} compiles no narrow attention of heads {spec.language.head_dim} wide")
-    return EngineOptions((here,) if flavour.sms else ())
+    full = TensorrtOptions(plugins=plugins) if target == "tensorrt" and plugins != "none" else None
+    ops = "body" if plugins == "none" else "plugin"
+    return EngineOptions((here,) if flavour.sms else (), ops=ops, tensorrt=full)
 
 
-def replayed(folder: Path, target: str, work: Path) -> None:
+def replayed(folder: Path, target: str, work: Path, plugins: str = "none") -> None:
     """Every golden case agrees, and nothing but arithmetic on shapes was left to the CPU."""
     if TARGETS[target].runs == "engines":
         spec = spec_from_folder(folder)
-        options = engine_options(target, spec)
+        options = engine_options(target, spec, plugins)
         shutil.copy(folder / GOLDEN_FILE, work / GOLDEN_FILE)
         built = build_member(spec.role, folder, spec, work / target, options, FLAVOURS[target])
+        assert set(built.ops.values()) == {"body" if plugins == "none" else "kernel"}
         refuse_disagreement(
             replay(work, built.spec, partial(open_session, target=target)), f"{folder.name} on {target}"
         )
@@ -84,13 +91,21 @@ def replayed(folder: Path, target: str, work: Path) -> None:
     replays = list(replay(folder, spec_from_folder(folder), open_stage))
     refuse_disagreement(replays, f"{folder.name} on {target}")
     assert len(replays) >= 5
-    if target != "cpu":
+    if TARGETS[target].memory == "device":
         assert {str(session.placement.work) for session in opened} == {"()"}
 
 
 @pytest.mark.parametrize(("role", "dtype"), PAIRS)
 def test_the_pair_replays(exported, target, role, dtype, tmp_path):
     replayed(exported("glyphs", lambda: PAIR / role, role, dtype), target, tmp_path)
+
+
+@pytest.mark.parametrize("plugins", FORMS)
+@pytest.mark.parametrize(("role", "dtype"), PAIRS)
+def test_the_pair_replays_by_its_kernels(exported, target, role, dtype, plugins, tmp_path):
+    if TARGETS[target].runs != "engines" or (plugins == "aot" and target != "tensorrt"):
+        pytest.skip(f"target {target} takes no kernels as {plugins}")
+    replayed(exported("glyphs", lambda: PAIR / role, role, dtype), target, tmp_path, plugins)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

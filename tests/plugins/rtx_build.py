@@ -26,7 +26,7 @@ LARGEST = {"S": 2000, "G": 64, "K": 2000}
 
 
 def model_of(served_by: str) -> onnx.ModelProto:
-    """Received attention, plain, weighted and of a cache → KeepTopK → CompactRows of hidden rows and of flags."""
+    """Received attention, plain and weighted, of a cache too → KeepTopK → CompactRows of hidden rows and of flags."""
 
     def node(op: str, inputs: list[str], output: str, **attributes: float) -> onnx.NodeProto:
         made = make_node(op, inputs, [output], domain=DOMAIN, name=output, **attributes)
@@ -40,8 +40,8 @@ def model_of(served_by: str) -> onnx.ModelProto:
             node("AttentionReceived", ["q", "k", "guide"], "received", scale=0.3),
             node("RatedAttentionReceived", ["q", "k", "weight"], "rated", scale=0.3),
             node("ReceivedInCache", ["q", "k", "guide", "length"], "cached", scale=0.3),
-            make_node("Add", ["received", "rated"], ["both"]),
-            make_node("Add", ["both", "cached"], ["score"]),
+            node("RatedReceivedInCache", ["q", "k", "weight", "length"], "rated_cached", scale=0.3),
+            make_node("Sum", ["received", "rated", "cached", "rated_cached"], ["score"]),
             node("KeepTopK", ["score", "is_visual", "keep"], "kept"),
             node("CompactRows", ["x", "kept"], "compact"),
             node("CompactRows", ["is_visual", "kept"], "flags"),

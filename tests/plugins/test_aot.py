@@ -58,13 +58,14 @@ def desc(kind: str, *shape: int, dynamic: bool = True) -> TensorDesc:
 def plugin() -> Plugin:
     made = Plugin()
     ids = aot.register(TRT, made, 89)
-    assert {f"saccade::{name}" for name in CALLS} <= set(ids) == set(made.described) == set(made.implemented)
+    assert {f"saccade::{name}" for name in CALLS} == set(ids) == set(made.described) == set(made.implemented)
     return made
 
 
 Q, K, GUIDE = desc("HALF", 1, 8, 100, 64), desc("HALF", 1, 2, 300, 64), desc("INT32", 24)
 WEIGHT = desc("FLOAT", 1, 24, dynamic=False)
 PEAK, TOTAL = desc("FLOAT", 1, 8, 24), desc("FLOAT", 1, 8, 24)
+LENGTH = desc("INT64", 1)
 CALLS = {
     "KeepTopK": ([desc("FLOAT", 1, 5000), desc("BOOL", 1, 5000), desc("INT32", 400)], [], [((1, 400), "INT64")]),
     "CompactRows": ([desc("HALF", 1, 5000, 64), desc("INT64", 1, 400)], [], [((1, 400, 64), "HALF")]),
@@ -72,6 +73,10 @@ CALLS = {
     "AttentionReceivedShares": ([Q, K, GUIDE, PEAK, TOTAL], [0.125], [((1, 300), "FLOAT")]),
     "RatedAttentionReceivedSums": ([Q, K, WEIGHT], [0.125], [((1, 8, 24), "FLOAT")] * 2),
     "RatedAttentionReceivedShares": ([Q, K, WEIGHT, PEAK, TOTAL], [0.125], [((1, 300), "FLOAT")]),
+    "ReceivedInCacheSums": ([Q, K, GUIDE, LENGTH], [0.125], [((1, 8, 24), "FLOAT")] * 2),
+    "ReceivedInCacheShares": ([Q, K, GUIDE, LENGTH, PEAK, TOTAL], [0.125], [((1, 300), "FLOAT")]),
+    "RatedReceivedInCacheSums": ([Q, K, WEIGHT, LENGTH], [0.125], [((1, 8, 24), "FLOAT")] * 2),
+    "RatedReceivedInCacheShares": ([Q, K, WEIGHT, LENGTH, PEAK, TOTAL], [0.125], [((1, 300), "FLOAT")]),
 }
 LAUNCHES = {
     "KeepTopK": ((1, 1, 1), 512, [5000, 400]),
@@ -79,7 +84,11 @@ LAUNCHES = {
     "AttentionReceivedSums": ((6, 2, 1), 128, [bits_of(0.125), 100, 300, 24, 8, 2, 64]),
     "AttentionReceivedShares": ((10, 1, 1), 128, [bits_of(0.125), 100, 300, 24, 8, 2, 64]),
 }
-LAUNCHES |= {f"Rated{name}": LAUNCHES[name] for name in ("AttentionReceivedSums", "AttentionReceivedShares")}
+LAUNCHES |= {
+    f"{op}{half}": LAUNCHES[f"AttentionReceived{half}"]
+    for op in ("RatedAttentionReceived", "ReceivedInCache", "RatedReceivedInCache")
+    for half in ("Sums", "Shares")
+}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -139,15 +148,16 @@ def test_ptx_that_drivers_do_not_read_is_not_offered():
 
 
 @pytest.mark.parametrize(
-    ("op", "third", "names"),
+    ("op", "given"),
     [
-        ("AttentionReceived", "guide", ("AttentionReceivedSums", "AttentionReceivedShares")),
-        ("RatedAttentionReceived", "weight", ("RatedAttentionReceivedSums", "RatedAttentionReceivedShares")),
+        ("AttentionReceived", ["q", "k", "guide"]),
+        ("RatedAttentionReceived", ["q", "k", "weight"]),
+        ("RatedReceivedInCache", ["q", "k", "weight", "length"]),
     ],
 )
-def test_an_attention_node_becomes_the_two_plugins_nodes(op, third, names):
+def test_an_attention_node_becomes_the_two_plugins_nodes(op, given):
     asked = {"scale": 0.5, "plugin_namespace": "saccade"}
-    node = make_node(op, ["q", "k", third], ["r"], domain="saccade", name="n", **asked)
+    node = make_node(op, given, ["r"], domain="saccade", name="n", **asked)
     after = make_node("Identity", ["r"], ["out"])
     model = make_model(make_graph([node, after], "g", [], []))
     assert aot.split_attention(model) == {"n_sums": op, "n_shares": op}
@@ -157,8 +167,8 @@ def test_an_attention_node_becomes_the_two_plugins_nodes(op, third, names):
         for n in model.graph.node
     ]
     assert made == [
-        (names[0], ["q", "k", third], ["r_peak", "r_total"], kept),
-        (names[1], ["q", "k", third, "r_peak", "r_total"], ["r"], kept),
+        (f"{op}Sums", given, ["r_peak", "r_total"], kept),
+        (f"{op}Shares", [*given, "r_peak", "r_total"], ["r"], kept),
         ("Identity", ["r"], ["out"], {}),
     ]
 

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from graphs.errors import BackendMissing, OperationFailed
+from plugins.creator import ALIGNMENT, plugin_class_of
 from plugins.cubin_file import Cubin
 from plugins.launch import Launcher
 from plugins.ops import SERVED
 from plugins.table import bits_of
+from plugins.trt import TYPES as TRT_TYPES
 
 TYPES, SHAPES = ("fp16", "fp16", "i32"), ((1, 8, 100, 64), (1, 2, 300, 64), (24,))
 SUMS, SHARES = SERVED["AttentionReceived"].variants(TYPES, SHAPES)
@@ -102,3 +104,44 @@ def test_the_narrowest_selection_that_holds_the_rows_is_launched():
         dict(served.chosen(variants, ((1, s), (1, s), (1,)))[0].constants)["BLOCK_S"] for s in (1, 1024, 1025, 16384)
     ]
     assert widths == [1024, 1024, 4096, 16384]
+
+
+ATTENDED, RATED, LENGTH = SHAPES[:2], (1, 24), (1,)
+CALLS = {
+    "AttentionReceived": (TYPES, SHAPES),
+    "RatedAttentionReceived": (("fp16", "fp16", "fp32"), (*ATTENDED, RATED)),
+    "ReceivedInCache": ((*TYPES, "i64"), (*SHAPES, LENGTH)),
+    "RatedReceivedInCache": (("fp16", "fp16", "fp32", "i64"), (*ATTENDED, RATED, LENGTH)),
+    "KeepTopK": (("fp32", "i1", "i32"), ((2, 5000), (2, 5000), (400,))),
+    "CompactRows": (("fp16", "i64"), ((2, 5000, 64), (2, 400))),
+}
+
+
+@pytest.mark.parametrize("op", SERVED)
+def test_a_plugin_hands_its_kernels_every_address_and_number(op):
+    """TensorRT's call of a plugin, down to the driver: each kernel's arguments by name."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    served, (types, shapes), driver = SERVED[op], CALLS[op], Driver()
+    held = tuple(cubin(variant) for variant in served.variants(types, shapes))
+    plugin = plugin_class_of(trt)(served, dict.fromkeys(served.attributes, 0.125), held, ())
+    plugin.launcher = Launcher(held, driver)
+    descs = [
+        SimpleNamespace(type=SimpleNamespace(name=TRT_TYPES[kind]), dims=shape)
+        for kind, shape in zip(types, shapes, strict=True)
+    ]
+    addresses = [1 << (20 + i) for i in range(len(descs))]
+    workspace, out, stream = 1 << 30, 1 << 31, 7
+    plugin.enqueue(descs, [], addresses, [out], workspace, stream)
+    chosen = served.chosen(plugin.variants, shapes)
+    launched = driver.named("cuLaunchKernel")
+    assert len(launched) == len(chosen)
+    sizes = served.scratch(shapes)
+    for variant, (_, *rest) in zip(chosen, launched, strict=True):
+        got = dict(zip(variant.arguments, rest[8][0], strict=False))
+        known = dict(zip(served.inputs, addresses, strict=True)) | {served.output: out}
+        known |= {f"{name}_bits": bits_of(0.125) for name in served.attributes}
+        known |= dict(served.sizes(variant, types, shapes)) | {"peak": workspace}
+        known["total"] = workspace + -(-sizes.get("peak", 0) // ALIGNMENT) * ALIGNMENT
+        known["weight"] = addresses[min(2, len(addresses) - 1)]
+        assert got == {name: known[name] for name in variant.arguments}
+        assert rest[7] == stream

@@ -34,7 +34,7 @@ def test_a_node_with_the_attributes_is_served_by_its_kernel(tmp_path):
     got = built("plugin", tmp_path)
     assert tuple(got["registered"]) == registry.ops_with_kernels()
     assert set(got["layers"].values()) == {"PLUGIN_V3"}
-    assert got["plugins"] == 6
+    assert got["plugins"] == 7
     assert got["engine_bytes"] > 0
     assert {tuple(found) for found in got["cubins"]} == {(kernel, sm) for kernel in KERNELS for sm in (89, 120)}
 
@@ -51,12 +51,21 @@ def test_a_node_without_them_is_served_by_its_body(tmp_path):
 def test_the_service_is_told_per_op_and_target():
     assert registry.service("KeepTopK", "rtx") == ("kernel", "")
     assert registry.service("MergePairs", "rtx") == ("body", "no kernel is written for it")
-    assert registry.service("KeepTopK", "cpu") == ("body", "the target cpu takes no plugins")
+    for op in registry.ops_with_kernels():
+        assert registry.service(op, "cpu") == ("body", "it runs the graphs, which take no plugins")
 
 
 def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(registry, "find_spec", lambda module: None if module in {"triton", "cuda"} else module)
     assert registry.service("KeepTopK", "rtx") == ("body", "triton and cuda-python not installed here")
+
+
+def test_a_tensorrt_too_old_for_plugins_is_told(monkeypatch):
+    monkeypatch.setattr(registry, "find_spec", lambda module: module)
+    monkeypatch.setattr(registry, "installed_version", lambda name: "10.3.0")
+    why = "tensorrt 10.3.0 takes no plugins of ours, 10.16 and newer do"
+    assert registry.service("KeepTopK", "tensorrt") == ("body", why)
+    assert registry.service("KeepTopK", "rtx") == ("kernel", "")
 
 
 def test_the_link_is_made_where_it_is_asked_for(tmp_path):

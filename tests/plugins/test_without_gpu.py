@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,33 @@ def test_the_benchmark_of_kernels():
     assert (done.returncode, done.stdout) == (4, "")
     assert done.stderr.startswith("benchmarks.kernels: torch sees no CUDA device here")
     assert len(done.stderr.splitlines()) == 1
+
+
+SMALL = """
+import json
+from benchmarks import kernels
+kernels.DEVICE = "cpu"
+kernels.ATTENTION, kernels.CACHES = ((4, 2, 16, 40, 5),), ((4, 2, 16, 64, 40),)
+kernels.SELECTION, kernels.HIDDEN = ((50, 20),), ((50, 20, 8),)
+results = []
+kernels.median_us = lambda call, launches=1: results.append(call()) or 1.0
+rows = [row for made in (kernels.attention_rows, kernels.cached_rows, kernels.selection_rows, kernels.compaction_rows,
+        kernels.prune_point_rows) for row in made(2.0)]
+for kernel, peer in zip(results[::2], results[1::2], strict=True):
+    assert (kernel[:, :peer.shape[1]] - peer).abs().max() < 1e-3, (kernel, peer)
+print(json.dumps(rows))
+"""
+
+
+def test_its_kernels_and_their_peers_are_the_same_function():
+    """Every row of the benchmark, at small sizes, interpreted."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", SMALL]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ops = [row["op"] for row in json.loads(done.stdout)]
+    assert ops == ["AttentionReceived", "ReceivedInCache", "KeepTopK", "CompactRows", "KeepTopK, CompactRows"]
+    assert json.loads(done.stdout)[3]["share_of_copy"] == (2 * 20 * 8 * 2 + 8 * 20) / 1e3 / 2
 
 
 def test_make_test_gpu():

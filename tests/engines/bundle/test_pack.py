@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import re
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,13 @@ from typing import Any
 import pytest
 
 from engines.bundles import pack as pack_module
+from engines.bundles.build import build_bundle
 from engines.bundles.bundle import open_bundle
+from engines.bundles.golden import refuse_disagreement, replay
 from engines.bundles.manifest import MANIFEST_FILE, digest_of
 from engines.bundles.pack import pack_bundle, unpack_bundle
 from graphs.errors import BadArtefact, OperationFailed, UsageError
+from graphs.spec import SPEC_FILE, spec_from_folder
 from tests.conftest import Outcome
 from tests.engines.bundle.test_open_bundle import flip
 from tests.hand_made import WEIGHTS
@@ -71,6 +75,23 @@ def test_there_and_back(pair: Path, packed: Path, tmp_path: Path, saccade_cli: C
     told = saccade_cli("pack", tmp_path / "b", "-o", tmp_path / "again")
     assert (told.code, told.stdout) == (0, f"{tmp_path / 'again'}\n")
     assert (tmp_path / "again").read_bytes() == packed.read_bytes(), "a bundle is one sequence of bytes"
+
+
+def test_weights_that_an_export_left_in_its_checkpoint_travel(exports: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(exports["alone"], tmp_path / "checkpoint"))
+    (checkpoint / "training_args.bin").write_bytes(b"what else lies there")
+    spec = spec_from_folder(checkpoint).model_copy(update={"weights_are": "in-place"})
+    (checkpoint / SPEC_FILE).write_text(spec.dumps())
+    build_bundle([checkpoint], tmp_path / "b")
+    pack_bundle(tmp_path / "b", tmp_path / "packed")
+    weights = (checkpoint / WEIGHTS).read_bytes()
+    shutil.rmtree(checkpoint)
+    shutil.rmtree(tmp_path / "b")
+    unpack_bundle(tmp_path / "packed", tmp_path / "there")
+    opened = open_bundle(tmp_path / "there").members["alone"]
+    refuse_disagreement(replay(opened.folder, opened.spec), "unpacked")
+    assert (opened.folder / WEIGHTS).read_bytes() == weights
+    assert not list((tmp_path / "there").rglob("training_args.bin"))
 
 
 def test_any_tar_reads_it_and_the_manifest_comes_first(packed: Path, pair: Path) -> None:

@@ -145,8 +145,9 @@ def test_what_the_parser_made_is_read_back(lower: Lower, tmp_path: Path, role: s
         assert reading.unused == ()
         segments = lowered.spec.plan.segments(lowered.spec.language.layers)
         grown = "KV_CACHE_UPDATE" if capacity else "CONCATENATION"
-        wanted = [(f"visible_{j}", f"past_k_{i}", "NONE", grown) for j, segment in enumerate(segments) for i in segment]
-        assert [(a.mask, a.cache, a.causal, a.grown) for a in reading.attentions] == wanted
+        rest = ("NONE", grown, capacity or -1)
+        wanted = [(f"visible_{j}", f"past_k_{i}", *rest) for j, segment in enumerate(segments) for i in segment]
+        assert [(a.mask, a.cache, a.causal, a.grown, a.rows) for a in reading.attentions] == wanted
         assert "RECURRENCE" not in reading.layers, "a Loop behind an attention ends the compiler"
 
 

@@ -103,6 +103,9 @@ def test_written_out_for_an_older_one(exports: Exports, machine: Machine, tmp_pa
     bounds = ("--max-prompt", 64, "--max-length", 96, "--max-tail", 8)
     outcome = saccade_cli("build", exports["small"], "-o", tmp_path / "b", "--target", "tensorrt", *options, *bounds)
     assert outcome.code == 0, outcome.stderr
+    assert "alone: each step copies its caches, " in outcome.stderr
+    assert "for TensorRT 10.3 knows no layer that writes in place" in outcome.stderr
+    assert "alone: chunks of up to 64 rows, caches of 96, 64 guide rows, logits of 8 rows, 8 images" in outcome.stderr
     alone = manifest_of(tmp_path / "b").members["alone"].targets["tensorrt"]
     assert alone.ops == {"AttentionReceived": "body"}
     decoder = alone.engines["decoder"]

@@ -17,7 +17,7 @@ pytest.importorskip("tensorrt_rtx")
     ("role", "precision", "plugins", "capacity"),
     [
         ("small", "float32", False, 40),
-        ("small", "float32", True, None),
+        ("small", "float32", True, 40),
         ("large", "float32", False, None),
         ("large", "float16", False, 40),
     ],

@@ -10,6 +10,8 @@ import pytest
 from safetensors import safe_open
 
 from engines.bundles.overflow import LARGEST, guard_against_overflow, near_overflow
+from engines.trt.member import build_member
+from engines.trt.options import EngineOptions
 from graphs.errors import OperationFailed
 from graphs.lowering import Lowering
 from graphs.lowering.export import LoweredExport, lowered_export
@@ -61,4 +63,14 @@ def test_a_tensor_that_overflows_is_named(
     assert all(near.stage == "decoder" and near.magnitude >= LARGEST / 4 for near in found)
     with pytest.raises(OperationFailed, match=r"leave fp16 in the golden replay, first decoder: .*--precision bf16"):
         guard_against_overflow(scaled, exports["small"])
-    assert "warning: decoder: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert all(f"warning: decoder: {near.tensor} reaches " in said for near in found)
+
+
+def test_it_speaks_before_anything_is_built(
+    exports: Exports, scaled: LoweredExport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.trt.member.engine_from_onnx", lambda *a, **k: pytest.fail("a build has begun"))
+    spec = spec_from_folder(tmp_path / "scaled")
+    with pytest.raises(OperationFailed, match="leave fp16"):
+        build_member("small", tmp_path / "scaled", spec, tmp_path / "m", EngineOptions((89,), "fp16"))

@@ -107,6 +107,42 @@ def test_with_answers_and_what_the_manifest_says(
     assert f"exit threshold {threshold:g}, with confidence 0.8" in saccade_cli("show", bundle).stdout
 
 
+def test_graded_losses_are_bounded_by_hoeffding_and_bentkus(
+    saccade_cli: Cli, bundle: Path, asked: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """The loss is how much more the large model's answer is worth; both formulas stand here once more."""
+    truths = [row["large"] or "nothing" if i % 2 else f"{row['large']} x" for i, row in enumerate(asked)]
+    told = saccade_cli("calibrate", bundle, data_of(tmp_path, truths), *PROMISE, "--metric", "anls")
+    assert told.code == 0, told.stderr
+    loss = np.array([max(0.0, anls(r["large"], t) - anls(r["small"], t)) for r, t in zip(asked, truths, strict=True)])
+    assert ((loss > 0) & (loss < 1)).any(), "choose answers of which some are half right"
+    score, n = np.array([row["S"] for row in asked]), QUESTIONS
+    best = 1.0
+    for level in grid():
+        total = loss[score > level].sum()
+        mean = min(total / n, 0.3)
+        h = (mean * math.log(mean / 0.3) if mean else 0) + (1 - mean) * math.log((1 - mean) / 0.7)
+        tail = sum(math.comb(n, i) * 0.3**i * 0.7 ** (n - i) for i in range(math.ceil(total) + 1))
+        if min(1, math.exp(-n * h), math.e * tail) > 0.2:
+            break
+        best = float(level)
+    [found] = manifest_of(bundle).calibrations
+    assert (found.test, found.metric, found.threshold) == ("hoeffding-bentkus", "anls", best)
+    assert found.losses == pytest.approx(loss[score > best].sum())
+
+
+def anls(answer: str, truth: str) -> float:
+    """1 − Levenshtein / longer, from a half on, over a whole table."""
+    table = np.arange(len(truth) + 1)
+    for i, a in enumerate(answer, 1):
+        row = [i]
+        for j, b in enumerate(truth, 1):
+            row.append(min(table[j] + 1, row[-1] + 1, table[j - 1] + (a != b)))
+        table = np.array(row)
+    worth = 1 - table[-1] / max(len(answer), len(truth), 1)
+    return float(worth) if worth > 0.5 else 0.0
+
+
 def test_without_answers_a_difference_is_a_loss(
     saccade_cli: Cli, bundle: Path, asked: list[dict[str, Any]], tmp_path: Path
 ) -> None:

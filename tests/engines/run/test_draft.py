@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.draft_words import BLOCK, README, RESULTS, filled
 from engines.cache import Cache
 from engines.cascade import Cascade
 from engines.draft import drafted_by
@@ -193,6 +194,14 @@ def test_other_tokenizers_give_no_draft_and_are_named_once(
     assert capsys.readouterr().err.count("because the vocabulary of the two differ") == 1
     with pytest.raises(UsageError, match="takes no draft"):
         cascade.ask(picture_of(0), "which digit ?", draft=False)
+
+
+def test_readmes_sentences_are_those_of_the_results() -> None:
+    """And the results those of the promise: not one token differs."""
+    document, text = json.loads(RESULTS.read_text("utf-8")), README.read_text("utf-8")
+    assert BLOCK.search(text)
+    assert filled(text, document) == text, "run: python -m benchmarks.draft_words"
+    assert all(r["answers_equal"] == r["kept_tokens_equal"] == r["questions"] for r in document["results"])
 
 
 def test_a_model_that_takes_no_draft_refuses_to_be_told(tiny_pair: TinyPair) -> None:

@@ -132,6 +132,8 @@ def test_an_interrupted_run_goes_on_where_it_ended(
     assert len(asked) == 13
     other = saccade_cli(*ask[:5], "--keep", "0.4", *COMMON)
     assert (other.code, "of another bundle, data or settings" in other.stderr) == (2, True)
+    slower = saccade_cli(*ask[:-2], 2, "--json")
+    assert (slower.code, "of another bundle, data or settings" in slower.stderr) == (2, True), "times would be mixed"
     journal.write_text("{\n")
     assert saccade_cli(*ask).code == 3
 

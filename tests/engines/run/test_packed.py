@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from engines.bundles.build import build_bundle, split_precision
 from engines.bundles.bundle import open_bundle
 from engines.bundles.manifest import manifest_of
 from engines.cascade import Cascade
+from engines.evaluation.flops import costs_of
+from engines.sampling import Options
 from graphs import files
 from graphs.errors import BadArtefact, UsageError
 from graphs.spec import STAGES
@@ -53,6 +56,27 @@ def test_a_packed_bundle_is_verified_and_opened(packed: dict[str, Path], precisi
     assert opened.small.opened == set(STAGES)
 
 
+def test_what_is_measured_is_told_in_the_packed_precision(
+    packed: dict[str, Path], tmp_path: Path, saccade_cli: Cli
+) -> None:
+    """A threshold of int8 scores is one of int8, and so is an evaluation."""
+    bundle = shutil.copytree(packed["int8"], tmp_path / "pair.bundle")
+    few = ("--questions", 8, "--max-new-tokens", 2, "--threads", 1)
+    told = saccade_cli("calibrate", bundle, "glyphs", *few, "--max-loss", 0.4, "--confidence", 0.8)
+    assert told.code == 0, told.stderr
+    [found] = manifest_of(bundle).calibrations
+    assert found.precision == {"small": "int8", "large": "int8"}
+    promises = Cascade.open(bundle, threads=1).promises
+    assert promises
+    assert promises.that_holds(None, Options(2)) == found
+    promises.precision = {"small": "int8", "large": "int4"}
+    assert promises.that_holds(None, Options(2)) is None
+    shown = saccade_cli("show", bundle).stdout
+    assert "  on cpu: int8, " in shown
+    told = saccade_cli("eval", bundle, "glyphs", *few, "-o", tmp_path / "out", "--json")
+    assert json.loads(told.stdout)["bundles"][0]["precision"] == "int8"
+
+
 def test_the_error_is_told_and_written(tiny_pair: TinyPair, tmp_path: Path, saccade_cli: Cli) -> None:
     told = saccade_cli("build", tiny_pair.exports["alone"], "-o", tmp_path / "b", "--precision", "int4", "--json")
     assert told.code == 0, told.stderr
@@ -72,6 +96,18 @@ def test_packed_fp32_answers_as_the_canonical_graphs(
         answers = [c.ask(image_file, question_of(seed), max_new_tokens=4, threshold=1) for c in (packed_one, mapped)]
         assert answers[0].tokens == answers[1].tokens
         assert all(map(np.array_equal, answers[0].kept, answers[1].kept))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_flops_are_those_of_the_canonical_graphs(packed: dict[str, Path], tiny_bundle: Path, precision: str) -> None:
+    sizes = {"N": 2, "S": 80, "S_1": 30, "P_0": 7, "P_1": 5, "G": 9, "R": 3, "V": 64}
+    for member in ("small", "large"):
+        found, wanted = (costs_of(path, manifest_of(path), member) for path in (packed[precision], tiny_bundle))
+        assert found
+        assert wanted
+        assert all(cost.uncounted == () for cost in found.values())
+        counted = [{stage: cost.flops(sizes) for stage, cost in costs.items()} for costs in (found, wanted)]
+        assert counted[0] == counted[1]
 
 
 def test_eight_bits_cost_less_than_four(packed: dict[str, Path]) -> None:

@@ -154,6 +154,7 @@ def test_another_layer_is_another_export(
     document = json.loads(told.stdout)
     assert (document["layers"], document["layers_walked"]) == ([1, 2], True)
     check_choice(document, by_hand(out, ["layer-1", "layer-2"], data), 0.3)
+    assert document["baseline_ms_median_by_layer"] == [10.0, 10.0], "each layer's search times the uncut model too"
     for layer in (1, 2):
         rows = [json.loads(line) for line in (out / f"layer-{layer}.jsonl").read_text().splitlines()[1:]]
         assert {row["large"]["0.25 sgl"]["retention"] for row in rows} == {(layer + (3 - layer) * 0.25) / 3}
@@ -194,13 +195,22 @@ def test_the_large_model_alone_may_be_the_best_there_is() -> None:
     assert cheapest(systems, 1.1) is None
 
 
+STEADY = {"baseline_ms_median_by_layer": [10.0, 11.0]}
+
+
+def test_times_of_a_machine_that_was_busy_are_doubted() -> None:
+    busy = {"baseline_ms_median_by_layer": [12.0, 50.0, 14.0], "max_loss": 0.02, "reported": None}
+    [doubt] = doubts(busy)
+    assert "took 12.0 ms at one time and 50.0 at another" in doubt
+
+
 @pytest.mark.parametrize(
     ("loss", "error", "words"),
     [(0.05, 0.01, "more than the 2.0%"), (0.01, 0.01, "± 2.0%"), (0.0, 0.005, None), (None, 0, None)],
 )
 def test_what_the_other_part_says_against_a_choice_is_said(loss: float | None, error: float, words: str | None) -> None:
     told = None if loss is None else {"loss": loss, "loss_standard_error": error}
-    found = doubts({"reported": told, "max_loss": 0.02, "reported_on": 100})
+    found = doubts({**STEADY, "reported": told, "max_loss": 0.02, "reported_on": 100})
     assert [words in doubt for doubt in found] == ([True] if words else [])  # type: ignore[operator]
 
 
