@@ -65,10 +65,11 @@ class Model:
         return self._sessions[stage]
 
     def open(self) -> None:
-        """Load the processor and open every stage now, so that no question has to wait for it."""
-        self.processor.load()
+        """Open every stage and load the processor now, so that no question has to wait for it."""
+        # Stages first: what reads processors is still being imported meanwhile.
         for stage in self.spec.stages:
             self.session(stage)
+        self.processor.load()
 
     @cached_property
     def decoder(self) -> Decoder:

@@ -108,10 +108,15 @@ def target_in_words(target: str, entry: TargetEntry) -> list[str]:
     """What a model is on one target, its stages left out."""
     served = ", ".join(f"{op} by its {by}" for op, by in entry.ops.items()) or "none of ours"
     return [
-        f"  on {target}: {entry.computed_in}, {entry.weight_bytes / MB:.1f} MB of weights{_engines_in_words(entry)}",
+        f"  on {target}: {_precision(entry)}, {entry.weight_bytes / MB:.1f} MB of weights{_engines_in_words(entry)}",
         f"  on {target}: memory, estimated: {footprint_in_words(entry.footprint)}",
         f"  on {target}: ops: {served}",
     ]
+
+
+def _precision(entry: TargetEntry) -> str:
+    """What it computes in, and where they are narrower, its weights."""
+    return f"{entry.precision} weights, {entry.dtype}" if entry.precision.startswith("int") else entry.computed_in
 
 
 def _engines_in_words(entry: TargetEntry) -> str:

@@ -8,6 +8,7 @@ the first token, decode what the other tokens took together. Image preparation i
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +29,8 @@ class Saccade:
     """Our bundle. threshold: where the small model's answer stands; None for the bundle's, calibrated where it is."""
 
     def __init__(self, folder: Path, threads: int, target: str, threshold: float | None = None) -> None:
+        # As the front door's verbs do: transformers would import it, and an installation that only runs has none.
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
         import saccade
 
         self._cascade = saccade.Cascade.open(folder, target=target, threads=threads, preload=True)

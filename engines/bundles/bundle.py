@@ -1,7 +1,8 @@
 """Opening a bundle: nothing of it is used before format, files, digests and paths are checked.
 
-What the chosen target uses is hashed on opening (about 1.5 GB/s on one core, several files, and pieces of large ones,
-in parallel); of the rest presence and size are checked.
+What the chosen target uses is hashed on opening (about 1.8 GB/s on one core, several files, and pieces of large ones,
+in parallel), graphs and weights only where they are not the files that were hashed before
+(``engines.bundles.remembered``); of the rest presence and size are checked.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, TypeAlias
 
 from engines.bundles.manifest import MANIFEST_FILE, REBUILD, EngineEntry, EngineFile, FileEntry, Manifest, manifest_of
+from engines.bundles.remembered import is_remembered, marks_of, remember
 from engines.bundles.targets import choose
 from graphs.errors import BadArtefact
 from graphs.files import path_inside, sha256_of, sha256_of_piece, unreadable
-from graphs.rules.rule import stage_from_folder
-from graphs.rules.tensors import constants_of
 from graphs.spec import ExportSpec, spec_from_folder
 from graphs.talk import say
 
@@ -62,8 +62,9 @@ def open_bundle(path: Path | str, *, target: str | None = None, check: Literal["
     """Open a bundle on a target, or raise BadArtefact with the reason and the command that mends it.
 
     target: this one and no other; None: the best that this machine can run, named on stderr where there is a choice.
-    check: ``full`` hashes every file, ``used`` those that the target uses. Errors: UsageError for a target that the
-    bundle does not hold, BackendMissing with the reasons where it cannot be run here; both before a file is read.
+    check: ``full`` hashes every file, ``used`` those that the target uses and that are not remembered. Errors:
+    UsageError for a target that the bundle does not hold, BackendMissing with the reasons where it cannot be run here;
+    both before a file is read.
     """
     path = Path(path)
     manifest = manifest_of(path)
@@ -72,8 +73,15 @@ def open_bundle(path: Path | str, *, target: str | None = None, check: Literal["
         why = "; ".join(f"not {name}: {reasons}" for name, reasons in passed.items())
         say(f"{path} runs on target {chosen}" + (f" ({why})" if why else ""))
     hashed = {file.path for file in manifest.files if check == "full" or _used(manifest, chosen, file.path)}
-    check_files(path, manifest, hashed)
-    return Bundle(path, manifest, chosen, _members(path, manifest, chosen, hashed))
+    marks = marks_of(path, hashed)
+    known = check == "used" and not manifest.engines(chosen) and is_remembered(path, manifest, chosen, marks)
+    check_files(path, manifest, () if known else hashed)
+    members = _members(path, manifest, chosen)
+    if not known:
+        _check_external_data(path, members, hashed)
+        if not manifest.engines(chosen):
+            remember(path, manifest, chosen, marks, marks_of(path, hashed))
+    return Bundle(path, manifest, chosen, members)
 
 
 def checked_manifest(path: Path | str, check: Literal["full", "size"] = "full") -> Manifest:
@@ -86,12 +94,12 @@ def checked_manifest(path: Path | str, check: Literal["full", "size"] = "full") 
     files = {file.path for file in manifest.files}
     check_files(path, manifest, {file for file in files if check == "full" or not file.endswith(HEAVY)})
     for target in manifest.targets:
-        _members(path, manifest, target, files)
+        _check_external_data(path, _members(path, manifest, target), files)
     return manifest
 
 
-def _members(path: Path, manifest: Manifest, target: str, readable: set[str]) -> dict[str, Member]:
-    """One target's members; their stages, and what the graphs read, are among the files ``readable``."""
+def _members(path: Path, manifest: Manifest, target: str) -> dict[str, Member]:
+    """One target's members, as their spec.json says."""
     members: dict[str, Member] = {}
     for name, entry in manifest.members.items():
         folder = path_inside(path, entry.folder)
@@ -102,7 +110,6 @@ def _members(path: Path, manifest: Manifest, target: str, readable: set[str]) ->
         members[name] = Member(folder, spec_from_folder(spec_file.parent), engines)
     if set(members) not in ({"small", "large"}, {"alone"}):
         raise BadArtefact(f"{path} holds {', '.join(members) or 'no model'}, not a pair or one; {REBUILD}")
-    _check_external_data(path, members, readable)
     return members
 
 
@@ -167,7 +174,10 @@ def _digest(path: Path, entry: FileEntry, piece: int | None = None) -> str:
 
 
 def _check_external_data(path: Path, members: dict[str, Member], readable: set[str]) -> None:
-    """Nothing is opened that was not checked: engines and the files that graphs read."""
+    """Nothing is opened that is not among the files ``readable``: engines and the files that graphs read."""
+    from graphs.rules.rule import stage_from_folder
+    from graphs.rules.tensors import constants_of
+
     for member in members.values():
         for name, interface in member.spec.stages.items():
             if not interface.file.endswith(".onnx"):

@@ -12,8 +12,9 @@ from engines.bundles.losses import losses_in_words, losses_of
 from engines.bundles.manifest import Loss
 from engines.sessions.session import open_session
 from graphs.lowering.export import interface_of
+from graphs.lowering.in_place import grouped
 from graphs.lowering.packing import BITS, HostPrecision, Packing
-from graphs.spec import SPEC_FILE, ExportSpec, FloatType, StageSpec, WeightFile
+from graphs.spec import SPEC_FILE, CacheForm, ExportSpec, FloatType, StageSpec, WeightFile
 from graphs.talk import say, step
 
 # target → what it computes in between quantised weights; each falls back to fp32 by itself.
@@ -40,10 +41,13 @@ def pack_member(
     out.mkdir()
     packing, dtype = Packing(precision, out, target), COMPUTED_IN[target]
     stages: dict[str, StageSpec] = {}
+    form: CacheForm = "concat"
     with step(f"packing the {name} model as {precision} for {target}"):
         for stage, interface in sorted(spec.stages.items(), key=lambda item: item[0] == "decoder"):
             model = ir.load(source / interface.file)
             packing.apply(model)
+            if target == "cpu" and stage == "decoder" and grouped(model):
+                form = "in-place"
             ir.save(model, out / interface.file)
             typed = interface_of(interface, model)
             stages[stage] = typed.model_copy(update={"file": f"{out.name}/{interface.file}"})
@@ -56,6 +60,7 @@ def pack_member(
             "dtype": dtype,
             "weights": (WeightFile(name=f"{out.name}/{weights.file}", bytes=size),),
             "weights_are": "converted",
+            "cache": form,
         }
     )
     (out / SPEC_FILE).write_text(packed.dumps(), "utf-8")

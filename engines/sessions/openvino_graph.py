@@ -8,8 +8,8 @@ memory between the file and the frontend, which calls us back for each:
     Grown(past, new)                  Concat(past, new), which becomes the state
     CachedAttention(q, k, v, …)       Grown k and v, shared by groups of heads, and one causal attention over them
     TopK(x, k)                        ONNX's, ties to the lower index
-    DequantizeLinear(q, s)            ONNX's, of a weight, kept narrow (``openvino_weights``)
     BlockAttention(q, k, v, is_real)  ours, as one attention under a mask, which keeps no map
+    DequantizeLinear(q, s)            ONNX's, of a weight, kept narrow (``openvino_weights``)
 
 CachedAttention is the pattern that OpenVINO's CPU plugin turns into its one node that appends to the cache and attends
 (StatefulSDPAFusion); that node aligns causality bottom-right, as ONNX's Attention with a past. It gives its keys to
@@ -32,11 +32,16 @@ from typing import TypeAlias
 import onnx
 import onnx.inliner
 import openvino as ov
-from openvino import opset13 as ops
 from openvino.frontend.onnx import ConversionExtension
 
 from engines.sessions.openvino_nodes import Conversions
-from engines.sessions.openvino_weights import DEQUANTIZE, dequantised, inputs_as_constants, weights_as_inputs
+from engines.sessions.openvino_weights import (
+    DEQUANTIZE,
+    dequantised,
+    inputs_as_constants,
+    read_as_they_lie,
+    weights_as_inputs,
+)
 from graphs.errors import BadArtefact
 from graphs.ops import DOMAIN as OUR_OPS
 from graphs.ops import OPS
@@ -130,15 +135,15 @@ def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
             ("Grown", conversions.grown),
             ("CachedAttention", conversions.attention),
             ("TopK", conversions.top),
-            (DEQUANTIZE, dequantised),
             (BLOCKS, conversions.blocks),
+            (DEQUANTIZE, dequantised),
         )
     ]
     for extension in extensions:
         core.add_extension(extension)
     weights, files = weights_as_inputs(proto, file.parent)
     model = core.read_model(proto.SerializeToString())
-    _read_weights_as_they_lie(model)
+    read_as_they_lie(model)
     inputs_as_constants(model, weights)
     model.add_sinks(conversions.sinks)
     model.validate_nodes_and_infer_types()
@@ -147,21 +152,6 @@ def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
 
 def _dims(value: onnx.ValueInfoProto) -> Dims:
     return tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
-
-
-def _read_weights_as_they_lie(model: ov.Model) -> None:
-    """MatMul(x, Transpose(w)) → MatMul with w turned, while w is no constant: OpenVINO would fold it into a copy."""
-    for node in model.get_ops():
-        if node.get_type_name() != "MatMul" or node.get_attributes()["transpose_b"]:
-            continue
-        turned = node.input_value(1).get_node()
-        if turned.get_type_name() != "Transpose" or turned.input_value(0).get_node().get_type_name() != "Parameter":
-            continue
-        weight = turned.input_value(0)
-        if weight.get_partial_shape().rank.get_length() == 2:
-            wide = ops.matmul(node.input_value(0), weight, node.get_attributes()["transpose_a"], True)
-            wide.set_friendly_name(node.get_friendly_name())
-            node.output(0).replace(wide.output(0))
 
 
 def _cached(proto: onnx.ModelProto, file: Path) -> tuple[dict[str, str], dict[str, str]]:

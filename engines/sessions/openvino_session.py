@@ -83,8 +83,8 @@ class OpenVinoSession:
                 f"OpenVINO cannot open {self._file} ({_first_line(e)}); "
                 "replay its golden tensors with: saccade verify, or build the bundle again"
             ) from None
-        self._files = read.files  # whose memory the constants are, and which they do not keep
         self._packing: Callable[[], AbstractContextManager[None]] = read.packing
+        self._files = read.files  # whose memory the constants are, and which they do not keep
         self._states, self._grown = read.states, read.grown
         self._inputs, self._outputs = read.inputs, read.outputs
         if read.states:

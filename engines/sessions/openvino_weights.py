@@ -21,6 +21,7 @@ import openvino as ov
 from openvino import opset13 as ops
 
 DEQUANTIZE = "DequantizeLinear"
+WEIGHTS = ("Parameter", "Multiply", "Reshape")  # as it lies in a file, narrow in rows, narrow in blocks
 HALVES: dict[int, ov.Type] = {onnx.TensorProto.INT4: ov.Type.i4}  # two values a byte, low half first, in both
 
 
@@ -53,6 +54,21 @@ def inputs_as_constants(model: ov.Model, weights: Mapping[str, ov.Tensor]) -> No
         constant.set_friendly_name(parameter.output(0).any_name)
         parameter.output(0).replace(constant.output(0))
         model.remove_parameter(parameter)
+
+
+def read_as_they_lie(model: ov.Model) -> None:
+    """MatMul(x, Transpose(w)) → MatMul with w turned, while w is no constant: OpenVINO would fold it into a copy."""
+    for node in model.get_ops():
+        if node.get_type_name() != "MatMul" or node.get_attributes()["transpose_b"]:
+            continue
+        turned = node.input_value(1).get_node()
+        if turned.get_type_name() != "Transpose" or turned.input_value(0).get_node().get_type_name() not in WEIGHTS:
+            continue
+        weight = turned.input_value(0)
+        if weight.get_partial_shape().rank.get_length() == 2:
+            wide = ops.matmul(node.input_value(0), weight, node.get_attributes()["transpose_a"], True)
+            wide.set_friendly_name(node.get_friendly_name())
+            node.output(0).replace(wide.output(0))
 
 
 def dequantised(node: Any) -> list[Any]:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
+from engines.sessions.heap import give_back
 from engines.sessions.session import NOTHING, Value
 from graphs.errors import BadArtefact, OperationFailed, SaccadeError
+from graphs.packed import packed_as
 from graphs.spec import CacheForm, form_of
 
 ERRORS_ONLY = 3
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+AS_STORED = "session.disable_prepacking"
+GIVE_BACK = "memory.enable_memory_arena_shrinkage"
+LARGE = 1 << 18  # values of one fed tensor, caches apart, from which a run's memory is given back at its end
 
 
 class HostBuffer:
@@ -59,22 +65,32 @@ class OrtSession:
 
     def _opened(self, options: ort.SessionOptions) -> ort.InferenceSession:
         """Weights stay in their file, mapped: ONNX Runtime would transpose and pack them into memory of its own."""
+        # A pattern holds all of a run's tensors for the next one of its lengths, on top of the arena; a buffer that the
+        # plan reuses later is held until then.
+        options.enable_mem_pattern = False
+        options.enable_mem_reuse = False
+        graph = self._file.read_bytes()
+        packed = packed_as(graph)
+        if packed is None:
+            graph = self._lowered(graph, options)
+        elif packed == "fp32":
+            options.add_session_config_entry(AS_STORED, "1")
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(self._file.parent))
+        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+    def _lowered(self, graph: bytes, options: ort.SessionOptions) -> bytes:
+        """A canonical graph as this session runs it; no weight is read."""
         import onnx_ir as ir
 
-        from graphs.lowering.host import PACKED, mapped
+        from graphs.lowering.host import mapped
         from graphs.lowering.in_place import grouped
 
         model = ir.load(self._file)
-        source: str | bytes = str(self._file)
-        packed = model.metadata_props.get(PACKED)
-        changed = packed is None and mapped(model)
-        if packed == "fp32" or changed:
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        changed = (self._in_place and grouped(model)) or changed
+        changed = mapped(model)
         if changed:
-            options.add_session_config_entry(WEIGHTS_FOLDER, str(self._file.parent))
-            source = ir.serde.serialize_model(model).SerializeToString()
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            options.add_session_config_entry(AS_STORED, "1")
+        changed = (self._in_place and grouped(model)) or changed
+        return ir.serde.serialize_model(model).SerializeToString() if changed else graph
 
     def run(
         self,
@@ -103,14 +119,25 @@ class OrtSession:
                 binding.bind_output(name, self.device)
             for name, shared in in_place.items():
                 binding.bind_ortvalue_output(name, values[shared])
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, *self._options_of(values))
         except Exception as e:
             raise OperationFailed(
                 f"ONNX Runtime failed in {self._file.name} ({_first_line(e)}); {_remedy(e)}"
             ) from None
         results = dict(zip((*returned, *device), binding.get_outputs(), strict=False))
-        results |= {name: values[shared] for name, shared in in_place.items() if name in host}
-        return {name: value.numpy() if name in host else value for name, value in results.items()}
+        on_host = {name: value.numpy() if name in host else value for name, value in results.items()}
+        # A buffer's memory is its feeder's.
+        return on_host | {name: values[shared].numpy().copy() for name, shared in in_place.items() if name in host}
+
+    def _options_of(self, values: Mapping[str, ort.OrtValue]) -> tuple[ort.RunOptions, ...]:
+        """A large run begins on a trimmed heap and gives back what it took; a decode step keeps its memory."""
+        fed = (value.shape() for name, value in values.items() if not name.startswith("past_"))
+        if self.device != "cpu" or all(prod(shape) < LARGE for shape in fed):
+            return ()
+        give_back()
+        options = ort.RunOptions()
+        options.add_run_config_entry(GIVE_BACK, "cpu:0")
+        return (options,)
 
     def to_host(self, value: Value) -> np.ndarray:
         """Copy an OrtValue to numpy; arrays and buffers of the host pass through."""

@@ -4,7 +4,7 @@ Legend: N outputs, K inputs of a layer.
 
 fp32: a weight [N,K] with N > K is stored turned, [K,N], else as the checkpoint has it; what is an embedding table too
 stays as it is, so that both are one. Read in place, decode is then within 5 % of what ONNX Runtime's own packed copies
-reach, which take as much memory again and are made at every open (benchmarks/LOG-cpu.md).
+reach, which take as much memory again and are made at every open (benchmarks/LOG.md).
 int8, int4: ``graphs.lowering.quantised`` for ONNX Runtime, ``graphs.lowering.weight_only`` for OpenVINO, tables
 included; norms, biases and convolutions stay fp32, and ``graphs.lowering.roles`` has what stays int8 in int4.
 """
@@ -22,7 +22,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from graphs.errors import OperationFailed
 from graphs.lowering.derived import CHUNK, DerivedWeights, Pieces
-from graphs.lowering.host import PACKED, one_node_each
+from graphs.lowering.host import one_node_each
 from graphs.lowering.linear import (
     Rows,
     WeightsAsStored,
@@ -33,10 +33,12 @@ from graphs.lowering.linear import (
     sizes_of,
     stored_weight,
 )
+from graphs.lowering.patches import PatchesByProduct
 from graphs.lowering.precision import Precision
 from graphs.lowering.quantised import Bits, Quantise
 from graphs.lowering.roles import Place, Width, place_of, tables_of, width_of
 from graphs.lowering.weight_only import WeightOnly
+from graphs.packed import PACKED
 
 HostPrecision = Literal["fp32", "int8", "int4"]
 PRECISIONS: tuple[HostPrecision, ...] = get_args(HostPrecision)
@@ -88,6 +90,9 @@ class Packing:
             model.metadata_props[PACKED] = self.precision
         RemoveUnusedNodesPass()(model)
         self._keep_the_rest(model)
+        if self.target == "cpu":
+            PatchesByProduct()(model)
+            RemoveUnusedNodesPass()(model)
 
     def _turn(self, model: ir.Model) -> None:
         for node in list(model.graph.all_nodes()):

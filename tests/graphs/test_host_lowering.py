@@ -16,9 +16,10 @@ from onnx import TensorProto as T
 from onnx import helper
 from safetensors.numpy import load_file, save_file
 
-from graphs.lowering.host import PACKED, mapped
+from graphs.lowering.host import mapped
 from graphs.lowering.packing import Packing
 from graphs.lowering.quantised import Bits, quantised
+from graphs.packed import PACKED
 from graphs.weights import safetensors_file
 
 WIDTH, HEADS, GROUPS, HEAD, VOCAB = 64, 4, 2, 16, 96

@@ -141,7 +141,7 @@ def test_a_bundle_of_int4_for_rtx_and_cpu_says_what_it_costs(
     ]
     assert 1e-3 < rtx < 0.2
     assert cpu == pytest.approx(rtx, rel=2)
-    assert "on rtx: int4, " in saccade_cli("show", tmp_path / "b").stdout
+    assert "on rtx: int4 weights, float16" in saccade_cli("show", tmp_path / "b").stdout
     assert saccade_cli("verify", tmp_path / "b", "--target", "cpu").code == 0
 
 

@@ -205,7 +205,7 @@ def test_weights_of_8_bits_beside_those_of_the_cpu(tiny_pair: TinyPair, tmp_path
         losses = {loss.tensor: loss.mean_error for loss in entry.losses}
         assert 1e-4 < losses["logits"] < 0.03
         assert entry.weight_bytes < 1.2 * member.targets["cpu"].weight_bytes
-    assert "on openvino: int8, " in saccade_cli("show", bundle).stdout
+    assert "on openvino: int8 weights, bfloat16" in saccade_cli("show", bundle).stdout
     for target in ("openvino", "cpu"):
         told = saccade_cli("verify", bundle, "--target", target)
         assert told.code == 0, told.stderr

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from engines.bundles import remembered
 from engines.bundles.build import build_bundle, split_precision
 from engines.bundles.bundle import open_bundle
 from engines.bundles.manifest import manifest_of
@@ -72,7 +75,7 @@ def test_what_is_measured_is_told_in_the_packed_precision(
     promises.precision = {"small": "int8", "large": "int4"}
     assert promises.that_holds(None, Options(2)) is None
     shown = saccade_cli("show", bundle).stdout
-    assert "  on cpu: int8, " in shown
+    assert "  on cpu: int8 weights, float32, " in shown
     told = saccade_cli("eval", bundle, "glyphs", *few, "-o", tmp_path / "out", "--json")
     assert json.loads(told.stdout)["bundles"][0]["precision"] == "int8"
 
@@ -108,6 +111,27 @@ def test_flops_are_those_of_the_canonical_graphs(packed: dict[str, Path], tiny_b
         assert all(cost.uncounted == () for cost in found.values())
         counted = [{stage: cost.flops(sizes) for stage, cost in costs.items()} for costs in (found, wanted)]
         assert counted[0] == counted[1]
+
+
+OPENED = """
+import sys
+sys.modules["torch"] = None
+import saccade
+saccade.Cascade.open(sys.argv[1], target="cpu", preload=True)
+unused = {"onnx", "onnx_ir", "onnxscript", "sympy", "scipy", "openvino", "rich", "exporter", "glyphs", "plugins"}
+print(*sorted(unused & set(sys.modules)))
+"""
+
+
+def test_opening_a_known_packed_bundle_parses_no_graph(
+    packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(remembered, "SETTLED", 0.0)
+    open_bundle(packed["fp32"], target="cpu", check="used")
+    command = [sys.executable, "-c", OPENED, str(packed["fp32"])]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
+    assert told.stdout.split() == []
 
 
 def test_eight_bits_cost_less_than_four(packed: dict[str, Path]) -> None:

@@ -1,0 +1,68 @@
+"""What was hashed once is not hashed again while it is the same file: same device, inode, size and both of its times.
+
+As a version control system knows that a file of its tree did not change. A write, a rename into its place, a copy or a
+restored modification time all give another inode or another change time, which no program can set. Not seen is what
+passes the file system by: a failing disk, or a write to the device itself; ``saccade verify`` and ``saccade pack`` hash
+every byte. Notes lie in the user's own cache, one file per bundle and target, and only graphs and weights are taken on
+trust: engines, which hold code, are hashed each time they are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from engines.bundles.manifest import Manifest
+from graphs.errors import SaccadeError
+from graphs.files import atomic_file
+
+SCHEMA = "saccade.remembered/1"
+SETTLED = 2.0  # seconds; a younger change may be followed by one that a clock of coarse ticks gives the same time
+Marks = dict[str, list[int]]
+
+
+def marks_of(bundle: Path, files: Iterable[str]) -> Marks:
+    """What tells that files are the same ones; a file that is missing has no mark."""
+    marks = {}
+    for file in files:
+        with suppress(OSError):
+            s = (bundle / file).lstat()
+            marks[file] = [s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns]
+    return marks
+
+
+def is_remembered(bundle: Path, manifest: Manifest, target: str, marks: Marks) -> bool:
+    """Whether these very files were checked against this very manifest for the target, by this user."""
+    note = _note_of(bundle, target)
+    with suppress(OSError, ValueError):
+        if note.stat().st_uid == os.getuid():
+            found = json.loads(note.read_text("utf-8"))
+            return bool(found == _document(manifest, marks))
+    return False
+
+
+def remember(bundle: Path, manifest: Manifest, target: str, before: Marks, after: Marks) -> None:
+    """Note that files were checked, unless one changed meanwhile or just now; without a cache nothing is noted."""
+    youngest = max((mark[-1] for mark in after.values()), default=0)
+    if before != after or time.time() - youngest / 1e9 < SETTLED:
+        return
+    note = _note_of(bundle, target)
+    with suppress(OSError, SaccadeError):
+        note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with atomic_file(note) as partial:
+            partial.write_text(json.dumps(_document(manifest, after)), "utf-8")
+
+
+def _document(manifest: Manifest, marks: Marks) -> dict[str, object]:
+    return {"schema": SCHEMA, "manifest": manifest.sha256, "files": marks}
+
+
+def _note_of(bundle: Path, target: str) -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    name = hashlib.sha256(f"{bundle.resolve()}\0{target}".encode()).hexdigest()
+    return Path(home) / "saccade" / "checked" / f"{name}.json"

@@ -1,0 +1,128 @@
+"""What the CPU's passes make of a tower, held to the canonical nodes in ONNX Runtime and to plain numpy.
+
+Legend: B blocks, H heads, K places, D head width, M samples, C channels, N outputs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto as T
+from onnx import helper
+from safetensors.numpy import save_file
+
+from graphs.lowering.blocks import BlocksTiled
+from graphs.lowering.patches import PatchesByProduct
+from graphs.ops import DOMAIN
+from graphs.ops.block_attention import OP
+from graphs.weights import safetensors_file
+
+HEADS, WIDTH = 2, 8
+
+
+def blocks(dtype: int = T.FLOAT, *, rows_first: bool = True) -> onnx.ModelProto:
+    """Two attentions of one is_real, behind the transposes that the exporter writes or straight from the inputs."""
+    shape: list[int | str] = ["B", "K", HEADS, WIDTH] if rows_first else ["B", HEADS, "K", WIDTH]
+    nodes, names = [], ["q", "k", "v"]
+    if rows_first:
+        nodes = [helper.make_node("Transpose", [n], [f"{n}_t"], perm=[0, 2, 1, 3], name=f"{n}_t") for n in names]
+        names = [f"{n}_t" for n in names]
+    for i, out in enumerate(("first", "second")):
+        values = names if not i else [names[1], names[0], names[2]]
+        attention = [*values, "is_real"]
+        nodes.append(helper.make_node("BlockAttention", attention, [out], domain=DOMAIN, name=out, scale=0.3))
+    known = [helper.make_tensor_value_info(n, dtype, ["B", HEADS, "K", WIDTH]) for n in names if rows_first]
+    graph = helper.make_graph(
+        nodes,
+        "tower",
+        [
+            *(helper.make_tensor_value_info(n, dtype, shape) for n in ("q", "k", "v")),
+            helper.make_tensor_value_info("is_real", T.BOOL, ["B", "K"]),
+        ],
+        [helper.make_tensor_value_info(n, dtype, ["B", HEADS, "K", WIDTH]) for n in ("first", "second")],
+        value_info=known,
+    )
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=opsets, functions=[OP.function], ir_version=10)
+
+
+def ran(
+    model: onnx.ModelProto | ir.Model, feeds: dict[str, np.ndarray], folder: Path | None = None
+) -> list[np.ndarray]:
+    proto = ir.serde.serialize_model(model) if isinstance(model, ir.Model) else model
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    if folder:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    found = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(
+        None, feeds
+    )
+    return [np.asarray(value) for value in found]
+
+
+@pytest.mark.parametrize("rows_first", [True, False])
+@pytest.mark.parametrize(("count", "places"), [(3, 5), (1, 700)])
+def test_blocks_without_a_map_give_what_the_op_says(count: int, places: int, rows_first: bool) -> None:
+    rng = np.random.default_rng(places)
+    model = blocks(rows_first=rows_first)
+    lowered = ir.from_proto(model)
+    assert BlocksTiled()(lowered).modified
+    assert [n.op_type for n in lowered.graph if n.op_type in ("BlockAttention", "MultiHeadAttention")] == [
+        "MultiHeadAttention"
+    ] * 2
+    assert not lowered.functions
+    shape = (count, places, HEADS, WIDTH) if rows_first else (count, HEADS, places, WIDTH)
+    feeds = {name: 3 * rng.standard_normal(shape).astype(np.float32) for name in ("q", "k", "v")}
+    # What stands in a padding row is any number, and weighs nothing.
+    feeds["is_real"] = np.arange(places) < rng.integers(1, places + 1, (count, 1))
+    hidden = ~feeds["is_real"][:, :, None, None] if rows_first else ~feeds["is_real"][:, None, :, None]
+    feeds["v"] = np.where(hidden, np.float32(1e6), feeds["v"])
+    for got, wanted in zip(ran(lowered, feeds), ran(model, feeds), strict=True):
+        real_BHKD = np.broadcast_to(feeds["is_real"][:, None, :, None], got.shape)
+        assert np.abs(got - wanted)[real_BHKD].max() < 1e-5 * np.abs(wanted[real_BHKD]).max()
+
+
+def test_blocks_of_another_type_are_left() -> None:
+    assert not BlocksTiled()(ir.from_proto(blocks(T.FLOAT16))).modified
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("kernel", "covers"), [((2, 4, 4), True), ((2, 4, 2), False)])
+def test_a_kernel_as_large_as_its_samples_is_a_product(
+    tmp_path: Path, kernel: tuple[int, ...], covers: bool, bias: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    held = {"w": rng.standard_normal((6, 3, *kernel)).astype(np.float32), "b": np.arange(6, dtype=np.float32)}
+    save_file(held, tmp_path / "model.safetensors")
+    external = []
+    for name, place in safetensors_file(tmp_path / "model.safetensors").tensors.items():
+        tensor = onnx.TensorProto(name=name, data_type=T.FLOAT, dims=place.shape, data_location=T.EXTERNAL)
+        for key, value in (("location", "model.safetensors"), ("offset", place.offset), ("length", place.length)):
+            tensor.external_data.add(key=key, value=str(value))
+        external.append(tensor)
+    inputs = ["x", "w", "b"] if bias else ["x", "w"]
+    node = helper.make_node("Conv", inputs, ["y"], name="conv", kernel_shape=kernel, strides=kernel)
+    out = ["M", 6, *(4 // size if i else 1 for i, size in enumerate(kernel))]
+    graph = helper.make_graph(
+        [node],
+        "patches",
+        [helper.make_tensor_value_info("x", T.FLOAT, ["M", 3, 2, 4, 4])],
+        [helper.make_tensor_value_info("y", T.FLOAT, out)],
+        initializer=[tensor for tensor in external if tensor.name in inputs],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    onnx.save(model, tmp_path / "m.onnx")
+    lowered = ir.load(tmp_path / "m.onnx")
+    assert PatchesByProduct()(lowered).modified == covers
+    x = rng.standard_normal((5, 3, 2, 4, 4)).astype(np.float32)
+    (got,) = ran(lowered, {"x": x}, tmp_path)
+    if covers:
+        assert [n.op_type for n in lowered.graph if n.op_type != "Constant"] == ["Reshape", "Gemm", "Reshape"]
+        wanted_MN = x.reshape(5, -1) @ held["w"].reshape(6, -1).T + (held["b"] if bias else 0)
+        assert got.shape == (5, 6, 1, 1, 1)
+        assert np.abs(got[:, :, 0, 0, 0] - wanted_MN).max() < 1e-4
