@@ -36,6 +36,7 @@ Dim: TypeAlias = int | str
 Dims: TypeAlias = tuple[Dim, ...]
 Shapes: TypeAlias = Mapping[str, Dims]
 Sizes: TypeAlias = Mapping[str, int]
+GUIDED = ("AttentionReceived", "RatedAttentionReceived", "ReceivedInCache", "RatedReceivedInCache")
 MULTIPLE = re.compile(r"(?:(?P<times>\d+)\*)?(?P<symbol>[A-Za-z]\w*)")
 
 
@@ -149,7 +150,12 @@ def cost_of(stage: Stage) -> StageCost:
     # Tracing leaves one length without a name: the tokens of Qwen2.5-VL, merged in the order of its windows.
     if stage.name == "vision" and "V" in places:
         places |= dict.fromkeys(used - places.keys(), places["V"])
-    known = {term: times for term, times in terms.items() if all(_countable(dim, places) for dim in term)}
+    # Of a buffer the run says how many rows are filled.
+    fed = {value.name for value in stage.model.graph.input}
+    lengths = {f"P_{j}" for j in range(len(fed)) if length_name(j) in fed}
+    known = {
+        term: times for term, times in terms.items() if all(_countable(dim, places.keys() | lengths) for dim in term)
+    }
     missing = [" · ".join(map(str, term)) for term in terms if term not in known]
     return StageCost(known, {s: places[s] for s in used & places.keys()}, (*uncounted, *missing))
 
@@ -244,11 +250,25 @@ def _attention(node: Any, shapes: Shapes) -> list[Dims]:
     return [(2, *q_BHSd, keys), (2, *q_BHSd[:3], keys, v_BHTd[3])]
 
 
+def _grouped(node: Any, shapes: Shapes) -> Dims:
+    """GroupQueryAttention over a buffer: q holds all heads side by side, keys are the filled rows."""
+    (batch, rows, _), (_, _, buffer, width) = (shapes[node.input[i]] for i in (0, 3))
+    return (4, batch, attribute_of(node, "num_heads"), rows, _filled(buffer, rows), width)
+
+
 def _received(node: Any, shapes: Shapes) -> Dims:
     """Guide rows (all rows where there is no guide) against keys."""
     (batch, heads, rows, width), k_BVTd = (shapes[node.input[i]] for i in (0, 1))
-    guided = node.op_type in ("AttentionReceived", "RatedAttentionReceived")
-    return (2, batch, heads, shapes[node.input[2]][-1] if guided else rows, k_BVTd[2], width)
+    guided = node.op_type in GUIDED
+    keys = _filled(k_BVTd[2], rows) if node.op_type.endswith("InCache") else k_BVTd[2]
+    return (2, batch, heads, shapes[node.input[2]][-1] if guided else rows, keys, width)
+
+
+def _filled(buffer: Dim, rows: Dim) -> Dim:
+    """What a chunk sees of a buffer of C_j rows: the P_j rows that were filled, and its own."""
+    if not isinstance(buffer, str) or not buffer.startswith("C_"):
+        raise KeyError(buffer)  # a capacity that is a number does not say whose it is
+    return f"{buffer.replace('C_', 'P_', 1)} + {rows}"
 
 
 def _block_attention(node: Any, shapes: Shapes) -> Dims:
@@ -281,10 +301,13 @@ COUNTS: dict[tuple[str, str], Callable[[Any, Shapes], Dims | list[Dims]]] = {
     ("", "Gemm"): _gemm,
     ("", "Conv"): _conv,
     ("", "Attention"): _attention,
+    (MICROSOFT, "GroupQueryAttention"): _grouped,
     (MICROSOFT, "FusedMatMul"): _matmul,  # packed stages turn the second factor only
     (MICROSOFT, "MatMulNBits"): _quantised,
     (DOMAIN, "AttentionReceived"): _received,
     (DOMAIN, "RatedAttentionReceived"): _received,
+    (DOMAIN, "ReceivedInCache"): _received,
+    (DOMAIN, "RatedReceivedInCache"): _received,
     (DOMAIN, "ReceivedFromAll"): _received,
     (DOMAIN, "ReceivedWithin"): _received,
     (DOMAIN, "BlockAttention"): _block_attention,

@@ -12,10 +12,9 @@ from packaging.version import Version
 
 from graphs.errors import BackendMissing
 from graphs.versions import extras_of, installed_version
-from plugins.trt import LEAST
 
-# Full TensorRT: LEAST is the first whose parser takes our graphs as they are, then the first that takes them written
-# out, and the first that nothing here was written for.
+# Full TensorRT: ``plugins.trt.LEAST`` is the first whose parser takes our graphs as they are, then the first that takes
+# them written out, and the first that nothing here was written for.
 LEAST_WRITTEN_OUT, BEYOND = "10.3", "12"
 
 
@@ -73,6 +72,8 @@ FLAVOURS = {flavour.target: flavour for flavour in (FULL, RTX)}
 
 def out_of_range(installed: str, parser: str) -> str:
     """Why a version of full TensorRT does not serve files for a parser, '' where it does."""
+    from plugins.trt import LEAST
+
     least = LEAST_WRITTEN_OUT if parser == LEAST_WRITTEN_OUT else LEAST
     if Version(least) <= Version(installed) < Version(BEYOND):
         return ""

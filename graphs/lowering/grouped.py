@@ -69,7 +69,10 @@ def _rows_first(node: ir.Node, value: ir.Value) -> ir.Value:
             return rows
     turned = before(node, "Transpose", [value], perm=ALL_HEADS_LAST)
     heads, head_width = _heads(value)
-    return before(node, "Reshape", [turned, constant(node, [0, 0, heads * head_width])])
+    rows = before(node, "Reshape", [turned, constant(node, [0, 0, heads * head_width])])
+    assert value.shape is not None
+    rows.type, rows.shape = value.type, ir.Shape([value.shape[0], value.shape[2], heads * head_width])
+    return rows
 
 
 def _heads_first(node: ir.Node, flat: ir.Value) -> None:

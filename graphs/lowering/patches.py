@@ -58,6 +58,8 @@ def _rewrite(model: ir.Model, node: ir.Node) -> None:
     )
     rows = before(node, "Reshape", [x, constant(node, [-1, prod(rest)])])
     product = before(node, "Gemm", [rows, initializer(model, flat), *node.inputs[2:]], transB=1)
+    if (known := node.outputs[0].shape) is not None:
+        product.type, product.shape = node.outputs[0].type, ir.Shape(known[:2])
     graph, out = node.graph, before(node, "Reshape", [product, constant(node, [-1, n, *(1 for _ in rest[1:])])])
     assert graph is not None
     takes_over(out, node.outputs[0])
