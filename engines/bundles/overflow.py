@@ -82,7 +82,7 @@ def _watching(lowered: LoweredExport, stage: str) -> tuple[Any, list[str]]:
     import onnxruntime as ort
 
     model = ir.load(lowered.file(stage))
-    names = []
+    names, watching = [], []
     for node in list(model.graph):
         for value in node.outputs:
             if value.dtype != ir.DataType.FLOAT16 or not value.name or _reads_weights_only(node):
@@ -90,14 +90,18 @@ def _watching(lowered: LoweredExport, stage: str) -> tuple[Any, list[str]]:
             wide = ir.node("Cast", [value], {"to": ir.DataType.FLOAT.value}, num_outputs=1)
             size = ir.node("Abs", wide.outputs, num_outputs=1)
             largest = ir.node("ReduceMax", size.outputs, {"keepdims": 0}, num_outputs=1)
-            model.graph.extend([wide, size, largest])
+            watching.append([wide, size, largest])
             out = largest.outputs[0]
             out.name, out.type, out.shape = WATCH + value.name, ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
             model.graph.outputs.append(out)
             names.append(value.name)
+    # ONNX Runtime runs what the last node needs first, so the earliest value is measured, and freed, before the next.
+    for nodes in reversed(watching):
+        model.graph.extend(nodes)
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_cpu_mem_arena = False  # what is freed goes back at once: a build needs the memory next
     options.add_session_config_entry(WEIGHTS_FOLDER, str(lowered.weights_at.resolve()))
     try:
         watched = ir.to_proto(model).SerializeToString()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from safetensors import safe_open
 
-from engines.bundles.overflow import LARGEST, guard_against_overflow, near_overflow
+from engines.bundles.overflow import LARGEST, WATCH, guard_against_overflow, near_overflow
 from engines.trt.member import build_member
 from engines.trt.options import EngineOptions
 from graphs.errors import OperationFailed
@@ -74,3 +76,27 @@ def test_it_speaks_before_anything_is_built(
     spec = spec_from_folder(tmp_path / "scaled")
     with pytest.raises(OperationFailed, match="leave fp16"):
         build_member("small", tmp_path / "scaled", spec, tmp_path / "m", EngineOptions((89,), "fp16"))
+
+
+def test_a_value_is_measured_and_freed_before_the_next(
+    exports: Exports, lower: Lower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order in which ONNX Runtime ran the nodes, by its own profile: all at the end would keep every activation."""
+    opened, real = [], ort.InferenceSession
+
+    def profiled(model: bytes, options: ort.SessionOptions, **more: object) -> ort.InferenceSession:
+        options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+        opened.append(real(model, options, **more))
+        return opened[-1]
+
+    monkeypatch.setattr(ort, "InferenceSession", profiled)
+    list(near_overflow(lower("large", "float16"), exports["large"]))
+    for session in opened:
+        events = json.loads(Path(session.end_profiling()).read_text())
+        kernels = [e["args"]["op_name"] for e in events if e["name"].endswith("_kernel_time")]
+        watched = sum(output.name.startswith(WATCH) for output in session.get_outputs())
+        run = kernels[: len(kernels) * watched // kernels.count("ReduceMax")]
+        work = [i for i, op in enumerate(run) if op in ("MatMul", "Attention", "Softmax")]
+        if work:
+            measured = [i for i, op in enumerate(run) if op == "ReduceMax"]
+            assert sum(i < work[-1] for i in measured) > len(measured) / 2
