@@ -38,8 +38,8 @@ def marks_of(bundle: Path, files: Iterable[str]) -> Marks:
 
 def is_remembered(bundle: Path, manifest: Manifest, target: str, marks: Marks) -> bool:
     """Whether these very files were checked against this very manifest for the target, by this user."""
-    note = _note_of(bundle, target)
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RuntimeError):
+        note = _note_of(bundle, target)
         if note.stat().st_uid == os.getuid():
             found = json.loads(note.read_text("utf-8"))
             return bool(found == _document(manifest, marks))
@@ -51,8 +51,8 @@ def remember(bundle: Path, manifest: Manifest, target: str, before: Marks, after
     youngest = max((mark[-1] for mark in after.values()), default=0)
     if before != after or time.time() - youngest / 1e9 < SETTLED:
         return
-    note = _note_of(bundle, target)
-    with suppress(OSError, SaccadeError):
+    with suppress(OSError, SaccadeError, RuntimeError):
+        note = _note_of(bundle, target)
         note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with atomic_file(note) as partial:
             partial.write_text(json.dumps(_document(manifest, after)), "utf-8")
@@ -63,6 +63,7 @@ def _document(manifest: Manifest, marks: Marks) -> dict[str, object]:
 
 
 def _note_of(bundle: Path, target: str) -> Path:
+    """RuntimeError where the user has no home."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = hashlib.sha256(f"{bundle.resolve()}\0{target}".encode()).hexdigest()
     return Path(home) / "saccade" / "checked" / f"{name}.json"
