@@ -251,8 +251,9 @@ def _attention(node: Any, shapes: Shapes) -> list[Dims]:
 
 
 def _grouped(node: Any, shapes: Shapes) -> Dims:
-    """GroupQueryAttention over a buffer: q holds all heads side by side, keys are the filled rows."""
-    (batch, rows, _), (_, _, buffer, width) = (shapes[node.input[i]] for i in (0, 3))
+    """GroupQueryAttention over a buffer: q and out hold all heads side by side, keys are the filled rows."""
+    batch, rows, _ = shapes.get(node.output[0]) or shapes[node.input[0]]
+    buffer, width = shapes[node.input[3]][2:]
     return (4, batch, attribute_of(node, "num_heads"), rows, _filled(buffer, rows), width)
 
 
@@ -274,6 +275,12 @@ def _filled(buffer: Dim, rows: Dim) -> Dim:
 def _block_attention(node: Any, shapes: Shapes) -> Dims:
     q_BHKd = shapes[node.input[0]]
     return (4, *q_BHKd, q_BHKd[2])
+
+
+def _blocks_tiled(node: Any, shapes: Shapes) -> Dims:
+    """BlockAttention as the CPU's packed stages have it; the column that says what is padding is left out."""
+    heads, (blocks, rows, all_heads) = attribute_of(node, "num_heads"), shapes[node.output[0]]
+    return (4, blocks, heads, rows, int(all_heads) // heads, rows)
 
 
 def _text_raters(node: Any, shapes: Shapes) -> Dims:
@@ -304,6 +311,7 @@ COUNTS: dict[tuple[str, str], Callable[[Any, Shapes], Dims | list[Dims]]] = {
     (MICROSOFT, "GroupQueryAttention"): _grouped,
     (MICROSOFT, "FusedMatMul"): _matmul,  # packed stages turn the second factor only
     (MICROSOFT, "MatMulNBits"): _quantised,
+    (MICROSOFT, "MultiHeadAttention"): _blocks_tiled,
     (DOMAIN, "AttentionReceived"): _received,
     (DOMAIN, "RatedAttentionReceived"): _received,
     (DOMAIN, "ReceivedInCache"): _received,

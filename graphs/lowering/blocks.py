@@ -57,6 +57,8 @@ def _rewrite(node: ir.Node, columns: dict[ir.Value, tuple[ir.Value, ir.Value]]) 
     attributes = {"num_heads": heads, "scale": node.attributes.get_float("scale")}
     made = ir.node("MultiHeadAttention", [wide_q, wide_k, flat_v], attributes, domain=MICROSOFT, name=node.name)
     graph.insert_before(node, made)
+    assert q.shape is not None
+    made.outputs[0].type, made.outputs[0].shape = q.type, ir.Shape([q.shape[0], q.shape[2], heads * width])
     apart = before(node, "Reshape", [made.outputs[0], constant(node, [0, 0, heads, width])])
     takes_over(before(node, "Transpose", [apart], perm=ROWS_FIRST), node.outputs[0])
     fed = [value.producer() for value in (q, k, v) if value is not None]
