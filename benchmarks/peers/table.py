@@ -47,15 +47,17 @@ SHAPES = {
 def table_of(document: Document, only: Sequence[str] | None = None) -> list[str]:
     """Lines of Markdown: medians with their range, peak memory, bytes on disk, seconds to make; what was skipped."""
     lines = [
-        "| system | " + " | ".join(title for _, title in COLUMNS) + " | peak GB | disk GB | made in s |",
-        "|---|" + "---|" * (len(COLUMNS) + 3),
+        "| system | " + " | ".join(title for _, title in COLUMNS) + " | first open | peak GB | disk GB | made in s |",
+        "|---|" + "---|" * (len(COLUMNS) + 4),
     ]
     for row in document["systems"]:
         if only is None or row["name"] in only:
             cells = [cell(row.get(key)) for key, _ in COLUMNS]
             sizes = [f"{row[key] / 1e9:.2f}" for key in ("peak_bytes", "disk_bytes")]
             made = f"{sum(row['made_in_s']):.0f}" if row["made_in_s"] else ""
-            lines.append(f"| {row['name']} | " + " | ".join([*cells, *sizes, made]) + " |")
+            lines.append(
+                f"| {row['name']} | " + " | ".join([*cells, number(row["first_open_ms"]), *sizes, made]) + " |"
+            )
     if only is None:
         lines += ["", *(f"- {name}: not measured ({why})" for name, why in document["skipped"].items())]
     return lines

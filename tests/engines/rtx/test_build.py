@@ -188,7 +188,7 @@ def test_a_bound_that_cannot_be_had_is_refused(exports: Exports, bounds: Bounds,
     [
         ([], "give its compute capability"),
         (["--sm", 75], "not built for SM 75"),
-        (["--sm", 89, "--precision", "int8"], "'int8' is not known"),
+        (["--sm", 89, "--precision", "int3"], "'int3' is not known"),
         (["--sm", 89, "--ops", "both"], "neither plugin nor body"),
     ],
 )
