@@ -36,6 +36,7 @@ SIZES = {"llava": (336, 336)}  # height, width by the shape's first word; shape 
 @click.option("--asks", type=click.IntRange(1), default=2, show_default=True, help="Measured questions a round.")
 @click.option("--tokens", type=click.IntRange(2), default=16, show_default=True, help="Length of an answer.")
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--name", help="Of the results: peers-NAME.json. [the shape's]")
 @click.option("--note", default="", help="What else the machine did, for the conditions.")
 def main(
     shape: str,
@@ -47,6 +48,7 @@ def main(
     asks: int,
     tokens: int,
     threads: int,
+    name: str | None,
     note: str,
 ) -> None:
     """Measure, print, write."""
@@ -57,9 +59,9 @@ def main(
     }
     size, folder = SIZES.get(shape.partition("-")[0], IMAGE), work / shape
     for round_ in range(rounds):
-        for i, (name, found) in enumerate(list(out.items())):
-            click.echo(f"round {round_ + 1}/{rounds}: {name}", err=True)
-            system = SYSTEMS[name]
+        for i, (title, found) in enumerate(list(out.items())):
+            click.echo(f"round {round_ + 1}/{rounds}: {title}", err=True)
+            system = SYSTEMS[title]
             try:
                 if not round_:  # a peer may keep what it compiled, we keep what we hashed: the first opening apart
                     with Worker(system, str(pythons.of(system.python)), folder, threads) as worker:
@@ -70,16 +72,16 @@ def main(
                     found["asked"] += rows[1:]  # the first one warms up
                     found["peak_bytes"] = max(found["peak_bytes"], worker.peak_bytes)
             except (OSError, RuntimeError) as e:
-                skipped[name] = str(e)
-                del out[name]
+                skipped[title] = str(e)
+                del out[title]
     document = {
         "schema": SCHEMA,
         "conditions": conditions(shape, rounds, asks, tokens, threads, note),
-        "systems": [row_of(name, found, folder) for name, found in out.items()],
+        "systems": [row_of(title, found, folder) for title, found in out.items()],
         "skipped": skipped,
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"peers-{shape}.json").write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    (RESULTS / f"peers-{name or shape}.json").write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     click.echo("\n".join(table_of(document)))
 
 

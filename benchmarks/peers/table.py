@@ -39,6 +39,7 @@ README_ROWS = (
 )
 SHAPES = {
     "qwen2_5_vl": "Shape (a): Qwen2.5-VL with 24 layers of width 896, 1,000 visual and 40 text tokens",
+    "qwen2_5_vl-fp32": "Shape (a), fp32 alone, more rounds",
     "llava-1b": "Shape (b): LLaVA-1.5, 16 layers of width 2,048 behind CLIP-L, 576 visual tokens",
     "llava-3b": "Shape (b): LLaVA-1.5, 26 layers of width 3,200 behind CLIP-L, 576 visual tokens",
 }
