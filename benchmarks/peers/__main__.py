@@ -31,7 +31,7 @@ SIZES = {"llava": (336, 336)}  # height, width by the shape's first word; shape 
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Where checkpoint and exports are kept.")
 @click.option("--runtime-python", type=click.Path(path_type=Path), help="One with saccade[cpu,openvino]. [this one]")
 @click.option("--peers-python", type=click.Path(path_type=Path), help="One with openvino-genai and optimum.")
-@click.option("--only", help="Systems whose names contain one of these words, separated by commas.")
+@click.option("--only", help="Names of systems or words in them, split by ;")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--asks", type=click.IntRange(1), default=2, show_default=True, help="Measured questions a round.")
 @click.option("--tokens", type=click.IntRange(2), default=16, show_default=True, help="Length of an answer.")
@@ -87,10 +87,10 @@ def main(
 
 def ready(only: str | None, pythons: Pythons, work: Path, shape: str) -> tuple[list[System], dict[str, str]]:
     """The systems that can run, made where they were not; and for the others why not."""
-    words = [word.strip() for word in only.split(",")] if only else [""]
+    words = [word.strip() for word in only.split(";")] if only else [""]
     chosen, skipped = [], {}
     for system in SYSTEMS.values():
-        if not any(word in system.name for word in words):
+        if not any(word == system.name if word in SYSTEMS else word in system.name for word in words):
             continue
         python = pythons.of(system.python)
         if python is None:

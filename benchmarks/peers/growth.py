@@ -27,7 +27,7 @@ SCHEMA = "saccade.benchmark.growth/1"
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Where checkpoint and exports are kept.")
 @click.option("--runtime-python", type=click.Path(path_type=Path), help="One with saccade[cpu,openvino]. [this one]")
 @click.option("--peers-python", type=click.Path(path_type=Path), help="One with openvino-genai and optimum.")
-@click.option("--only", default="saccade", show_default=True, help="Systems whose names contain one of these words.")
+@click.option("--only", default="saccade", show_default=True, help="Names of systems or words in them, split by ;")
 @click.option("--most", type=click.IntRange(256), default=8192, show_default=True, help="Most visual tokens.")
 @click.option("--rounds", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
