@@ -64,6 +64,7 @@ def main(
         "systems": [
             {
                 "name": name,
+                "exit_rate": sum(row["exited"] for row in found) / len(found),
                 "accuracy": sum(row["right"] for row in found) / len(found),
                 "whole_ms": spread([row["whole_ms"] for row in found]),
                 "whole_ms_mean": round(sum(row["whole_ms"] for row in found) / len(found), 3),

@@ -49,6 +49,7 @@ class Saccade:
             "decode_ms": part["decode"],
             "tokens": len(answer.tokens),
             "text": answer.text,
+            "exited": bool(answer.exited),
         }
 
 
@@ -109,6 +110,7 @@ class Transformers:
             "decode_ms": 1e3 * (marks[-1] - marks[0]),
             "tokens": int(ids.shape[1] - inputs["input_ids"].shape[1]),
             "text": self._tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip(),
+            "exited": False,
         }
 
     def _inputs(self, image: Any, question: str) -> dict[str, Any]:
@@ -158,6 +160,7 @@ class OpenVinoGenAI:
             "decode_ms": metrics.get_tpot().mean * max(0, count - 1),
             "tokens": count,
             "text": done.texts[0].strip(),
+            "exited": False,
         }
 
 

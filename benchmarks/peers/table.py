@@ -79,13 +79,14 @@ def questions_of(document: Document) -> list[str]:
     """Whole questions of the pair."""
     count = document["conditions"]["questions"]
     lines = [
-        f"| {count} whole questions of the pair | right | ms, median | ms, mean | least–most | peak GB |",
-        "|---|---|---|---|---|---|",
+        f"| {count} whole questions of the pair | right | exits | ms, mean | ms, median | least–most | peak GB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in document["systems"]:
         median, least, most = row["whole_ms"]
         lines.append(
-            f"| {row['name']} | {row['accuracy']:.1%} | {number(median)} | {number(row['whole_ms_mean'])} | "
+            f"| {row['name']} | {row['accuracy']:.1%} | {row['exit_rate']:.0%} | "
+            f"{number(row['whole_ms_mean'])} | {number(median)} | "
             f"{number(least)}–{number(most)} | {row['peak_bytes'] / 1e9:.2f} |"
         )
     return lines
