@@ -31,6 +31,7 @@ README_ROWS = (
     "saccade openvino bf16",
     "saccade openvino bf16, fastv 9 %",
     "saccade openvino int4",
+    "saccade cpu int4",
     "transformers fp32",
     "openvino genai f32",
     "openvino genai default",
