@@ -3,11 +3,12 @@
 Legend: H query heads, V key-value heads, D head width, C rows of a buffer.
 
 A stack of nothing but attentions, as the exporter writes them (24 layers, 14 heads, 2 key-value heads of width 64:
-Qwen2.5-0.5B's, fp32), concatenated, scattered and grouped (``graphs.lowering.in_place``), without and with the op that
-tells what each key received. Forms, lengths and the memory's read bandwidth (the same number of threads, each walking
-its part of an array) take turns, so that what else runs on the machine meets all of them; the least counts, beside the
-median. ``--clock cpu`` counts this process's own time instead of the wall's, for machines that do other work too: with
-one thread it is what the step would take alone, but for what others do to memory. One JSON document goes to stdout and
+Qwen2.5-0.5B's, fp32), concatenated, scattered and grouped (``graphs.lowering.in_place``), and with a form of its own
+for one row (``graphs.lowering.one_row``), without and with the op that tells what each key received. Forms, lengths and
+the memory's read bandwidth (the same number of threads, each walking its part of an array) take turns, so that what
+else runs on the machine meets all of them; the least counts, beside the median. ``--clock cpu`` counts this process's
+own time instead of the wall's, for machines that do other work too: with one thread it is what the step would take
+alone, but for what others do to memory. One JSON document goes to stdout and
 to ``benchmarks/results/cache.json``.
 """
 
@@ -31,14 +32,15 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from graphs.lowering.in_place import CacheInPlace
+from graphs.lowering.one_row import OneRow
 from graphs.ops import DOMAIN, OPS
 
 RESULTS = Path(__file__).parent / "results" / "cache.json"
 LAYERS, H, V, D = 24, 14, 2, 64
 LENGTHS = (64, 4096)
 CLOCKS = {"wall": perf_counter, "cpu": process_time}
-FORMS = ("concat", "scattered", "grouped")
-SPARE = 4  # a buffer has one row in so many to spare, as engines/cache.py makes them
+FORMS = ("concat", "scattered", "grouped", "one row")
+SPARE = 16  # a buffer has one row in so many to spare, as engines/cache.py makes them
 
 
 def stack(form: str, received: bool) -> bytes:
@@ -82,7 +84,9 @@ def stack(form: str, received: bool) -> bytes:
     )
     lowered = ir.from_proto(model)
     if form != "concat":
-        lowered = CacheInPlace(form)(lowered).model  # type: ignore[arg-type]
+        lowered = CacheInPlace("scattered" if form == "scattered" else "grouped")(lowered).model
+    if form == "one row":
+        lowered = OneRow()(lowered).model
     return ir.to_proto(lowered).SerializeToString()
 
 
@@ -92,6 +96,7 @@ class Run:
     def __init__(self, form: str, received: bool, length: int, threads: int) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # as the product's sessions do
         self.session = ort.InferenceSession(stack(form, received), options, providers=["CPUExecutionProvider"])
         self.binding, self.milliseconds = self.session.io_binding(), list[float]()
         rng = np.random.default_rng(0)

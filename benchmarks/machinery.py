@@ -4,7 +4,9 @@ On shape (a), every part asked in turn, round after round, in one process (milli
 
     pruned / bound     time to the first token (vision apart) of the large model cut before layer K of L, over
                        K/L of the full prefill plus (L−K)/L of a prompt of the short length from the start
-    guidance           the small model's prefill and decode step with guidance outputs, over those without
+    guidance           the small model's prefill and decode step with guidance, over those without; where it is made at
+                       the answer's end, what an answer of one token takes for it is the prefill's, and what a longer
+                       one takes beyond that its steps'
     consistency        the consistency pass over the small model's run, an answer of 16 tokens
     break-even         how many times the small model's cost the large one must have for the cascade to win where no
                        answer exits, if the small one's whole run shrinks as it does: run / (full − pruned prefill)
@@ -91,6 +93,10 @@ def asked_in_turn(plain: Cascade, pair: Cascade, rounds: int) -> Times:
         note("full", full.milliseconds, "alone", len(full.tokens))
         small = pair.look(image, QUESTION, max_new_tokens=TOKENS)
         note("small", small.milliseconds, "small", len(small.tokens))
+        times.setdefault("small guidance", []).append(small.milliseconds["small_guidance"])
+        first = pair.look(image, QUESTION, max_new_tokens=1)
+        times.setdefault("first guidance", []).append(first.milliseconds["small_guidance"])
+        times.setdefault("guided steps", []).append(len(small.tokens) - 1)
         run = sum(t for stage, t in small.milliseconds.items() if "prepare" not in stage and "open" not in stage)
         times.setdefault("small run", []).append(run)
         times.setdefault("consistency", []).append(small.milliseconds["small_consistency"])
@@ -105,10 +111,11 @@ def ratios(times: Times, layers: int, layer: int) -> dict[str, float]:
     """Of medians."""
     ms = {name: median(values) for name, values in times.items()}
     share = layer / layers
+    later = (ms["small guidance"] - ms["first guidance"]) / ms["guided steps"]
     return {
         "pruned / bound": ms["pruned prefill"] / (share * ms["full prefill"] + (1 - share) * ms["short prefill"]),
-        "guidance, prefill": ms["small prefill"] / ms["full prefill"],
-        "guidance, step": ms["small step"] / ms["full step"],
+        "guidance, prefill": (ms["small prefill"] + ms["first guidance"]) / ms["full prefill"],
+        "guidance, step": (ms["small step"] + later) / ms["full step"],
         "consistency / small run": ms["consistency"] / ms["small run"],
         "break-even": ms["small run"] / (ms["full prefill"] - ms["pruned prefill"]),
     }

@@ -20,7 +20,7 @@ from engines.sessions.session import Session, Value
 from graphs.spec import ExportSpec, length_name, past_names, present_names
 
 SPARE_ROWS = 128  # that a new room has beyond what is asked for, at least; more where the cache is long
-SPARE_SHARE = 4  # … one row for so many
+SPARE_SHARE = 16  # … one row for so many
 
 
 class Room:

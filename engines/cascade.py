@@ -206,14 +206,16 @@ class Cascade:
         memory = turn.memories["small"]
         prompt = memory.prompt(turn.talk)
         run = self.small.generate(prompt, turn.options).finish()
-        memory.remember(prompt, run, ())
-        guidance_V = cast(np.ndarray, run.guidance)
         clock = Clock()
+        guidance_V = cast(np.ndarray, run.guidance)
+        guiding = clock.lap()  # nothing, but where a session makes it only now
+        memory.remember(prompt, run, ())
+        clock.lap()
         if len(guidance_V):
             consistency = consistency_of(self.small, prompt, run.tokens, guidance_V)
         else:  # without an image nothing can be cut, and the pass would repeat the run
             consistency = float(np.exp(np.sum(run.log_prob)))
-        times = {**times_of("small", prompt, run), "small_consistency": clock.lap()}
+        times = {**times_of("small", prompt, run), "small_guidance": guiding, "small_consistency": clock.lap()}
         return SmallPass(
             turn=turn,
             prompt=prompt,

@@ -15,7 +15,7 @@ import numpy as np
 
 from engines.budgets import Cut, cuts_of, image_index
 from engines.cache import Cache, empty_cache, grown, length_feeds, present_outputs, shared_names, with_room
-from engines.sessions.session import Session, Value
+from engines.sessions.session import Later, Session, Value
 from graphs.errors import OperationFailed, UsageError
 from graphs.plan import PruningPlan, kept_count
 from graphs.spec import RECEIVED_BEFORE, ExportSpec, deepstack_names
@@ -53,7 +53,8 @@ class Step:
 
     logits: float32 [R, V]. kept: per prune point the rows of the chunk that went on, int64 ascending.
     received: what each cached and new row received from the guide rows, where the plan gives guidance: float32 [T] of
-    this run. Of a decoder that writes in place it stays on the device, [1, C_0], and goes on from ``so_far``.
+    this run, or what makes it later. Of a decoder that writes in place it stays on the device, [1, C_0], and goes on
+    from ``so_far``.
     """
 
     logits: np.ndarray
@@ -127,7 +128,7 @@ class Decoder:
             feeds |= length_feeds(cache, self._spec) | self._received_before(cache, so_far, moved=cache is not held)
             out = self._session.run(feeds, host=host, device=guidance, in_place=self._shared)
         else:
-            out = self._session.run(feeds, host=(*host, *guidance), device=present_outputs(self._spec))
+            out = self._session.run(feeds, host=host, device=(*present_outputs(self._spec), *guidance))
         logits_RV = out["logits"][0].astype(np.float32)
         if not np.isfinite(logits_RV.max(axis=-1)).all():
             if cache.room:
@@ -140,8 +141,8 @@ class Decoder:
         indices = [out[name][0] for name in self._kept_names] if prunes else [np.arange(rows) for _ in cuts]
         kept = composed(rows, indices)
         received = out.get("attention_received")
-        if isinstance(received, np.ndarray):
-            received = received[0].astype(np.float32)
+        if received is not None and not self._shared and not isinstance(received, Later):
+            received = self._session.to_host(received)[0].astype(np.float32)
         return Step(logits_RV, kept, received, grown(cache, out, position_S, kept))
 
     def _received_before(self, cache: Cache, so_far: Value | None, moved: bool) -> dict[str, Value]:

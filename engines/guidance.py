@@ -3,7 +3,8 @@
 Legend: V visual tokens, T keys of the cache (P_0 + S), k kept.
 Source: SGL, arXiv 2412.03324 §3.2: A = A^P + A^D over all layers and heads; the prefill's text rows
 and every generated token that is fed back (the last one never is). The graph sums over layers, heads
-and rows in fp32; over steps the graph does too where it writes its cache in place, else the host, in fp32.
+and rows in fp32; over steps the graph does too where it writes its cache in place, else the host, in fp32,
+or, where a session makes it later, one product for all steps.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engines.sessions.session import Later
 from graphs.errors import OperationFailed, UsageError
 from graphs.plan import PruningPlan, kept_count
 
@@ -32,17 +34,23 @@ class GuidanceSum:
         self._visual, self._to_host = visual_rows, to_host
         self._total = np.zeros(len(self._visual), np.float32)
         self.so_far: Value | None = None
+        self._later: Later | None = None
 
     def add(self, received: Value) -> None:
         """Take what one run gave (``engines.decoder.Step.received``); the conversation's rows are the first keys."""
         if isinstance(received, np.ndarray):
             self._total += received[self._visual]
+        elif isinstance(received, Later):
+            self._later = self._later.and_then(received) if self._later else received
         else:
             self.so_far = received
 
     @property
     def total(self) -> np.ndarray:
-        """A so far, float32 [V]; one copy to the host where it lies on the device."""
+        """A so far, float32 [V]; one copy to the host where it lies on the device, made now where it is made later."""
+        if self._later:
+            self._total += self._to_host(self._later)[0, self._visual]
+            self._later = None
         return self._total if self.so_far is None else self._to_host(self.so_far)[0, self._visual]
 
 

@@ -132,7 +132,7 @@ def cost_of(stage: Stage) -> StageCost:
     shapes = _shapes_of(stage.model)
     terms: Counter[Dims] = Counter()
     uncounted = []
-    for node in stage.model.graph.node:
+    for node in (n for graph in (stage.model.graph, *_many(stage.model.graph)) for n in graph.node):
         count = COUNTS.get((node.domain, node.op_type))
         if not count:
             continue
@@ -210,10 +210,17 @@ def _shape(value: Any) -> Sequence[int]:
     return shape
 
 
+def _many(graph: Any) -> list[Any]:
+    """The branches that a decoder runs for more rows than one; the other ones count the same for one row."""
+    choices = [node for node in graph.node if node.op_type == "If" and not node.domain]
+    return [a.g for node in choices for a in node.attribute if a.name == "else_branch"]
+
+
 def _shapes_of(model: Any) -> dict[str, Dims]:
     graph = model.graph
+    inside = [value for branch in _many(graph) for value in (*branch.value_info, *branch.output)]
     shapes: dict[str, Dims] = {}
-    for value in (*graph.input, *graph.value_info, *graph.output):
+    for value in (*graph.input, *graph.value_info, *graph.output, *inside):
         kind = value.type.tensor_type
         if kind.HasField("shape") and all(d.dim_value or d.dim_param for d in kind.shape.dim):
             shapes[value.name] = tuple(d.dim_value or _plain(d.dim_param) for d in kind.shape.dim)

@@ -13,7 +13,8 @@ memory between the file and the frontend, which calls us back for each:
 
 CachedAttention is the pattern that OpenVINO's CPU plugin turns into its one node that appends to the cache and attends
 (StatefulSDPAFusion); that node aligns causality bottom-right, as ONNX's Attention with a past. It gives its keys to
-nobody else, so keys that another node reads (AttentionReceived) are kept in a second state, ``heard_…``.
+nobody else, so keys that a prune point reads (AttentionReceived) are kept in a second state, ``heard_…``; guidance is
+made without one (``openvino_guidance``).
 Source: openvinotoolkit/openvino, intel_cpu stateful_sdpa_fusion.cpp; ONNX Attention-23.
 
 Legend: Hkv key-value heads, H query heads, P past rows, S new rows, d head width.
@@ -34,6 +35,7 @@ import onnx.inliner
 import openvino as ov
 from openvino.frontend.onnx import ConversionExtension
 
+from engines.sessions.openvino_guidance import Guiding, ask_instead
 from engines.sessions.openvino_nodes import Conversions
 from engines.sessions.openvino_weights import (
     DEQUANTIZE,
@@ -69,7 +71,8 @@ class Read:
     """A model, and how the file's interface maps to it.
 
     inputs, outputs: of the file, name → dimensions. states: state → the cache input whose rows it holds. grown: cache
-    output → the cache input that continues it. files: the weights, mapped.
+    output → the cache input that continues it. files: the weights, mapped. guiding: where the graph gives what
+    ``attention_received`` is made of later, which layers guide.
     """
 
     model: ov.Model
@@ -78,6 +81,7 @@ class Read:
     states: dict[str, str]
     grown: dict[str, str]
     files: list[mmap]
+    guiding: Guiding | None
 
     @contextmanager
     def packing(self) -> Iterator[None]:
@@ -111,6 +115,8 @@ def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
     """
     try:
         proto = onnx.load(file, load_external_data=False)
+        outputs = {v.name: _dims(v) for v in proto.graph.output}
+        guiding = ask_instead(proto.graph) if with_states else None
         for function in proto.functions:
             if function.domain == OUR_OPS and function.name in FLAT:
                 function.CopyFrom(OPS[function.name].flat_function)
@@ -125,7 +131,7 @@ def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
         if (node.domain, node.op_type) in (("", "TopK"), ("", DEQUANTIZE), (OUR_OPS, BLOCKS)):
             node.domain = DOMAIN
     proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
-    inputs, outputs = ({v.name: _dims(v) for v in values} for values in (proto.graph.input, proto.graph.output))
+    inputs = {v.name: _dims(v) for v in proto.graph.input}
     states, grown = _cached(proto, file) if with_states else ({}, {})
     conversions = Conversions()
     extensions = [
@@ -147,7 +153,7 @@ def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
     inputs_as_constants(model, weights)
     model.add_sinks(conversions.sinks)
     model.validate_nodes_and_infer_types()
-    return Read(model, inputs, outputs, states, grown, files)
+    return Read(model, inputs, outputs, states, grown, files, guiding)
 
 
 def _dims(value: onnx.ValueInfoProto) -> Dims:

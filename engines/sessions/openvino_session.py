@@ -22,6 +22,7 @@ import openvino as ov
 
 from engines.sessions.openvino_device import CPU, chosen_device
 from engines.sessions.openvino_graph import BEAM, read_graph
+from engines.sessions.openvino_guidance import ASKED, GUIDANCE, TOLD, Asked, Guide
 from engines.sessions.session import NOTHING, Value
 from graphs.errors import BackendMissing, BadArtefact, OperationFailed, SaccadeError
 from graphs.spec import CacheForm, FloatType
@@ -33,16 +34,21 @@ PRECISIONS: dict[FloatType, str] = {"float32": "f32", "float16": "f32", "bfloat1
 # Values of a row that share a scale where products with weights of 8 or 4 bits round their activations to 8 bits: four
 # times OpenVINO's own choice, and the block of 4-bit weights (benchmarks/LOG.md). 0: they stay as they are.
 GROUPS: dict[FloatType, int] = {"float32": 0, "float16": 0, "bfloat16": 128}
+AS_IT_IS = {"INFERENCE_PRECISION_HINT": "f32"}
 ONE_SEQUENCE = np.zeros(1, np.int32)
 
 
 @dataclass(eq=False)
 class Room:
-    """An infer request and its states. newest: the run whose rows the states end with; None after a failed one."""
+    """An infer request and its states. newest: the run whose rows the states end with; None after a failed one.
+
+    keys: of a decoder that guides, those of the rows so far as float32 [1, L·V, S, D], in parts.
+    """
 
     request: Any
     states: dict[str, Any]
     newest: object | None = None
+    keys: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +93,7 @@ class OpenVinoSession:
         self._files = read.files  # whose memory the constants are, and which they do not keep
         self._states, self._grown = read.states, read.grown
         self._inputs, self._outputs = read.inputs, read.outputs
+        self._guide = Guide(core, device, settings | AS_IT_IS, read.guiding) if read.guiding else None
         if read.states:
             _refuse_unfused(self._compiled, len(read.grown) // 2, self._file)
         self._idle: list[Any] = []
@@ -121,6 +128,8 @@ class OpenVinoSession:
             ) from None
         self._packing = nullcontext  # the first run packed what opening did not
         room.newest = run = object()
+        if self._guide:
+            room.keys = (*room.keys, np.array(room.request.get_tensor(TOLD).data))
         sizes = {
             dim: size
             for name, dims in self._inputs.items()
@@ -129,15 +138,20 @@ class OpenVinoSession:
         }
         results: dict[str, Value] = {}
         for name in (*host, *device):
-            if past := self._grown.get(name):
-                rows = Rows(room, run, past, tuple(_size(dim, sizes) for dim in self._outputs[name]))
-                results[name] = self.to_host(rows) if name in host else rows
-            else:
+            past, asked = self._grown.get(name), self._guide and name == GUIDANCE
+            if not past and not asked:
                 results[name] = np.array(room.request.get_tensor(name).data)
+                continue
+            shape = tuple(_size(dim, sizes) for dim in self._outputs[name])
+            handle = Rows(room, run, past, shape) if past else _asked(room, shape[1])
+            results[name] = self.to_host(handle) if name in host else handle
         return results
 
     def to_host(self, value: Value) -> np.ndarray:
-        """Copy the rows of a state to numpy; arrays pass through."""
+        """Copy the rows of a state to numpy, or make what is made later; arrays pass through."""
+        if isinstance(value, Asked):
+            assert self._guide
+            return self._guide.received(value)
         if isinstance(value, Rows):
             return np.array(value.room.states[value.state].state.data[:, :, : value.shape[2]])
         return np.asarray(value)
@@ -157,7 +171,16 @@ class OpenVinoSession:
             for state, name in self._states.items():
                 if held[name].shape[2]:
                     states[state].state = ov.Tensor(np.ascontiguousarray(held[name]))
+            if self._guide and first is not None and first.shape[2]:
+                past = [held[name].astype(np.float32) for name in self._guide.pasts]
+                room.keys = (np.concatenate(past, axis=1),)
         return room
+
+
+def _asked(room: Room, keys: int) -> Asked:
+    """What a run's guide rows asked of this many keys, of which the last row sees the last."""
+    queries = np.array(room.request.get_tensor(ASKED).data)
+    return Asked((queries,), (np.arange(keys - queries.shape[2], keys),), room.keys)
 
 
 def _settings(core: ov.Core, device: str, threads: int | None, dtype: FloatType) -> dict[str, Any]:

@@ -150,6 +150,7 @@ class OrtSession:
         old = self.to_host(source)
         array = np.empty((*old.shape[:2], wanted, old.shape[3]), old.dtype)
         array[:, :, :held] = old[:, :, :held]
+        array[:, :, rows:] = 0  # the next run fills the rows between
         return HostBuffer(array)
 
 

@@ -7,6 +7,7 @@ so that a KV cache is handed from step to step without a copy.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -39,6 +40,14 @@ SESSIONS = {
 }
 
 
+class Later(ABC):
+    """An output that a session makes when it is asked for (``to_host``), from what runs left."""
+
+    @abstractmethod
+    def and_then(self, later: Any) -> Later:
+        """The sum of this one and that of a later run on the same cache, made in one go."""
+
+
 class Session(Protocol):
     """One opened graph.
 
@@ -54,7 +63,8 @@ class Session(Protocol):
         device: Collection[str] = (),
         in_place: Mapping[str, str] = NOTHING,
     ) -> dict[str, Value]:
-        """Run once; ``host`` outputs come back as numpy arrays, ``device`` outputs as handles, others not at all.
+        """Run once; ``host`` outputs come back as numpy arrays, ``device`` outputs as handles (one may be a ``Later``),
+        others not at all.
 
         in_place: output → the input whose memory it is written to; such an input is a ``buffer``.
         Raises OperationFailed where the runtime refuses or fails.

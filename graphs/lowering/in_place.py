@@ -21,6 +21,7 @@ import onnx_ir as ir
 from graphs.lowering.attention import KEPT_ATTRIBUTES, PAST_K, PAST_V, is_canonical
 from graphs.lowering.edit import before, constant, takes_over
 from graphs.lowering.grouped import CONTRIB, HEAD_WIDTHS, Segment, attend, heads_together
+from graphs.lowering.one_row import OneRow
 from graphs.ops import DOMAIN, OPS
 from graphs.plan import PruningPlan
 from graphs.spec import RECEIVED_BEFORE, length_name
@@ -196,6 +197,7 @@ def _value(name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
 def grouped(model: ir.Model) -> bool:
     """Let a canonical decoder of fp32 write its caches in place by GroupQueryAttention; False where it is none.
 
+    A decode step has a form of its own where that is cheaper (``graphs.lowering.one_row``).
     False too, and no change, for heads of a width that the operator does not take, and for a plan that cannot have it
     so: a layer's keys are then read before it runs.
     """
@@ -209,4 +211,5 @@ def grouped(model: ir.Model) -> bool:
             return False
     if found:
         CacheInPlace("grouped")(model)
+        OneRow()(model)
     return bool(found)

@@ -11,6 +11,7 @@ hundred such nodes of microseconds each. Source: ONNX RotaryEmbedding-23 and Att
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from graphs.lowering.linear import remove_unread, replace
@@ -97,15 +98,41 @@ def _join(node: ir.Node) -> bool:
             node.replace_input_with(i, x)
             continue
         new = ir.node("RotaryEmbedding", [x, *rotary.inputs[1:]], {"num_heads": count})
-        new.outputs[0].type, new.name = x.type, f"{rotary.name}_together"
+        new.outputs[0].type, new.outputs[0].shape, new.name = x.type, x.shape, f"{rotary.name}_together"
         graph.insert_before(node, new)
         node.replace_input_with(i, new.outputs[0])
+        _views_of(new.outputs[0], old[i])
     node.attributes["q_num_heads"] = ir.AttrInt64("q_num_heads", heads[0])
     node.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", heads[1])
     node.outputs[0].shape = merged.outputs[0].shape
     ir.convenience.replace_all_uses_with(merged.outputs[0], node.outputs[0])
     remove_unread([merged, *(value.producer() for value in old if value is not None)])
     return True
+
+
+def _views_of(rows_first: ir.Value, heads_first: ir.Value | None) -> None:
+    """What else reads split heads reads them behind the one rotation; only what follows it in the graph may."""
+    assert heads_first is not None
+    users = [(user, at) for user, at in heads_first.uses()]
+    rotation, sizes = rows_first.producer(), heads_first.shape
+    assert rotation is not None
+    graph = rotation.graph
+    assert graph is not None
+    if not users or sizes is None or heads_first.is_graph_output():
+        return
+    places = {id(node): place for place, node in enumerate(graph)}
+    if any(places.get(id(user), -1) < places[id(rotation)] for user, _ in users):
+        return
+    shape = np.array([0, 0, sizes[1], sizes[3]], np.int64)  # 0: as it is
+    held = ir.node("Constant", [], {"value": ir.tensor(shape)})
+    split = ir.node("Reshape", [rows_first, held.outputs[0]])
+    turn = ir.node("Transpose", [split.outputs[0]], {"perm": [0, 2, 1, 3]})
+    graph.insert_after(rotation, [held, split, turn])
+    for value in (split.outputs[0], turn.outputs[0]):
+        value.type = heads_first.type
+    turn.outputs[0].shape = sizes
+    for user, at in users:
+        user.replace_input_with(at, turn.outputs[0])
 
 
 def _together(value: ir.Value | None) -> tuple[ir.Value, ir.Node | None, int] | None:

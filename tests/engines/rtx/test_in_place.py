@@ -57,9 +57,15 @@ def rows_of(decoder: Decoder, cache: Cache) -> dict[str, np.ndarray]:
     return {name: decoder._session.to_host(x)[:, :, : cache.lengths[of[name]]] for name, x in cache.values.items()}
 
 
+@pytest.mark.parametrize("one_row", [False, True])
 @pytest.mark.parametrize("role", ROLES)
-def test_prefill_chunk_decode_growth_and_a_cut_are_those_of_the_concatenated_cache(exports: Exports, role: str) -> None:
+def test_prefill_chunk_decode_growth_and_a_cut_are_those_of_the_concatenated_cache(
+    exports: Exports, role: str, one_row: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Received attention is summed over the steps in the graph, and per step on the host."""
+    if one_row:
+        monkeypatch.setattr("graphs.lowering.one_row.WIDE", 0)
+        monkeypatch.setattr("graphs.lowering.one_row.LONG", 0)
     mine, theirs = both(exports, role)
     got, want = (fed(d, 20, 0, None, visual=9, tail=3) for d in (mine, theirs))
     total = want.received

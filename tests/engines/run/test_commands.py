@@ -39,7 +39,11 @@ def test_run_json_is_one_document_with_everything(saccade_cli: Cli, tiny_bundle:
     assert document["new_tokens"] == len(document["tokens"]) <= 4
     times = document["milliseconds"]
     stages = ("open", "prepare", "vision", "embed", "prefill", "decode")
-    assert set(times) == {f"{m}_{s}" for m in ("small", "large") for s in stages} | {"small_consistency", "total"}
+    assert set(times) == {f"{m}_{s}" for m in ("small", "large") for s in stages} | {
+        "small_guidance",
+        "small_consistency",
+        "total",
+    }
     assert times["total"] == pytest.approx(sum(v for k, v in times.items() if k != "total"), abs=0.01)
 
 

@@ -1,0 +1,233 @@
+"""A decode step's attention over a buffer, for ONNX Runtime's CPU: what GroupQueryAttention does for one row, cheaper.
+
+Legend: H query heads, V key-value heads, G = H / V, C rows of the buffer, D head width.
+
+    If (one row):  logit [V,C,G] = K · qᵀ,  p [V,G,C] = softmax(logit + hidden),  out = p · V,  received [C] = Σ_heads p
+    else:          GroupQueryAttention, and ReceivedInCache behind it
+
+GroupQueryAttention multiplies each query head by its group's keys on its own and is bound by arithmetic; here the keys
+are read once for the whole group. And what each row received is the sum of shares that are at hand, where
+ReceivedInCache has to make them again. It costs by the capacity, not by the filled rows, and a few nodes more, so a
+short buffer keeps the operator. Rows that are not filled must hold numbers, any: what hides them is added to their
+logits, and their share, zero, is multiplied. Figures: benchmarks/LOG.md. Source: ONNX If, TensorScatter-24;
+com.microsoft's FusedMatMul.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from graphs.lowering.edit import before, constant
+from graphs.lowering.grouped import ALL_HEADS_LAST, CONTRIB
+from graphs.ops import DOMAIN
+
+WIDE = 512  # H·D from which a model without received attention gains; in a narrower one the nodes cost more
+LONG = 384  # rows of a buffer from which it does
+RECEIVED = ("ReceivedInCache", "RatedReceivedInCache")
+Q, K, V, PAST_K, PAST_V, LAST = range(6)  # inputs of GroupQueryAttention
+
+
+class OneRow(ir.passes.InPlacePass):
+    """Give every GroupQueryAttention over a buffer a form for one row, with what is received from it."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place; what stands outside the decoder's own graph is left as it is."""
+        shared: dict[tuple[object, ...], ir.Value] = {}
+        attentions = [node for node in model.graph if node.op_type == "GroupQueryAttention" and node.domain == CONTRIB]
+        changed = False
+        for node in attentions:
+            layer = _layer_of(node)
+            if layer.received is not None or layer.heads * layer.width >= WIDE:
+                _rewrite(layer, shared)
+                changed = True
+        return ir.passes.PassResult(model, changed)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    node: ir.Node
+    received: ir.Node | None
+    heads: int
+    groups: int
+    width: int
+    scale: float
+
+    @property
+    def together(self) -> int:
+        """G, the query heads that share a key-value head."""
+        return self.heads // self.groups
+
+
+def _layer_of(node: ir.Node) -> _Layer:
+    buffer = node.inputs[PAST_K]
+    assert buffer is not None
+    assert buffer.shape is not None
+    groups, width = int(buffer.shape[1]), int(buffer.shape[3])  # type: ignore[arg-type]
+    scale = node.attributes.get_float("scale", 0.0) or width**-0.5
+    heads = node.attributes.get_int("num_heads", 0)
+    users = [user for user, at in node.outputs[1].uses() if user.domain == DOMAIN and user.op_type in RECEIVED]
+    same = [user for user in users if _same_rows(user.inputs[0], node.inputs[Q])]
+    received = same[0] if len(same) == 1 and abs(same[0].attributes["scale"].value - scale) < 1e-6 * scale else None
+    return _Layer(node, received, heads, groups, width, scale)
+
+
+def _same_rows(heads_first: ir.Value | None, rows_first: ir.Value | None) -> bool:
+    """Whether [B,H,S,D] and [B,S,H·D] are views of each other."""
+    for one, other, ops in ((heads_first, rows_first, ("Transpose", "Reshape")),
+                            (rows_first, heads_first, ("Reshape", "Transpose"))):  # fmt: skip
+        value = one
+        for op_type in ops:
+            maker = value.producer() if value is not None else None
+            value = maker.inputs[0] if maker is not None and maker.op_type == op_type else None
+        if value is not None and value is other:
+            return True
+    return False
+
+
+def _rewrite(layer: _Layer, shared: dict[tuple[object, ...], ir.Value]) -> None:
+    node, received = layer.node, layer.received
+    graph = node.graph
+    assert graph is not None
+    name = node.name or str(node.outputs[0].name)
+    node.name = node.name or f"{name}/attention"
+    old = list(node.outputs) + (list(received.outputs) if received else [])
+    one = _one_row(layer, _hidden(node, shared), _write_at(node, shared), f"{name}/one_row")
+    condition = _condition(layer, shared)
+    choice = ir.node("If", [condition], num_outputs=len(old), name=f"{name}/rows")
+    graph.insert_before(received or node, choice)
+    for new, value in zip(choice.outputs, old, strict=True):
+        value_name = value.name
+        value.name = f"{name}/many/{value_name}"
+        new.name, new.type, new.shape = value_name, value.type, value.shape
+        readers = [(user, at) for user, at in value.uses() if user is not received]
+        for user, at in readers:
+            user.replace_input_with(at, new)
+        for i, output in enumerate(graph.outputs):
+            if output is value:
+                graph.outputs[i] = new
+    many: list[ir.Node] = []
+    for moved in (received, node):
+        if moved is not None:
+            graph.remove(moved)
+            many.insert(0, moved)
+    if received:
+        many[1:1] = _own_view(received, node, name)
+    choice.attributes["then_branch"] = ir.AttrGraph("then_branch", one)
+    choice.attributes["else_branch"] = ir.AttrGraph("else_branch", ir.Graph([], old, nodes=many, name=f"{name}/many"))
+
+
+def _own_view(received: ir.Node, node: ir.Node, name: str) -> list[ir.Node]:
+    """q [B,H,S,D] of the branch that needs it, so that a step does not turn it."""
+    q = received.inputs[0]
+    assert q is not None
+    turn = q.producer()
+    view = turn.inputs[0].producer() if turn is not None and turn.inputs[0] is not None else None
+    if view is None or turn is None or turn.op_type != "Transpose" or view.inputs[0] is not node.inputs[Q]:
+        return []
+    made = [
+        ir.node("Reshape", list(view.inputs), dict(view.attributes), num_outputs=1),
+        ir.node("Transpose", [None], {"perm": list(ALL_HEADS_LAST)}, num_outputs=1),
+    ]
+    made[1].replace_input_with(0, made[0].outputs[0])
+    for new, source in zip(made, (view, turn), strict=True):
+        value = new.outputs[0]
+        value.name = f"{name}/many/{source.outputs[0].name}"
+        value.type, value.shape = source.outputs[0].type, source.outputs[0].shape
+    received.replace_input_with(0, made[1].outputs[0])
+    for gone in (turn, view):
+        if gone.graph is not None and not any(value.uses() or value.is_graph_output() for value in gone.outputs):
+            gone.graph.remove(gone, safe=True)
+    return made
+
+
+def _condition(layer: _Layer, shared: dict[tuple[object, ...], ir.Value]) -> ir.Value:
+    """One row, and a guide of one where received attention is asked for; else a buffer that is long."""
+    node, received = layer.node, layer.received
+    key = ("rows", node.inputs[LAST], received.inputs[2] if received else None, layer.groups)
+    if key not in shared:
+        one = constant(node, [1])
+        rows = before(node, "Shape", [node.inputs[Q]], start=1, end=2)
+        single = before(node, "Equal", [rows, one])
+        if received:
+            axis = 1 if received.op_type == "RatedReceivedInCache" else 0
+            guides = before(node, "Shape", [received.inputs[2]], start=axis, end=axis + 1)
+            more = before(node, "Equal", [guides, one])
+        else:
+            buffer = before(node, "Shape", [node.inputs[PAST_K]], start=2, end=3)
+            more = before(node, "GreaterOrEqual", [buffer, constant(node, [LONG])])
+        shared[key] = before(node, "Squeeze", [before(node, "And", [single, more])])
+        shared[key].type, shared[key].shape = ir.TensorType(ir.DataType.BOOL), ir.Shape([])
+    return shared[key]
+
+
+def _write_at(node: ir.Node, shared: dict[tuple[object, ...], ir.Value]) -> ir.Value:
+    """Where one row goes, int64 [1]."""
+    key = ("at", node.inputs[LAST])
+    if key not in shared:
+        wide = before(node, "Cast", [node.inputs[LAST]], to=ir.DataType.INT64.value)
+        shared[key] = before(node, "Reshape", [wide, constant(node, [1])])
+    return shared[key]
+
+
+def _hidden(node: ir.Node, shared: dict[tuple[object, ...], ir.Value]) -> ir.Value:
+    """What is added to a row's logits, fp32 [C]: 0 up to its own key, −inf behind."""
+    key = ("hidden", node.inputs[LAST])
+    if key not in shared:
+        rows = before(node, "Squeeze", [before(node, "Shape", [node.inputs[PAST_K]], start=2, end=3)])
+        keys = before(node, "Range", [constant(node, 0), rows, constant(node, 1)])
+        seen = before(node, "LessOrEqual", [keys, _write_at(node, shared)])
+        zero = before(node, "Constant", [], value_float=0.0)
+        none = before(node, "Constant", [], value_float=float("-inf"))
+        shared[key] = before(node, "Where", [seen, zero, none])
+    return shared[key]
+
+
+def _one_row(layer: _Layer, hidden: ir.Value, write_at: ir.Value, name: str) -> ir.Graph:
+    node, (h, v, g, d) = layer.node, (layer.heads, layer.groups, layer.together, layer.width)
+    body = _Body(name)
+    presents = [
+        body.add("TensorScatter", [past, body.add("Reshape", [chunk, body.ints(1, v, 1, d)]), write_at], axis=2)
+        for past, chunk in ((node.inputs[PAST_K], node.inputs[K]), (node.inputs[PAST_V], node.inputs[V]))
+    ]
+    q_1VGD = body.add("Reshape", [node.inputs[Q], body.ints(1, v, g, d)])
+    logit_1VCG = body.add("FusedMatMul", [presents[0], q_1VGD], CONTRIB, transB=1, alpha=layer.scale)
+    logit_1VGC = body.add("Transpose", [logit_1VCG], perm=[0, 1, 3, 2])
+    share_1VGC = body.add("Softmax", [body.add("Add", [logit_1VGC, hidden])], axis=-1)
+    # Products of one row each: a product of G rows would copy the values first.
+    share_VG1C = body.add("Reshape", [share_1VGC, body.ints(v, g, 1, -1)])
+    value_V1CD = body.add("Reshape", [presents[1], body.ints(v, 1, -1, d)])
+    mixed_VG1D = body.add("MatMul", [share_VG1C, value_V1CD])
+    outputs = [body.add("Reshape", [mixed_VG1D, body.ints(1, 1, h * d)]), *presents]
+    if layer.received:
+        ones_1H = body.constant(np.ones((1, h), np.float32))
+        if layer.received.op_type == "RatedReceivedInCache":
+            ones_1H = body.add("Mul", [ones_1H, layer.received.inputs[2]])
+        share_HC = body.add("Reshape", [share_1VGC, body.ints(h, -1)])
+        outputs.append(body.add("MatMul", [ones_1H, share_HC]))
+    told = [*node.outputs, *(layer.received.outputs if layer.received else ())]
+    for value, like in zip(outputs, told, strict=True):
+        value.type, value.shape = like.type, like.shape
+    return ir.Graph([], outputs, nodes=body.nodes, name=name)
+
+
+class _Body:
+    """Nodes of a branch, under names that the graph around it has not."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.nodes: list[ir.Node] = []
+
+    def add(self, op_type: str, inputs: list[ir.Value | None], domain: str = "", **attributes: object) -> ir.Value:
+        made = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=1)  # type: ignore[arg-type]
+        made.name = made.outputs[0].name = f"{self.name}/{op_type.lower()}_{len(self.nodes)}"
+        self.nodes.append(made)
+        return made.outputs[0]
+
+    def constant(self, value: np.ndarray) -> ir.Value:
+        return self.add("Constant", [], value=ir.tensor(value))
+
+    def ints(self, *values: int) -> ir.Value:
+        return self.constant(np.array(values, np.int64))
