@@ -26,7 +26,7 @@ from engines.model import Model
 from engines.processing import load_ahead
 from engines.sampling import OptionKeywords, Options
 from engines.stream import Stream, pieces_of
-from engines.talk.memory import Memory
+from engines.talk.memory import Memory, Sights
 from engines.talk.messages import Content, Talk, asked
 from engines.talk.prompt import Prompt
 from graphs.errors import BadArtefact, UsageError
@@ -111,6 +111,11 @@ class Cascade:
             say(f"the small model's answer is no draft for the large one, because {differs} of the two differ")
         return not differs
 
+    @cached_property
+    def _sees_alike(self) -> bool:
+        """Whether an image is prepared once for both models."""
+        return bool(self.small and self.large and self.small.processor.sees_like(self.large.processor))
+
     def preload(self) -> None:
         """Open every session of every model, so that no question has to wait for one."""
         _ = self.drafts
@@ -187,7 +192,8 @@ class Cascade:
     def memories(self) -> Memories:
         """Return what each model holds of a conversation that has not begun."""
         models = {"small": self.small, "large": self.large}
-        return {name: Memory(model) for name, model in models.items() if model}
+        seen: Sights | None = {} if self._sees_alike else None
+        return {name: Memory(model, seen) for name, model in models.items() if model}
 
     def checked(self, keep: Keep, threshold: float | None, draft: bool = True) -> float:
         """Return the threshold that holds; UsageError for an option that this bundle cannot serve."""

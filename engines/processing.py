@@ -99,6 +99,16 @@ class Processor:
                 )
         return seen
 
+    def sees_like(self, other: Processor) -> bool:
+        """Whether both make the same of an image, so that one may do it for both."""
+        mine, its = (
+            [p.spec.family, p.spec.grid, *(t for t in p.spec.stages["vision"].inputs if not t.carrier)]
+            for p in (self, other)
+        )
+        if mine != its or type(self.image_processor) is not type(other.image_processor):
+            return False
+        return bool(self.image_processor.to_dict() == other.image_processor.to_dict())
+
     def view(self, seen: Seen, i: int = 0) -> Image.Image:
         """Return what the model sees of the i-th image, RGB [H, W]: cropped and resized, normalisation undone."""
         mean, std = (

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from engines.cache import Cache, cut
 from engines.clock import Clock
 from engines.decoder import Chunk, Keep, keep_ratios
 from engines.families import Seen
-from engines.talk.messages import Talk
+from engines.talk.messages import Message, Talk
 from engines.talk.prompt import Prompt
 from engines.vision import Features, features_of
 from graphs.spec import visual_names
@@ -27,6 +27,9 @@ from graphs.spec import visual_names
 if TYPE_CHECKING:
     from engines.generate import Generation
     from engines.model import Model
+
+
+Sights: TypeAlias = dict[int, tuple[Message, Seen]]  # by place in the conversation
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +55,11 @@ class Held:
 class Memory:
     """One model's side of one conversation, empty at first."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, seen: Sights | None = None) -> None:
+        """Begin a conversation. seen: what its images became, shared with a model that sees them alike."""
         self.model = model
         self._held: Held | None = None
-        self._seen: dict[int, Seen] = {}
+        self._seen: Sights = {} if seen is None else seen
 
     def prompt(self, talk: Talk, keep: Keep = None) -> Prompt:
         """See new images and lay out what is to be fed before the talk's last message can be answered.
@@ -124,11 +128,11 @@ class Memory:
         self._held = Held(line, there, run.cache, kept, prompt.whole)
 
     def _looked(self, talk: Talk) -> list[Seen]:
-        """The images of every message that has some, each processed once."""
+        """The images of every message that has some, each processed once; a turn that failed left another message."""
         for i, message in enumerate(talk):
-            if message.images and i not in self._seen:
-                self._seen[i] = self.model.processor.look(*message.images)
-        return [self._seen[i] for i, message in enumerate(talk) if message.images]
+            if message.images and (i not in self._seen or self._seen[i][0] is not message):
+                self._seen[i] = message, self.model.processor.look(*message.images)
+        return [self._seen[i][1] for i, message in enumerate(talk) if message.images]
 
     def _common(self, line: np.ndarray, groups: Sequence[Group]) -> int:
         """How many tokens of the line the cache serves: one is left to feed, no message's images are cut."""

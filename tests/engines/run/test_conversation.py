@@ -14,6 +14,7 @@ from PIL import Image
 
 from engines.answer import Answer
 from engines.cascade import Cascade
+from engines.processing import Processor
 from engines.talk.conversation import Conversation
 from graphs.errors import BadArtefact, UsageError
 from tests.engines.run.conftest import NEW_TOKENS, TinyPair, picture_of, question_of
@@ -199,6 +200,34 @@ def test_a_turn_that_is_not_heard_to_its_end_does_not_count(tiny_pair: TinyPair)
     assert fresh.ask("which digit ?").tokens == again.tokens
     talk.reset()
     assert talk.ask("what colour is 3 ?", picture_of(3)).tokens == first.tokens
+
+
+def test_a_turn_that_failed_leaves_no_image_behind(tiny_pair: TinyPair) -> None:
+    talk, fresh = (tiny_pair.cascade().chat(max_new_tokens=NEW_TOKENS) for _ in range(2))
+    with pytest.raises(UsageError, match="positions"):
+        talk.ask("what colour is 3 ? " * 200, picture_of(3))
+    answers = [each.ask("what colour is 3 ?", picture_of(4)) for each in (talk, fresh)]
+    assert np.array_equal(answers[0].guidance, answers[1].guidance)
+
+
+def test_an_image_is_prepared_once_for_models_that_see_alike(
+    tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Processor] = []
+    look = Processor.look
+    monkeypatch.setattr(Processor, "look", lambda self, *images: (made.append(self), look(self, *images))[1])
+    cascade = tiny_pair.cascade()
+    assert cascade.small
+    assert cascade.large
+    alike = cascade.ask(picture_of(3), "what colour is 3 ?", threshold=1, max_new_tokens=NEW_TOKENS)
+    assert made == [cascade.small.processor]
+    other = tiny_pair.cascade()
+    assert other.small
+    assert other.large
+    other.large.processor.image_processor.resample = 0
+    other.ask(picture_of(3), "what colour is 3 ?", threshold=1, max_new_tokens=NEW_TOKENS)
+    assert made[1:] == [other.small.processor, other.large.processor]
+    assert alike.milliseconds["large_prepare"] >= 0
 
 
 def test_a_stop_string_ends_the_answer_before_it(cascade: Cascade) -> None:
