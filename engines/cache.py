@@ -13,6 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -85,13 +86,12 @@ def empty_cache(spec: ExportSpec) -> Cache:
 
 def present_outputs(spec: ExportSpec) -> tuple[str, ...]:
     """Return the decoder's cache outputs, in the order of its layers."""
-    return tuple(name for layer in range(spec.language.layers) for name in present_names(layer))
+    return tuple(present for _, present in _pairs(spec.language.layers))
 
 
 def shared_names(spec: ExportSpec) -> dict[str, str]:
     """Cache output → the input whose buffer it is, in a decoder that writes in place."""
-    layers = range(spec.language.layers)
-    return {new: old for layer in layers for old, new in zip(past_names(layer), present_names(layer), strict=True)}
+    return {present: past for past, present in _pairs(spec.language.layers)}
 
 
 def with_room(cache: Cache, spec: ExportSpec, session: Session, more: Sequence[int]) -> Cache:
@@ -126,13 +126,17 @@ def grown(cache: Cache, outputs: Mapping[str, Value], position_S: np.ndarray, ke
     """
     values = cache.values
     if not cache.room:
-        layers = range(len(cache.values) // 2)
-        pairs = [pair for i in layers for pair in zip(past_names(i), present_names(i), strict=True)]
-        values = {past: outputs[present] for past, present in pairs}
+        values = {past: outputs[present] for past, present in _pairs(len(cache.values) // 2)}
     rows = (np.arange(position_S.shape[-1]), *kept)
     segments = zip(cache.positions, rows, strict=True)
     positions = tuple(np.concatenate([old, position_S[..., r]], axis=-1) for old, r in segments)
     return Cache(values, positions, int(position_S.max()) + 1, cache.room)
+
+
+@lru_cache
+def _pairs(layers: int) -> tuple[tuple[str, str], ...]:
+    """Cache inputs and the outputs that continue them."""
+    return tuple(pair for i in range(layers) for pair in zip(past_names(i), present_names(i), strict=True))
 
 
 def cut(cache: Cache, spec: ExportSpec, position: int, to_host: Callable[[Value], np.ndarray]) -> Cache:

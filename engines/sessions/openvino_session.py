@@ -21,7 +21,7 @@ import numpy as np
 import openvino as ov
 
 from engines.sessions.openvino_device import CPU, chosen_device
-from engines.sessions.openvino_graph import BEAM, read_graph
+from engines.sessions.openvino_graph import BEAM, Dims, read_graph
 from engines.sessions.openvino_guidance import ASKED, GUIDANCE, TOLD, Asked, Guide
 from engines.sessions.session import NOTHING, Value
 from graphs.errors import BackendMissing, BadArtefact, OperationFailed, SaccadeError
@@ -93,6 +93,8 @@ class OpenVinoSession:
         self._files = read.files  # whose memory the constants are, and which they do not keep
         self._states, self._grown = read.states, read.grown
         self._inputs, self._outputs = read.inputs, read.outputs
+        places = [(dim, (name, i)) for name, dims in read.inputs.items() for i, dim in enumerate(dims)]
+        self._symbols = {dim: place for dim, place in places if isinstance(dim, str)}
         self._guide = Guide(core, device, settings | AS_IT_IS, read.guiding) if read.guiding else None
         if read.states:
             _refuse_unfused(self._compiled, len(read.grown) // 2, self._file)
@@ -130,19 +132,17 @@ class OpenVinoSession:
         room.newest = run = object()
         if self._guide:
             room.keys = (*room.keys, np.array(room.request.get_tensor(TOLD).data))
-        sizes = {
-            dim: size
-            for name, dims in self._inputs.items()
-            for dim, size in zip(dims, feeds[name].shape, strict=True)
-            if isinstance(dim, str)
-        }
+        sizes = {symbol: feeds[name].shape[axis] for symbol, (name, axis) in self._symbols.items()}
+        shapes: dict[Dims, tuple[int, ...]] = {}  # a cache output is as long as the others of its segment
         results: dict[str, Value] = {}
         for name in (*host, *device):
             past, asked = self._grown.get(name), self._guide and name == GUIDANCE
             if not past and not asked:
                 results[name] = np.array(room.request.get_tensor(name).data)
                 continue
-            shape = tuple(_size(dim, sizes) for dim in self._outputs[name])
+            dims = self._outputs[name]
+            if not (shape := shapes.get(dims, ())):
+                shape = shapes[dims] = tuple(_size(dim, sizes) for dim in dims)
             handle = Rows(room, run, past, shape) if past else _asked(room, shape[1])
             results[name] = self.to_host(handle) if name in host else handle
         return results
