@@ -31,6 +31,7 @@ SIZES = {"llava": (336, 336)}  # height, width by the shape's first word; shape 
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Where checkpoint and exports are kept.")
 @click.option("--runtime-python", type=click.Path(path_type=Path), help="One with saccade[cpu,openvino]. [this one]")
 @click.option("--peers-python", type=click.Path(path_type=Path), help="One with openvino-genai and optimum.")
+@click.option("--ort-genai-python", type=click.Path(path_type=Path), help="One with onnxruntime-genai and mobius.")
 @click.option("--only", help="Names of systems or words in them, split by ;")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--asks", type=click.IntRange(1), default=2, show_default=True, help="Measured questions a round.")
@@ -43,6 +44,7 @@ def main(
     work: Path,
     runtime_python: Path | None,
     peers_python: Path | None,
+    ort_genai_python: Path | None,
     only: str | None,
     rounds: int,
     asks: int,
@@ -52,7 +54,7 @@ def main(
     note: str,
 ) -> None:
     """Measure, print, write."""
-    pythons = Pythons(runtime_python, peers_python)
+    pythons = Pythons(runtime_python, peers_python, ort_genai_python)
     chosen, skipped = ready(only, pythons, work, shape)
     out: dict[str, dict[str, Any]] = {
         s.name: {"system": s, "open_ms": [], "peak_bytes": 0, "asked": []} for s in chosen
@@ -76,7 +78,7 @@ def main(
                 del out[title]
     document = {
         "schema": SCHEMA,
-        "conditions": conditions(shape, rounds, asks, tokens, threads, note),
+        "conditions": conditions(shape, rounds, asks, tokens, threads, note) | {"peers": pythons.versions()},
         "systems": [row_of(title, found, folder) for title, found in out.items()],
         "skipped": skipped,
     }

@@ -27,6 +27,7 @@ SCHEMA = "saccade.benchmark.growth/1"
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Where checkpoint and exports are kept.")
 @click.option("--runtime-python", type=click.Path(path_type=Path), help="One with saccade[cpu,openvino]. [this one]")
 @click.option("--peers-python", type=click.Path(path_type=Path), help="One with openvino-genai and optimum.")
+@click.option("--ort-genai-python", type=click.Path(path_type=Path), help="One with onnxruntime-genai and mobius.")
 @click.option("--only", default="saccade", show_default=True, help="Names of systems or words in them, split by ;")
 @click.option("--most", type=click.IntRange(256), default=8192, show_default=True, help="Most visual tokens.")
 @click.option("--rounds", type=click.IntRange(1), default=2, show_default=True)
@@ -36,6 +37,7 @@ def main(
     work: Path,
     runtime_python: Path | None,
     peers_python: Path | None,
+    ort_genai_python: Path | None,
     only: str,
     most: int,
     rounds: int,
@@ -43,7 +45,7 @@ def main(
     note: str,
 ) -> None:
     """Measure, print, write."""
-    pythons = Pythons(runtime_python, peers_python)
+    pythons = Pythons(runtime_python, peers_python, ort_genai_python)
     chosen, skipped = ready(only, pythons, work, SHAPE)
     counts = [count for count in GRIDS if count <= most]
     found: dict[str, dict[int, list[dict[str, Any]]]] = {s.name: {count: [] for count in counts} for s in chosen}
@@ -73,7 +75,7 @@ def main(
     ]
     document = {
         "schema": SCHEMA,
-        "conditions": conditions(SHAPE, rounds, 1, 1, threads, note),
+        "conditions": conditions(SHAPE, rounds, 1, 1, threads, note) | {"peers": pythons.versions()},
         "systems": rows_,
         "skipped": skipped,
     }

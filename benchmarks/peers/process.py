@@ -20,6 +20,13 @@ from benchmarks.shapes import QUESTION, SHAPES
 
 ROOT = Path(__file__).parents[2]
 PAIR = ROOT / "glyphs" / "pair"
+PEER_PACKAGES: dict[Python, tuple[str, ...]] = {
+    "peers": ("openvino", "openvino-genai", "optimum-intel"),
+    "ort-genai": ("onnxruntime-genai", "mobius-onnx"),
+}
+VERSIONS = (
+    "import json, sys; from importlib.metadata import version as v; print(json.dumps({n: v(n) for n in sys.argv[1:]}))"
+)
 KEEP = 0.3217  # behind layer 1 of 24: (0.35 · 24 − 1) / 23
 
 
@@ -39,6 +46,8 @@ def made(name: str, folder: Path, shape: str, python: str) -> str:
         "keep": KEEP,
         "saccade": f"{sys.executable} -m saccade",
         "optimum": Path(python).parent / "optimum-cli",
+        "mobius": Path(python).parent / "mobius",
+        "python": python,
     }
     log, seconds = folder / f"{name}.log", []
     for command in MADE[name]:
@@ -48,8 +57,10 @@ def made(name: str, folder: Path, shape: str, python: str) -> str:
         click.echo(" ".join(words), err=True)
         start = time.perf_counter()
         with log.open("a") as file:
-            if subprocess.run(words, stdout=file, stderr=file, check=False).returncode:
-                return f"{words[0]} failed: {log.read_text(errors='replace').strip().splitlines()[-1][:200]}"
+            # A peer's command may be a module of ours.
+            environment = os.environ | {"PYTHONPATH": str(ROOT)}
+            if subprocess.run(words, stdout=file, stderr=file, env=environment, check=False).returncode:
+                return f"{Path(words[0]).name} failed: {log.read_text(errors='replace').strip().splitlines()[-1][:200]}"
         seconds.append(round(time.perf_counter() - start, 1))
     (folder / f"{name}.seconds.json").write_text(json.dumps(seconds))
     return ""
@@ -116,8 +127,23 @@ class Pythons:
 
     runtime: Path | None = None
     peers: Path | None = None
+    ort_genai: Path | None = None
 
     def of(self, which: Python) -> str | None:
         """The interpreter of a system, None where it was not given; this one has torch."""
-        given = {"runtime": self.runtime or sys.executable, "torch": sys.executable, "peers": self.peers}[which]
+        given = {
+            "runtime": self.runtime or sys.executable,
+            "torch": sys.executable,
+            "peers": self.peers,
+            "ort-genai": self.ort_genai,
+        }[which]
         return str(given) if given else None
+
+    def versions(self) -> dict[str, str]:
+        """Of the peers' packages, each in the interpreter that was given for it; {} without one."""
+        found: dict[str, str] = {}
+        for which, packages in PEER_PACKAGES.items():
+            if python := self.of(which):
+                asked = [python, "-c", VERSIONS, *packages]
+                found |= json.loads(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
+        return found

@@ -8,6 +8,8 @@ the first token, decode what the other tokens took together. Image preparation i
 
 from __future__ import annotations
 
+import io
+import json
 import sys
 import time
 from pathlib import Path
@@ -164,4 +166,70 @@ class OpenVinoGenAI:
         }
 
 
-RUNTIMES: dict[str, type] = {"saccade": Saccade, "transformers": Transformers, "openvino-genai": OpenVinoGenAI}
+class OnnxRuntimeGenAI:
+    """ONNX Runtime GenAI: the decoder of its builder behind mobius' tower and embedding (``ortgenai.py``)."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import onnxruntime_genai
+
+        self._genai = onnxruntime_genai
+        config = onnxruntime_genai.Config(str(folder))
+        session = {"session_options": {"intra_op_num_threads": threads}}
+        config.overlay(json.dumps({"model": dict.fromkeys(("vision", "embedding", "decoder"), session)}))
+        self._model = onnxruntime_genai.Model(config)
+        self._processor = self._model.create_multimodal_processor()
+        self._tokenizer = onnxruntime_genai.Tokenizer(self._model)
+
+    def ask(self, image: np.ndarray, question: str, tokens: int, *, whole: bool = False) -> Measured:
+        """See ``Runtime``; it has no metrics, so the tower ends where its log says that the features are there."""
+        inputs = self._inputs(image, question)
+        length = inputs["input_ids"].shape()[1]
+        search = self._genai.GeneratorParams(self._model)
+        least = 0 if whole else length + tokens
+        search.set_search_options(do_sample=False, max_length=length + tokens, min_length=least)
+        features: list[float] = []
+
+        def note(text: str) -> None:
+            if "image_features" in text:
+                features.append(time.perf_counter())
+
+        self._genai.set_log_options(enabled=True, model_output_shapes=True)
+        self._genai.set_log_callback(note)
+        try:
+            start = time.perf_counter()
+            generator = self._genai.Generator(self._model, search)
+            generator.set_inputs(inputs)  # runs the tower and the prefill
+            generator.generate_next_token()
+            first = time.perf_counter()
+            while not generator.is_done():
+                generator.generate_next_token()
+            done = time.perf_counter()
+        finally:
+            self._genai.set_log_callback(None)
+        ids = generator.get_sequence(0)[length:]
+        return {
+            "vision_ms": 1e3 * (features[0] - start),
+            "prefill_ms": 1e3 * (first - features[0]),
+            "decode_ms": 1e3 * (done - first),
+            "tokens": len(ids),
+            "text": self._tokenizer.decode(ids).strip(),
+            "exited": False,
+        }
+
+    def _inputs(self, image: np.ndarray, question: str) -> Any:
+        from PIL import Image
+
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "png")
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        messages = json.dumps([{"role": "user", "content": content}])
+        text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        return self._processor(text, images=self._genai.Images.open_bytes(file.getvalue()))
+
+
+RUNTIMES: dict[str, type] = {
+    "saccade": Saccade,
+    "transformers": Transformers,
+    "openvino-genai": OpenVinoGenAI,
+    "onnxruntime-genai": OnnxRuntimeGenAI,
+}

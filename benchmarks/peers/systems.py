@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Python = Literal["runtime", "torch", "peers"]
+Python = Literal["runtime", "torch", "peers", "ort-genai"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class System:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-# Folder → the commands that make it, in order. {checkpoint} {work} {saccade} {optimum}
+# Folder → the commands that make it, in order. {checkpoint} {work} {saccade} {optimum} {python} {mobius}
 MADE: dict[str, tuple[str, ...]] = {
     "checkpoint": (),
     "none": (
@@ -47,6 +47,19 @@ MADE: dict[str, tuple[str, ...]] = {
         "{work}/genai-int4",
     ),
 }
+# Its builder writes the decoder alone; the tower and the embedding come from mobius. Logits of the last row only.
+for _precision in ("fp32", "int4"):
+    _partial = f"{{work}}/ort-genai-{_precision}.partial"
+    _blocks = " block_size=128 accuracy_level=4" if _precision == "int4" else ""
+    MADE[f"ort-genai-{_precision}"] = (
+        f"{{python}} -m onnxruntime_genai.models.builder --input {{checkpoint}} --output {_partial} "
+        f"--precision {_precision} --execution_provider cpu --cache_dir {{work}}/ort-genai-cache "
+        f"--extra_options exclude_embeds=true prune_lm_head=true{_blocks}",
+        f"{{mobius}} build --config {{checkpoint}} --dtype f32 --ep cpu --component vision_encoder {_partial}/vision",
+        f"{{mobius}} build --config {{checkpoint}} --dtype f32 --ep cpu --component embedding {_partial}/embedding",
+        f"{{python}} -m benchmarks.peers.ortgenai {{checkpoint}} {_partial} {{work}}/ort-genai-{_precision}"
+        + (" --int4" if _precision == "int4" else ""),
+    )
 for _precision in ("int8", "int4"):
     MADE[f"none-openvino-{_precision}"] = (
         f"{{saccade}} build {{work}}/none-export -o {{work}}/none-openvino-{_precision} --target openvino "
@@ -95,6 +108,8 @@ PEERS = (
     System("openvino genai default, 90 % pruned", "openvino-genai", "genai-fp32", "peers", {"pruning": 90}),
     System("openvino genai int8", "openvino-genai", "genai-int8", "peers"),
     System("openvino genai int4", "openvino-genai", "genai-int4", "peers"),
+    System("onnxruntime genai fp32", "onnxruntime-genai", "ort-genai-fp32", "ort-genai"),
+    System("onnxruntime genai int4", "onnxruntime-genai", "ort-genai-int4", "ort-genai"),
 )
 # A pair of shape (a) twice: what the small model's guidance and the large model's pruning cost on one size.
 for _target, _precision in (("cpu", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")):

@@ -37,6 +37,8 @@ README_ROWS = (
     "openvino genai default",
     "openvino genai default, 50 % pruned",
     "openvino genai int4",
+    "onnxruntime genai fp32",
+    "onnxruntime genai int4",
 )
 SHAPES = {
     "qwen2_5_vl": "Shape (a): Qwen2.5-VL with 24 layers of width 896, 1,000 visual and 40 text tokens",
@@ -132,9 +134,10 @@ def conditions_of(document: Document) -> str:
     """One sentence."""
     of = document["conditions"]
     note = f", {of['note']}" if of["note"] else ""
+    peers = "".join(f", {name} {version}" for name, version in of.get("peers", {}).items())
     return (
         f"{of['cpu']}, {of['threads']} threads of {of['cores']} cores{note}; {of['date_utc']}; Python {of['python']}, "
-        f"onnxruntime {of['onnxruntime']}, torch {of['torch']}, transformers {of['transformers']}."
+        f"onnxruntime {of['onnxruntime']}, torch {of['torch']}, transformers {of['transformers']}{peers}."
     )
 
 
