@@ -56,6 +56,7 @@ def main(
     """Measure, print, write."""
     pythons = Pythons(runtime_python, peers_python, ort_genai_python)
     chosen, skipped = ready(only, pythons, work, shape)
+    versions = pythons.versions()
     out: dict[str, dict[str, Any]] = {
         s.name: {"system": s, "open_ms": [], "peak_bytes": 0, "asked": []} for s in chosen
     }
@@ -78,7 +79,7 @@ def main(
                 del out[title]
     document = {
         "schema": SCHEMA,
-        "conditions": conditions(shape, rounds, asks, tokens, threads, note) | {"peers": pythons.versions()},
+        "conditions": conditions(shape, rounds, asks, tokens, threads, note) | {"peers": versions},
         "systems": [row_of(title, found, folder) for title, found in out.items()],
         "skipped": skipped,
     }

@@ -24,9 +24,9 @@ PEER_PACKAGES: dict[Python, tuple[str, ...]] = {
     "peers": ("openvino", "openvino-genai", "optimum-intel"),
     "ort-genai": ("onnxruntime-genai", "mobius-onnx"),
 }
-VERSIONS = (
-    "import json, sys; from importlib.metadata import version as v; print(json.dumps({n: v(n) for n in sys.argv[1:]}))"
-)
+VERSIONS = """import importlib.metadata as m, json, sys
+found = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in m.distributions()}
+print(json.dumps({name: found[name] for name in sys.argv[1:] if name in found}))"""
 KEEP = 0.3217  # behind layer 1 of 24: (0.35 · 24 − 1) / 23
 
 
@@ -57,10 +57,11 @@ def made(name: str, folder: Path, shape: str, python: str) -> str:
         click.echo(" ".join(words), err=True)
         start = time.perf_counter()
         with log.open("a") as file:
-            # A peer's command may be a module of ours.
+            # A peer's command may be a module of ours; no results hold this machine's paths.
             environment = os.environ | {"PYTHONPATH": str(ROOT)}
             if subprocess.run(words, stdout=file, stderr=file, env=environment, check=False).returncode:
-                return f"{Path(words[0]).name} failed: {log.read_text(errors='replace').strip().splitlines()[-1][:200]}"
+                last = log.read_text(errors="replace").strip().splitlines()[-1]
+                return f"{Path(words[0]).name} failed: {last.replace(f'{folder}/', '')[:200]}"
         seconds.append(round(time.perf_counter() - start, 1))
     (folder / f"{name}.seconds.json").write_text(json.dumps(seconds))
     return ""
@@ -140,7 +141,7 @@ class Pythons:
         return str(given) if given else None
 
     def versions(self) -> dict[str, str]:
-        """Of the peers' packages, each in the interpreter that was given for it; {} without one."""
+        """Of the peers' packages, each in the interpreter that was given for it; those that it has."""
         found: dict[str, str] = {}
         for which, packages in PEER_PACKAGES.items():
             if python := self.of(which):
