@@ -97,5 +97,5 @@ def test_four_bits_are_those_of_rounded_blocks(tmp_path: Path) -> None:
     blocks = weight_MN.reshape(2, 128, 16)
     scale = np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], axis=1) / -8
     rounded_MN = (np.clip(np.rint(blocks / scale), -8, 7) * scale).reshape(256, 16)
-    np.testing.assert_allclose(found_RN, given_RM @ rounded_MN, atol=0.4)
-    assert np.abs(found_RN - given_RM @ weight_MN).max() > 2 * np.abs(found_RN - given_RM @ rounded_MN).max()
+    np.testing.assert_allclose(found_RN, given_RM @ rounded_MN, atol=0.6)
+    assert np.abs(found_RN - given_RM @ weight_MN).max() > 5 * np.abs(found_RN - given_RM @ rounded_MN).max()
