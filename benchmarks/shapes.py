@@ -49,6 +49,7 @@ QWEN_TOKENS = {
 LLAVA_TOKENS = {"pad": "<pad>", "start": "<s>", "eos": "</s>", "image": "<image>"}
 # layers, width, heads, intermediate; the 3b is OpenLLaMA's, the 7b LLaVA-1.5-7B itself
 LLAVA = {"1b": (16, 2048, 16, 5504), "3b": (26, 3200, 32, 8640), "7b": (32, 4096, 32, 11008)}
+LAYERS = {"qwen2_5_vl": 24} | {f"llava-{size}": layers for size, (layers, *_) in LLAVA.items()}  # of a shape's decoder
 
 
 def qwen2_5_vl(folder: Path, *, tied: bool = True, dtype: str = "float32") -> Path:
@@ -73,7 +74,7 @@ def qwen2_5_vl(folder: Path, *, tied: bool = True, dtype: str = "float32") -> Pa
     text = {
         "hidden_size": 896,
         "intermediate_size": 4864,
-        "num_hidden_layers": 24,
+        "num_hidden_layers": LAYERS["qwen2_5_vl"],
         "num_attention_heads": 14,
         "num_key_value_heads": 2,
         "vocab_size": VOCAB,

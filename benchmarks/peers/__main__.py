@@ -32,6 +32,11 @@ SIZES = {"llava": (336, 336)}  # height, width by the shape's first word; shape 
 @click.option("--runtime-python", type=click.Path(path_type=Path), help="One with saccade[cpu,openvino]. [this one]")
 @click.option("--peers-python", type=click.Path(path_type=Path), help="One with openvino-genai and optimum.")
 @click.option("--ort-genai-python", type=click.Path(path_type=Path), help="One with onnxruntime-genai and mobius.")
+@click.option(
+    "--scratch",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Where exports lie while bundles are built, as /dev/shm; they go afterwards. [--work, where they stay]",
+)
 @click.option("--only", help="Names of systems or words in them, split by ;")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--asks", type=click.IntRange(1), default=2, show_default=True, help="Measured questions a round.")
@@ -45,6 +50,7 @@ def main(
     runtime_python: Path | None,
     peers_python: Path | None,
     ort_genai_python: Path | None,
+    scratch: Path | None,
     only: str | None,
     rounds: int,
     asks: int,
@@ -55,7 +61,7 @@ def main(
 ) -> None:
     """Measure, print, write."""
     pythons = Pythons(runtime_python, peers_python, ort_genai_python)
-    chosen, skipped = ready(only, pythons, work, shape)
+    chosen, skipped = ready(only, pythons, work, shape, scratch)
     versions = pythons.versions()
     out: dict[str, dict[str, Any]] = {
         s.name: {"system": s, "open_ms": [], "peak_bytes": 0, "asked": []} for s in chosen
@@ -88,8 +94,10 @@ def main(
     click.echo("\n".join(table_of(document)))
 
 
-def ready(only: str | None, pythons: Pythons, work: Path, shape: str) -> tuple[list[System], dict[str, str]]:
-    """The systems that can run, made where they were not; and for the others why not."""
+def ready(
+    only: str | None, pythons: Pythons, work: Path, shape: str, scratch: Path | None = None
+) -> tuple[list[System], dict[str, str]]:
+    """The systems that can run, made where they were not (``made``); and for the others why not."""
     words = [word.strip() for word in only.split(";")] if only else [""]
     chosen, skipped = [], {}
     for system in SYSTEMS.values():
@@ -98,7 +106,7 @@ def ready(only: str | None, pythons: Pythons, work: Path, shape: str) -> tuple[l
         python = pythons.of(system.python)
         if python is None:
             skipped[system.name] = f"no --{system.python}-python was given"
-        elif why := made(system.made, work / shape, shape, python):
+        elif why := made(system.made, work / shape, shape, python, scratch):
             skipped[system.name] = why
         else:
             chosen.append(system)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
 import click
 
-from benchmarks.peers.systems import MADE, PLANS, Python, System
-from benchmarks.shapes import QUESTION, SHAPES
+from benchmarks.peers.systems import MADE, Python, System, plans
+from benchmarks.shapes import LAYERS, QUESTION, SHAPES
 
 ROOT = Path(__file__).parents[2]
 PAIR = ROOT / "glyphs" / "pair"
@@ -30,18 +33,31 @@ print(json.dumps({name: found[name] for name in sys.argv[1:] if name in found}))
 KEEP = 0.3217  # behind layer 1 of 24: (0.35 · 24 − 1) / 23
 
 
-def made(name: str, folder: Path, shape: str, python: str) -> str:
-    """Make what a system runs from, where it is not there; what went wrong, or ""."""
+def made(name: str, folder: Path, shape: str, python: str, scratch: Path | None = None) -> str:
+    """Make what a system runs from, where it is not there; what went wrong, or "".
+
+    scratch: where exports lie while they are built from; None: beside the systems, where they stay for the next one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    if shape in SHAPES and not (folder / "checkpoint").exists():
-        SHAPES[shape](folder / "checkpoint")
-    for plan, text in PLANS.items():
-        (folder / f"{plan}.toml").write_text(text)
-    if (folder / name).exists():
-        return ""
+    if shape in SHAPES:
+        if not (folder / "checkpoint").exists():
+            SHAPES[shape](folder / "checkpoint")
+        for plan, text in plans(LAYERS[shape]).items():
+            (folder / f"{plan}.toml").write_text(text)
+    if not (folder / name).exists():
+        with TemporaryDirectory(dir=scratch) if scratch else nullcontext(folder) as exports:
+            if why := _run(name, folder, Path(exports), python):
+                return why
+    share_weights(folder / name, folder / "checkpoint")
+    return ""
+
+
+def _run(name: str, folder: Path, exports: Path, python: str) -> str:
+    """Run the commands of a line of ``MADE``, but for exports that are there; what went wrong, or ""."""
     places = {
         "checkpoint": folder / "checkpoint",
         "work": folder,
+        "exports": exports,
         "pair": PAIR,
         "keep": KEEP,
         "saccade": f"{sys.executable} -m saccade",
@@ -65,6 +81,20 @@ def made(name: str, folder: Path, shape: str, python: str) -> str:
         seconds.append(round(time.perf_counter() - start, 1))
     (folder / f"{name}.seconds.json").write_text(json.dumps(seconds))
     return ""
+
+
+def share_weights(folder: Path, checkpoint: Path) -> None:
+    """Turn files below ``folder`` that repeat a weight file of the checkpoint into hard links to it."""
+    if folder.resolve() == checkpoint.resolve():
+        return
+    for own in checkpoint.glob("*.safetensors"):
+        for copy in folder.rglob(own.name):
+            there = copy.stat().st_dev == own.stat().st_dev
+            if there and not copy.samefile(own) and filecmp.cmp(own, copy, shallow=False):
+                link = copy.with_suffix(".link")
+                link.unlink(missing_ok=True)
+                link.hardlink_to(own)
+                link.replace(copy)
 
 
 class Worker:

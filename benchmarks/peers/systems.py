@@ -19,20 +19,20 @@ class System:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-# Folder → the commands that make it, in order. {checkpoint} {work} {saccade} {optimum} {python} {mobius}
+# Folder → the commands that make it, in order. {checkpoint} {work} {exports} {saccade} {optimum} {python} {mobius}
 MADE: dict[str, tuple[str, ...]] = {
     "checkpoint": (),
     "none": (
-        "{saccade} export {checkpoint} -o {work}/none-export --role alone --policy none",
-        "{saccade} build {work}/none-export -o {work}/none --target cpu --precision fp32",
+        "{saccade} export {checkpoint} -o {exports}/none-export --role alone --policy none",
+        "{saccade} build {exports}/none-export -o {work}/none --target cpu --precision fp32",
     ),
     "star": (
-        "{saccade} export {checkpoint} -o {work}/star-export --role alone --plan {work}/star.toml",
-        "{saccade} build {work}/star-export -o {work}/star --target cpu --precision fp32",
+        "{saccade} export {checkpoint} -o {exports}/star-export --role alone --plan {work}/star.toml",
+        "{saccade} build {exports}/star-export -o {work}/star --target cpu --precision fp32",
     ),
     "fastv": (
-        "{saccade} export {checkpoint} -o {work}/fastv-export --role alone --plan {work}/fastv.toml",
-        "{saccade} build {work}/fastv-export -o {work}/fastv --target cpu --precision fp32",
+        "{saccade} export {checkpoint} -o {exports}/fastv-export --role alone --plan {work}/fastv.toml",
+        "{saccade} build {exports}/fastv-export -o {work}/fastv --target cpu --precision fp32",
     ),
     "genai-fp32": (
         "{optimum} export openvino --model {checkpoint} --task image-text-to-text --weight-format fp32 "
@@ -61,30 +61,33 @@ for _precision in ("fp32", "int4"):
         + (" --int4" if _precision == "int4" else ""),
     )
 for _precision in ("int8", "int4"):
-    MADE[f"none-openvino-{_precision}"] = (
-        f"{{saccade}} build {{work}}/none-export -o {{work}}/none-openvino-{_precision} --target openvino "
-        f"--precision {_precision}",
-    )
     MADE[f"none-{_precision}"] = (
-        f"{{saccade}} build {{work}}/none-export -o {{work}}/none-{_precision} --target cpu --precision {_precision}",
+        *MADE["none"][:1],
+        f"{{saccade}} build {{exports}}/none-export -o {{work}}/none-{_precision} --target cpu "
+        f"--precision {_precision}",
     )
 
 for _name in ("none", "fastv", "star"):
     for _precision in ("fp32", "bf16", "int8", "int4"):
         MADE[f"{_name}-openvino-{_precision}"] = (
             *MADE[_name][:1],
-            f"{{saccade}} build {{work}}/{_name}-export -o {{work}}/{_name}-openvino-{_precision} --target openvino "
+            f"{{saccade}} build {{exports}}/{_name}-export -o {{work}}/{_name}-openvino-{_precision} --target openvino "
             f"--precision {_precision}",
         )
 
-# Average retention 9 %: after layer 1 of 24 keeps 5 %; STAR halves at the vision stage first.
 HEAD = 'schema = "saccade.plan/1"\nname = "{}"\n\n'
 VISION = '[[point]]\nwhere = "vision"\nscore = "received"\nkeep = 0.5\n\n'
-LANGUAGE = '[[point]]\nwhere = {}\nscore = "attention"\nrows = "text"\nkeep = 0.05\n'
-PLANS = {
-    "fastv": HEAD.format("fastv") + LANGUAGE.format(1),
-    "star": HEAD.format("star") + VISION + LANGUAGE.format(2),
-}
+LANGUAGE = '[[point]]\nwhere = {}\nscore = "attention"\nrows = "text"\nkeep = {:.2f}\n'
+
+
+def plans(layers: int) -> dict[str, str]:
+    """Plans that keep 9 % on average over a decoder of so many layers: FastV cuts behind layer 1; STAR halves first."""
+    kept = 0.09 * layers - 1  # layers of all tokens that are left behind the cut; STAR's two layers of half are one
+    return {
+        "fastv": HEAD.format("fastv") + LANGUAGE.format(1, kept / (layers - 1)),
+        "star": HEAD.format("star") + VISION + LANGUAGE.format(2, kept / (layers - 2)),
+    }
+
 
 OURS = (
     System("saccade cpu fp32", "saccade", "none", options={"target": "cpu"}),
@@ -114,9 +117,9 @@ PEERS = (
 # A pair of shape (a) twice: what the small model's guidance and the large model's pruning cost on one size.
 for _target, _precision in (("cpu", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")):
     MADE[f"twice-{_target}-{_precision}"] = (
-        "{saccade} export {checkpoint} -o {work}/twice-small-export --role small",
-        "{saccade} export {checkpoint} -o {work}/twice-large-export --role large --keep 0.05",
-        "{saccade} build {work}/twice-small-export {work}/twice-large-export "
+        "{saccade} export {checkpoint} -o {exports}/twice-small-export --role small",
+        "{saccade} export {checkpoint} -o {exports}/twice-large-export --role large --keep 0.05",
+        "{saccade} build {exports}/twice-small-export {exports}/twice-large-export "
         f"-o {{work}}/twice-{_target}-{_precision} --target {_target} --precision {_precision}",
     )
 
@@ -125,15 +128,15 @@ for _target, _precision in (("cpu", "fp32"), ("openvino", "fp32"), ("openvino", 
 for _target, _loss in (("cpu", 2), ("cpu", 5), ("openvino", 2)):
     _made = f"pair-{_target}-{_loss}"
     MADE[_made] = (
-        "{saccade} export {pair}/small -o {work}/small-export --role small",
-        "{saccade} export {pair}/large -o {work}/large-export --role large --keep {keep}",
-        f"{{saccade}} build {{work}}/small-export {{work}}/large-export -o {{work}}/{_made} --target {_target} "
+        "{saccade} export {pair}/small -o {exports}/small-export --role small",
+        "{saccade} export {pair}/large -o {exports}/large-export --role large --keep {keep}",
+        f"{{saccade}} build {{exports}}/small-export {{exports}}/large-export -o {{work}}/{_made} --target {_target} "
         "--precision fp32",
         f"{{saccade}} calibrate {{work}}/{_made} glyphs --max-loss 0.0{_loss} --max-new-tokens 16",
     )
 MADE["alone-cpu"] = (
-    "{saccade} export {pair}/large -o {work}/alone-export --role alone --policy none",
-    "{saccade} build {work}/alone-export -o {work}/alone-cpu --target cpu --precision fp32",
+    "{saccade} export {pair}/large -o {exports}/alone-export --role alone --policy none",
+    "{saccade} build {exports}/alone-export -o {work}/alone-cpu --target cpu --precision fp32",
 )
 MADE["large"] = ("cp -r {pair}/large {work}/large",)
 QUESTIONS = (
