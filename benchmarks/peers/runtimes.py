@@ -143,17 +143,21 @@ class OpenVinoGenAI:
 
         hints = {"INFERENCE_PRECISION_HINT": precision} if precision else {}
         self._pipe = openvino_genai.VLMPipeline(str(folder), "CPU", INFERENCE_NUM_THREADS=threads, **hints)
-        self._pruning = pruning
+        self._pruning, self._prunes = pruning, not pruning
 
     def ask(self, image: np.ndarray, question: str, tokens: int, *, whole: bool = False) -> Measured:
-        """See ``Runtime``; its "vision" metric leaves the merger out, so the embeddings' preparation is taken."""
-        import openvino
+        """See ``Runtime``; its "vision" metric leaves the merger out, so the embeddings' preparation is taken.
 
-        config = self._pipe.get_generation_config()
-        config.max_new_tokens, config.ignore_eos, config.do_sample = tokens, not whole, False
-        config.pruning_ratio = self._pruning
-        done = self._pipe.generate(question, images=[openvino.Tensor(image[None])], generation_config=config)
+        Raises RuntimeError where it was to prune and feeds the model as many tokens at any ratio: it does not say so.
+        """
+        done = self._generated(image, question, tokens, whole, self._pruning)
         metrics = done.perf_metrics
+        if not self._prunes:
+            fed = metrics.get_num_input_tokens()
+            nearly_all = self._generated(image, question, 1, whole, 99).perf_metrics.get_num_input_tokens()
+            if fed == nearly_all:
+                raise RuntimeError(f"OpenVINO GenAI was to prune {self._pruning} % and fed this model all {fed} tokens")
+            self._prunes = True
         vision, first = metrics.get_prepare_embeddings_duration().mean, metrics.get_ttft().mean
         count = metrics.get_num_generated_tokens()
         return {
@@ -164,6 +168,14 @@ class OpenVinoGenAI:
             "text": done.texts[0].strip(),
             "exited": False,
         }
+
+    def _generated(self, image: np.ndarray, question: str, tokens: int, whole: bool, pruning: int) -> Any:
+        import openvino
+
+        config = self._pipe.get_generation_config()
+        config.max_new_tokens, config.ignore_eos, config.do_sample = tokens, not whole, False
+        config.pruning_ratio = pruning
+        return self._pipe.generate(question, images=[openvino.Tensor(image[None])], generation_config=config)
 
 
 class OnnxRuntimeGenAI:
