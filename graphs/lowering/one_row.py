@@ -40,7 +40,8 @@ class OneRow(ir.passes.InPlacePass):
         changed = False
         for node in attentions:
             layer = _layer_of(node)
-            if layer.received is not None or layer.heads * layer.width >= WIDE:
+            plain = not node.attributes.get_float("softcap", 0.0)
+            if plain and (layer.received is not None or layer.heads * layer.width >= WIDE):
                 _rewrite(layer, shared)
                 changed = True
         return ir.passes.PassResult(model, changed)
@@ -76,15 +77,16 @@ def _layer_of(node: ir.Node) -> _Layer:
 
 def _same_rows(heads_first: ir.Value | None, rows_first: ir.Value | None) -> bool:
     """Whether [B,H,S,D] and [B,S,H·D] are views of each other."""
-    for one, other, ops in ((heads_first, rows_first, ("Transpose", "Reshape")),
-                            (rows_first, heads_first, ("Reshape", "Transpose"))):  # fmt: skip
-        value = one
-        for op_type in ops:
-            maker = value.producer() if value is not None else None
-            value = maker.inputs[0] if maker is not None and maker.op_type == op_type else None
-        if value is not None and value is other:
-            return True
-    return False
+    split, joined = _behind(heads_first, "Transpose", "Reshape"), _behind(rows_first, "Reshape", "Transpose")
+    return (split is not None and split is rows_first) or (joined is not None and joined is heads_first)
+
+
+def _behind(value: ir.Value | None, *op_types: str) -> ir.Value | None:
+    """What a value was before nodes of these types, the last first."""
+    for op_type in op_types:
+        maker = value.producer() if value is not None else None
+        value = maker.inputs[0] if maker is not None and maker.op_type == op_type else None
+    return value
 
 
 def _rewrite(layer: _Layer, shared: dict[tuple[object, ...], ir.Value]) -> None:

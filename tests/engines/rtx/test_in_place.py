@@ -19,6 +19,7 @@ from engines.decoder import Chunk, Decoder, Step
 from engines.sessions.ort_session import HostBuffer
 from engines.sessions.session import open_session
 from graphs.errors import OperationFailed
+from graphs.lowering.host import mapped
 from graphs.lowering.in_place import CacheInPlace, grouped, refusal
 from graphs.plan import PrunePoint, PruningPlan
 from graphs.spec import spec_from_folder
@@ -142,6 +143,24 @@ def test_buffers_that_hold_no_numbers_are_left(exports: Exports) -> None:
     after = fed(mine, 1, 1, step.cache)
     assert after.cache.room is not step.cache.room
     assert np.isfinite(after.logits).all()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_no_step_makes_received_attention_a_second_time(exports: Exports, packed: bool) -> None:
+    """Whether heads were put together before or not, each ReceivedInCache stands where many rows are fed."""
+    model = ir.load(exports["small"] / "decoder.onnx")
+    if packed:
+        assert mapped(model)
+    assert grouped(model)
+    kinds = [node.op_type for node in model.graph]
+    choices = [node for node in model.graph if node.op_type == "If"]
+    assert not {"GroupQueryAttention", "ReceivedInCache"} & set(kinds)
+    layers = spec_from_folder(exports["small"]).language.layers
+    assert [len(node.outputs) for node in choices] == [4] * layers
+    for node in choices:
+        branches = [[n.op_type for n in node.attributes[f"{name}_branch"].as_graph()] for name in ("then", "else")]
+        assert not {"GroupQueryAttention", "ReceivedInCache"} & set(branches[0])
+        assert {"GroupQueryAttention", "ReceivedInCache"} <= set(branches[1])
 
 
 @pytest.mark.parametrize("role", ROLES)
