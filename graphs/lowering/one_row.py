@@ -6,11 +6,11 @@ Legend: H query heads, V key-value heads, G = H / V, C rows of the buffer, D hea
     else:          GroupQueryAttention, and ReceivedInCache behind it
 
 GroupQueryAttention multiplies each query head by its group's keys on its own and is bound by arithmetic; here the keys
-are read once for the whole group. And what each row received is the sum of shares that are at hand, where
-ReceivedInCache has to make them again. It costs by the capacity, not by the filled rows, and a few nodes more, so a
-short buffer keeps the operator. Rows that are not filled must hold numbers, any: what hides them is added to their
-logits, and their share, zero, is multiplied. Figures: benchmarks/LOG.md. Source: ONNX If, TensorScatter-24;
-com.microsoft's FusedMatMul.
+are read once for the whole group, which pays where the group is large. And what each row received is the sum of shares
+that are at hand, where ReceivedInCache has to make them again. It costs by the capacity, not by the filled rows, and a
+few nodes more, so a short buffer keeps the operator. Rows that are not filled must hold numbers, any: what hides them is
+added to their logits, and their share, zero, is multiplied. Figures: benchmarks/LOG.md. Source: ONNX If,
+TensorScatter-24; com.microsoft's FusedMatMul.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from graphs.lowering.edit import before, constant
 from graphs.lowering.grouped import ALL_HEADS_LAST, CONTRIB
 from graphs.ops import DOMAIN
 
-WIDE = 512  # H·D from which a model without received attention gains; in a narrower one the nodes cost more
-LONG = 384  # rows of a buffer from which it does
+# From where on it gains without received attention: query heads that share their keys, H·D, and rows of the buffer.
+# With less in common a product has too few rows; in a narrower or shorter one its nodes cost more.
+SHARED, WIDE, LONG = 6, 512, 384
+SHARED_RECEIVED = 2  # … and with it, at any width and length
 RECEIVED = ("ReceivedInCache", "RatedReceivedInCache")
 Q, K, V, PAST_K, PAST_V, LAST = range(6)  # inputs of GroupQueryAttention
 
@@ -40,8 +42,7 @@ class OneRow(ir.passes.InPlacePass):
         changed = False
         for node in attentions:
             layer = _layer_of(node)
-            plain = not node.attributes.get_float("softcap", 0.0)
-            if plain and (layer.received is not None or layer.heads * layer.width >= WIDE):
+            if layer.gains and not node.attributes.get_float("softcap", 0.0):
                 _rewrite(layer, shared)
                 changed = True
         return ir.passes.PassResult(model, changed)
@@ -60,6 +61,13 @@ class _Layer:
     def together(self) -> int:
         """G, the query heads that share a key-value head."""
         return self.heads // self.groups
+
+    @property
+    def gains(self) -> bool:
+        """Whether the form is worth its nodes."""
+        if self.received is not None:
+            return self.together >= SHARED_RECEIVED
+        return self.together >= SHARED and self.heads * self.width >= WIDE
 
 
 def _layer_of(node: ir.Node) -> _Layer:

@@ -39,6 +39,12 @@ def both(exports: Exports, role: str) -> tuple[Decoder, Decoder]:
     return decoder_of(exports[role], True), decoder_of(exports[role], False)
 
 
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step has its own attention in models of any size."""
+    for name in ("SHARED", "SHARED_RECEIVED", "WIDE", "LONG"):
+        monkeypatch.setattr(f"graphs.lowering.one_row.{name}", 0)
+
+
 def fed(decoder: Decoder, rows: int, seed: int, cache: Cache | None, visual: int = 0, **more: Any) -> Step:
     """Random rows, the first of them visual."""
     rng = np.random.default_rng(seed)
@@ -65,8 +71,7 @@ def test_prefill_chunk_decode_growth_and_a_cut_are_those_of_the_concatenated_cac
 ) -> None:
     """Received attention is summed over the steps in the graph, and per step on the host."""
     if one_row:
-        monkeypatch.setattr("graphs.lowering.one_row.WIDE", 0)
-        monkeypatch.setattr("graphs.lowering.one_row.LONG", 0)
+        always(monkeypatch)
     mine, theirs = both(exports, role)
     got, want = (fed(d, 20, 0, None, visual=9, tail=3) for d in (mine, theirs))
     total = want.received
@@ -146,8 +151,11 @@ def test_buffers_that_hold_no_numbers_are_left(exports: Exports) -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_no_step_makes_received_attention_a_second_time(exports: Exports, packed: bool) -> None:
+def test_no_step_makes_received_attention_a_second_time(
+    exports: Exports, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whether heads were put together before or not, each ReceivedInCache stands where many rows are fed."""
+    always(monkeypatch)
     model = ir.load(exports["small"] / "decoder.onnx")
     if packed:
         assert mapped(model)
