@@ -8,8 +8,8 @@ Legend: H query heads, V key-value heads, G = H / V, C rows of the buffer, D hea
 GroupQueryAttention multiplies each query head by its group's keys on its own and is bound by arithmetic; here the keys
 are read once for the whole group, which pays where the group is large. And what each row received is the sum of shares
 that are at hand, where ReceivedInCache has to make them again. It costs by the capacity, not by the filled rows, and a
-few nodes more, so a short buffer keeps the operator. Rows that are not filled must hold numbers, any: what hides them is
-added to their logits, and their share, zero, is multiplied. Figures: benchmarks/LOG.md. Source: ONNX If,
+few nodes more, so a short buffer keeps the operator. Rows that are not filled must hold numbers, any: what hides them
+is added to their logits, and their share, zero, is multiplied. Figures: benchmarks/LOG.md. Source: ONNX If,
 TensorScatter-24; com.microsoft's FusedMatMul.
 """
 
