@@ -206,6 +206,9 @@ def draw(document: Document, out: Path) -> None:
         style = "-" if row["name"].startswith("saccade") else "--"
         axes.plot(*zip(*points, strict=True), style, marker="o", markersize=4, label=row["name"])
     axes.set(xscale="log", yscale="log", xlabel="visual tokens", ylabel="seconds to the first token")
+    counts = sorted({int(count) for row in document["systems"] for count in row["first_token_ms"]})
+    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.set_xticks([], minor=True)
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(out, dpi=120, metadata={"Software": None})
