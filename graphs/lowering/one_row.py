@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from graphs.lowering.edit import before, constant
-from graphs.lowering.grouped import ALL_HEADS_LAST, CONTRIB
+from graphs.lowering.edit import before, constant, takes_over
+from graphs.lowering.grouped import CONTRIB
 from graphs.ops import DOMAIN
 
 # From where on it gains without received attention: query heads that share their keys, H·D, and rows of the buffer.
@@ -109,54 +109,33 @@ def _rewrite(layer: _Layer, shared: dict[tuple[object, ...], ir.Value]) -> None:
     choice = ir.node("If", [condition], num_outputs=len(old), name=f"{name}/rows")
     graph.insert_before(received or node, choice)
     for new, value in zip(choice.outputs, old, strict=True):
-        value_name = value.name
-        value.name = f"{name}/many/{value_name}"
-        new.name, new.type, new.shape = value_name, value.type, value.shape
-        readers = [(user, at) for user, at in value.uses() if user is not received]
-        for user, at in readers:
-            user.replace_input_with(at, new)
-        for i, output in enumerate(graph.outputs):
-            if output is value:
-                graph.outputs[i] = new
-    many: list[ir.Node] = []
-    for moved in (received, node):
-        if moved is not None:
-            graph.remove(moved)
-            many.insert(0, moved)
+        takes_over(new, value)
+    many = [node]
     if received:
-        many[1:1] = _own_view(received, node, name)
+        received.replace_input_with(1, node.outputs[1])  # of its own branch
+        many += [*_own_view(received, node), received]
+    graph.remove(many)
     choice.attributes["then_branch"] = ir.AttrGraph("then_branch", one)
     choice.attributes["else_branch"] = ir.AttrGraph("else_branch", ir.Graph([], old, nodes=many, name=f"{name}/many"))
 
 
-def _own_view(received: ir.Node, node: ir.Node, name: str) -> list[ir.Node]:
-    """q [B,H,S,D] of the branch that needs it, so that a step does not turn it."""
-    q = received.inputs[0]
-    assert q is not None
-    turn = q.producer()
-    view = turn.inputs[0].producer() if turn is not None and turn.inputs[0] is not None else None
-    if view is None or turn is None or turn.op_type != "Transpose" or view.inputs[0] is not node.inputs[Q]:
-        return []
-    made = [
-        ir.node("Reshape", list(view.inputs), dict(view.attributes), num_outputs=1),
-        ir.node("Transpose", [None], {"perm": list(ALL_HEADS_LAST)}, num_outputs=1),
-    ]
-    made[1].replace_input_with(0, made[0].outputs[0])
-    for new, source in zip(made, (view, turn), strict=True):
-        value = new.outputs[0]
-        value.name = f"{name}/many/{source.outputs[0].name}"
-        value.type, value.shape = source.outputs[0].type, source.outputs[0].shape
-    received.replace_input_with(0, made[1].outputs[0])
-    for gone in (turn, view):
-        if gone.graph is not None and not any(value.uses() or value.is_graph_output() for value in gone.outputs):
-            gone.graph.remove(gone, safe=True)
-    return made
+def _own_view(received: ir.Node, node: ir.Node) -> list[ir.Node]:
+    """What splits q's heads for received attention alone, which a step then does not do."""
+    turn = _only_maker(received.inputs[0])
+    view = _only_maker(turn.inputs[0]) if turn is not None else None
+    return [view, turn] if view is not None and turn is not None and view.inputs[0] is node.inputs[Q] else []
+
+
+def _only_maker(value: ir.Value | None) -> ir.Node | None:
+    """The node that makes a value for one other node and nobody else."""
+    alone = value is not None and len(value.uses()) == 1 and not value.is_graph_output()
+    return value.producer() if value is not None and alone else None
 
 
 def _condition(layer: _Layer, shared: dict[tuple[object, ...], ir.Value]) -> ir.Value:
     """One row, and a guide of one where received attention is asked for; else a buffer that is long."""
     node, received = layer.node, layer.received
-    key = ("rows", node.inputs[LAST], received.inputs[2] if received else None, layer.groups)
+    key = ("rows", node.inputs[LAST], received.inputs[2] if received else None)
     if key not in shared:
         one = constant(node, [1])
         rows = before(node, "Shape", [node.inputs[Q]], start=1, end=2)

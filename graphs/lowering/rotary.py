@@ -11,9 +11,9 @@ hundred such nodes of microseconds each. Source: ONNX RotaryEmbedding-23 and Att
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
+from graphs.lowering.edit import before, constant
 from graphs.lowering.linear import remove_unread, replace
 
 
@@ -123,16 +123,11 @@ def _views_of(rows_first: ir.Value, heads_first: ir.Value | None) -> None:
     places = {id(node): place for place, node in enumerate(graph)}
     if any(places.get(id(user), -1) < places[id(rotation)] for user, _ in users):
         return
-    shape = np.array([0, 0, sizes[1], sizes[3]], np.int64)  # 0: as it is
-    held = ir.node("Constant", [], {"value": ir.tensor(shape)})
-    split = ir.node("Reshape", [rows_first, held.outputs[0]])
-    turn = ir.node("Transpose", [split.outputs[0]], {"perm": [0, 2, 1, 3]})
-    graph.insert_after(rotation, [held, split, turn])
-    for value in (split.outputs[0], turn.outputs[0]):
-        value.type = heads_first.type
-    turn.outputs[0].shape = sizes
     for user, at in users:
-        user.replace_input_with(at, turn.outputs[0])
+        shape = constant(user, [0, 0, int(sizes[1]), int(sizes[3])])  # type: ignore[arg-type]
+        turned = before(user, "Transpose", [before(user, "Reshape", [rows_first, shape])], perm=[0, 2, 1, 3])
+        turned.type, turned.shape = heads_first.type, sizes
+        user.replace_input_with(at, turned)
 
 
 def _together(value: ir.Value | None) -> tuple[ir.Value, ir.Node | None, int] | None:
