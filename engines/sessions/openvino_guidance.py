@@ -4,7 +4,7 @@ Legend: L layers that guide, H query heads, V key-value heads, S rows of a run, 
 T keys, D head width.
 
 Attention that appends to its cache in place gives the keys to no other node. Read in every step they would have to be
-kept, and copied, a second time, which with the map's small nodes costs an eighth of a decode step. But nobody needs the
+kept, and copied, a second time, which with the map's small nodes costs a seventh of a decode step. But nobody needs the
 sum before the answer ends. So a run returns its guide rows' queries and its rows' keys, a few KB in a step, and one
 product per layer of all runs' queries with all keys then gives Σ_l Σ_h Σ_g softmax(scale · q · kᵀ), each row up to its
 own key: AttentionReceived's formula (``graphs.ops.attention_received``), in fp32. (A state's rows could be asked for
@@ -70,8 +70,8 @@ def ask_instead(graph: onnx.GraphProto) -> Guiding | None:
     attention = {node.output[1]: node for node in graph.node if node.op_type == "Attention" and len(node.output) > 1}
     inputs = {value.name: value for value in graph.input}
     layers = [attention.get(node.input[1]) for node in received]
-    scales = {onnx.helper.get_attribute_value(node.attribute[0]) for node in received}
-    if not all(layers) or len(scales) > 1:
+    scales = {a.f for node in received for a in node.attribute if a.name == "scale"}
+    if not all(layers) or len(scales) != 1:
         return None
     pasts = tuple(layer.input[4] for layer in layers if layer)
     shapes = {value.name: value.type.tensor_type.shape for value in graph.value_info}
@@ -103,7 +103,7 @@ def ask_instead(graph: onnx.GraphProto) -> Guiding | None:
         shape = [1, len(parts) * each, count, width]
         graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
     graph.node.extend(made)
-    return Guiding(pasts, heads, groups, width, float(scales.pop()))
+    return Guiding(pasts, heads, groups, width, scales.pop())
 
 
 def _terms(name: str, maker: dict[str, Any]) -> tuple[list[Any], list[Any]]:
