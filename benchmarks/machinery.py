@@ -62,11 +62,13 @@ def main(work: Path, target: str, precision: str, rounds: int, threads: int, not
     assert pair.large
     times = asked_in_turn(plain, pair, rounds)
     layers, layer = pair.large.spec.language.layers, pair.large.spec.plan.points[0].layer
+    steps = times.pop("guided steps")
     document = {
         "schema": SCHEMA,
         "conditions": conditions(SHAPE, rounds, 1, TOKENS, threads, note) | {"target": target, "precision": precision},
         "ms": {name: spread(values) for name, values in times.items()},
-        "ratios": ratios(times, layers, layer) | long_cache(plain.large, rounds, threads),
+        "guided_steps": spread(steps),
+        "ratios": ratios(times, median(steps), layers, layer) | long_cache(plain.large, rounds, threads),
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"machinery-{on}.json").write_text(json.dumps(document, indent=1) + "\n", "utf-8")
@@ -107,11 +109,11 @@ def asked_in_turn(plain: Cascade, pair: Cascade, rounds: int) -> Times:
     return times
 
 
-def ratios(times: Times, layers: int, layer: int) -> dict[str, float]:
+def ratios(times: Times, steps: float, layers: int, layer: int) -> dict[str, float]:
     """Of medians."""
     ms = {name: median(values) for name, values in times.items()}
     share = layer / layers
-    later = (ms["small guidance"] - ms["first guidance"]) / ms["guided steps"]
+    later = (ms["small guidance"] - ms["first guidance"]) / steps
     return {
         "pruned / bound": ms["pruned prefill"] / (share * ms["full prefill"] + (1 - share) * ms["short prefill"]),
         "guidance, prefill": (ms["small prefill"] + ms["first guidance"]) / ms["full prefill"],
