@@ -1,4 +1,4 @@
-"""A graph of ours as OpenVINO takes it: functions inlined, and a decoder's caches as states that grow in place.
+"""A graph of ours as OpenVINO takes it: functions inlined, and a decoder's caches as blocks that are written in place.
 
 OpenVINO's frontend knows no model-local functions, its ``TopK`` breaks ties by chance, and its ``Attention`` on a past
 joins the cache anew, tiles it to the query heads and makes a mask per layer. So nodes of a domain of ours stand in
@@ -6,16 +6,16 @@ memory between the file and the frontend, which calls us back for each:
 
     Past()                            the state of one cache input, empty in the beginning
     Grown(past, new)                  Concat(past, new), which becomes the state
-    CachedAttention(q, k, v, …)       Grown k and v, shared by groups of heads, and one causal attention over them
+    CachedAttention(q, k, v, …)       one causal attention, which appends to a cache in blocks (``openvino_pages``)
     TopK(x, k)                        ONNX's, ties to the lower index
     BlockAttention(q, k, v, is_real)  ours, as one attention under a mask, which keeps no map
     DequantizeLinear(q, s)            ONNX's, of a weight, kept narrow (``openvino_weights``)
 
-CachedAttention is the pattern that OpenVINO's CPU plugin turns into its one node that appends to the cache and attends
-(StatefulSDPAFusion); that node aligns causality bottom-right, as ONNX's Attention with a past. It gives its keys to
-nobody else, so keys that a prune point reads (AttentionReceived) are kept in a second state, ``heard_…``; guidance is
-made without one (``openvino_guidance``).
-Source: openvinotoolkit/openvino, intel_cpu stateful_sdpa_fusion.cpp; ONNX Attention-23.
+CachedAttention is OpenVINO's PagedAttention, what OpenVINO GenAI turns every language model's attention into. Its other
+kernel, the fused one over states, multiplies four query rows at a time in fp32 and does a chunk behind a past row by
+row: of a prefill of 1,040 rows 1.1 s instead of 0.3. It gives its keys to nobody else, so keys that a prune point reads
+(AttentionReceived) are kept a second time, in a state, ``heard_…``; guidance needs none (``openvino_guidance``).
+Source: openvinotoolkit/openvino, PagedAttentionExtension and intel_cpu's paged_attn.cpp; ONNX Attention-23.
 
 Legend: Hkv key-value heads, H query heads, P past rows, S new rows, d head width.
 """
@@ -37,6 +37,7 @@ from openvino.frontend.onnx import ConversionExtension
 
 from engines.sessions.openvino_guidance import Guiding, ask_instead
 from engines.sessions.openvino_nodes import Conversions
+from engines.sessions.openvino_pages import BLOCK, length_inputs
 from engines.sessions.openvino_weights import (
     DEQUANTIZE,
     dequantised,
@@ -50,7 +51,6 @@ from graphs.ops import OPS
 from graphs.rules.rule import all_inputs_of, nodes_of
 
 DOMAIN = "saccade.openvino"
-BEAM = "beam"  # which sequence of a batch each state row continues: [0], there is one sequence
 HEARD = "heard_"  # a second state of keys, for what is not the attention itself
 K, V, PAST_K, PAST_V = 1, 2, 4, 5  # inputs of Attention
 MASK = 3
@@ -70,16 +70,18 @@ Dims: TypeAlias = tuple[int | str, ...]
 class Read:
     """A model, and how the file's interface maps to it.
 
-    inputs, outputs: of the file, name → dimensions. states: state → the cache input whose rows it holds. grown: cache
-    output → the cache input that continues it. files: the weights, mapped. guiding: where the graph gives what
+    inputs, outputs: of the file, name → dimensions. segments: of a decoder whose caches are blocks, the length of a
+    segment's cache → its cache inputs. grown: cache output → the cache input that continues it. states: state → the
+    cache input whose rows it holds too. files: the weights, mapped. guiding: where the graph gives what
     ``attention_received`` is made of later, which layers guide.
     """
 
     model: ov.Model
     inputs: dict[str, Dims]
     outputs: dict[str, Dims]
-    states: dict[str, str]
+    segments: dict[str, tuple[str, ...]]
     grown: dict[str, str]
+    states: dict[str, str]
     files: list[mmap]
     guiding: Guiding | None
 
@@ -107,16 +109,17 @@ class Read:
             thread.join()
 
 
-def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
+def read_graph(core: ov.Core, file: Path, in_blocks: ov.Type | None) -> Read:
     """Read an ONNX file; its external weights are mapped into memory, not copied.
 
-    with_states: a decoder's ``past_*`` inputs and ``present_*`` outputs become states, and an input ``beam`` is added.
-    Raises BadArtefact where the file is no graph or holds an attention on a cache that is not causal.
+    in_blocks: a decoder's ``past_*`` inputs become blocks of this type, each segment gets the inputs ``length_inputs``,
+    and the ``present_*`` outputs go; None: caches go in and out as the file says. Raises BadArtefact where the file is
+    no graph or holds an attention on a cache that is not causal.
     """
     try:
         proto = onnx.load(file, load_external_data=False)
         outputs = {v.name: _dims(v) for v in proto.graph.output}
-        guiding = ask_instead(proto.graph) if with_states else None
+        guiding = ask_instead(proto.graph) if in_blocks else None
         for function in proto.functions:
             if function.domain == OUR_OPS and function.name in FLAT:
                 function.CopyFrom(OPS[function.name].flat_function)
@@ -132,7 +135,7 @@ def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
             node.domain = DOMAIN
     proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
     inputs = {v.name: _dims(v) for v in proto.graph.input}
-    states, grown = _cached(proto, file) if with_states else ({}, {})
+    segments, grown, states = _cached(proto, file) if in_blocks else ({}, {}, {})
     conversions = Conversions()
     extensions = [
         ConversionExtension(name, DOMAIN, convert)
@@ -152,21 +155,24 @@ def read_graph(core: ov.Core, file: Path, with_states: bool) -> Read:
     read_as_they_lie(model)
     inputs_as_constants(model, weights)
     model.add_sinks(conversions.sinks)
+    for name in (name for names in segments.values() for name in names):
+        model.input(name).get_node().set_element_type(in_blocks)
     model.validate_nodes_and_infer_types()
-    return Read(model, inputs, outputs, states, grown, files, guiding)
+    return Read(model, inputs, outputs, segments, grown, states, files, guiding)
 
 
 def _dims(value: onnx.ValueInfoProto) -> Dims:
     return tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
 
 
-def _cached(proto: onnx.ModelProto, file: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Put our nodes in the place of every attention on a past; return ``Read.states`` and ``Read.grown``."""
+def _cached(proto: onnx.ModelProto, file: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, str], dict[str, str]]:
+    """Put our nodes in the place of every attention on a past; return ``Read``'s segments, grown and states."""
     graph = proto.graph
     inputs = {value.name: value for value in graph.input}
     attentions = [n for n in graph.node if n.op_type == "Attention" and not n.domain and len(n.input) > PAST_V]
-    states: dict[str, str] = {}
+    segments: dict[str, tuple[str, ...]] = {}
     grown: dict[str, str] = {}
+    states: dict[str, str] = {}
     for node in attentions:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         others = [name for name, value in attributes.items() if value and name not in UNDERSTOOD]
@@ -177,7 +183,8 @@ def _cached(proto: onnx.ModelProto, file: Path) -> tuple[dict[str, str], dict[st
             )
         q, k, v, _, past_k, past_v = node.input[: PAST_V + 1]
         out, present_k, present_v = node.output[:3]
-        states |= {past_k: past_k, past_v: past_v}
+        segment = inputs[past_k].type.tensor_type.shape.dim[2].dim_param
+        segments[segment] = (*segments.get(segment, ()), past_k, past_v)
         grown |= {present_k: past_k, present_v: past_v}
         heard = _heard(graph, node, past_k, present_k)
         for attribute in list(node.attribute):
@@ -185,13 +192,11 @@ def _cached(proto: onnx.ModelProto, file: Path) -> tuple[dict[str, str], dict[st
         node.CopyFrom(
             onnx.helper.make_node(
                 "CachedAttention",
-                [q, k, v, past_k, past_v, BEAM],
+                [q, k, v, past_k, past_v, *length_inputs(segment)],
                 [out],
                 node.name,
                 domain=DOMAIN,
                 scale=attributes["scale"],
-                state_k=past_k,
-                state_v=past_v,
             )
         )
         if heard:
@@ -201,28 +206,28 @@ def _cached(proto: onnx.ModelProto, file: Path) -> tuple[dict[str, str], dict[st
             graph.node.insert(
                 at, onnx.helper.make_node("Grown", [state, k], [HEARD + present_k], domain=DOMAIN, state=state)
             )
-    if not states:
-        return states, grown
     for state, past in reversed(states.items()):
         _, heads, _, width = inputs[past].type.tensor_type.shape.dim
         sizes = {"state": state, "heads": heads.dim_value, "width": width.dim_value}
         sizes["dtype"] = inputs[past].type.tensor_type.elem_type
         graph.node.insert(0, onnx.helper.make_node("Past", [], [state], domain=DOMAIN, **sizes))
-    for values in (graph.input, graph.output):
-        for value in [v for v in values if v.name in grown or v.name in states]:
-            values.remove(value)
-    graph.input.append(onnx.helper.make_tensor_value_info(BEAM, onnx.TensorProto.INT32, [1]))
-    return states, grown
+    for value in [v for v in graph.output if v.name in grown]:
+        graph.output.remove(value)
+    for segment, names in segments.items():
+        for name in names:
+            dims = inputs[name].type.tensor_type.shape.dim
+            blocks = [f"blocks of {segment}", dims[1].dim_value, BLOCK, dims[3].dim_value]
+            inputs[name].CopyFrom(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, blocks))
+        for name, shape in length_inputs(segment).items():
+            of = [f"{name} {i}" if size < 0 else size for i, size in enumerate(shape)]
+            graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT32, of))
+    return segments, grown, states
 
 
 def _heard(graph: onnx.GraphProto, attention: onnx.NodeProto, past_k: str, present_k: str) -> bool:
-    """Turn others that read the keys, old or grown, to the second state; whether there are any.
-
-    How long the past is may be asked of the attention's own state, which reads nothing.
-    """
-    found = False
+    """Turn others that read the keys, old or grown, to the second state; whether there are any."""
+    found, asked = False, {past_k, present_k}
     for node in graph.node:
-        asked = {present_k} if node.op_type == "Shape" else {past_k, present_k}
         if node.output[:1] == attention.output[:1] or not asked & set(all_inputs_of(node)):
             continue
         found = True

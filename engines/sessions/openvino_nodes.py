@@ -13,6 +13,10 @@ import openvino as ov
 from openvino import op
 from openvino import opset13 as ops
 
+from engines.sessions.openvino_pages import LENGTHS
+
+HEADS_FIRST = np.array([0, 2, 1, 3])  # [1, S, H, d] to [1, H, S, d], and back
+
 
 class Conversions:
     """What the frontend calls for our nodes; ``sinks`` gathers the ends of the states, which a model must be given."""
@@ -40,18 +44,22 @@ class Conversions:
         return [self._assigned(node.get_attribute("state"), [node.get_input(0), node.get_input(1)]).output(0)]
 
     def attention(self, node: Any) -> list[Any]:
-        """Causal attention of q [1, H, S, d] over the grown caches."""
-        q, k, v, past_k, past_v, beam = (node.get_input(i) for i in range(6))
-        zero = ops.constant(np.array(0, np.int64))
-        pasts = [ops.gather(past, beam, zero) for past in (past_k, past_v)]
-        keys = self._assigned(node.get_attribute("state_k"), [pasts[0], k])
-        values = self._assigned(node.get_attribute("state_v"), [pasts[1], v])
-        heads = q.get_partial_shape()[1].get_length()
-        scale = ops.constant(np.array(node.get_attribute("scale"), q.get_element_type().to_dtype()))
-        out = ops.scaled_dot_product_attention(
-            q, _shared(keys, heads), _shared(values, heads), scale=scale, causal=True
-        )
-        return [out.output(0)]
+        """Causal attention of q [1, H, S, d] over a cache's rows and the run's, which are written behind them."""
+        q, k, v, cache_k, cache_v, *lengths = (node.get_input(i) for i in range(5 + len(LENGTHS)))
+        held, begins, blocks, block_begins, total = lengths
+        heads, groups, width = (x.get_partial_shape()[i].get_length() for x, i in ((q, 1), (k, 1), (k, 3)))
+        scale = ops.constant(np.array(node.get_attribute("scale"), np.float32))
+        zero, ints, floats = ops.constant(np.array(0, np.int32)), _none(np.int32), _none(np.float32)
+        # What is not asked for: a window, ALiBi, the scores, rotation, sparse prefill, sinks, eviction, other masks.
+        inputs = [_rows_first(q), _rows_first(k), _rows_first(v), cache_k, cache_v, held, begins, blocks, block_begins]
+        inputs += [scale, zero, floats, total, ints, ints, ints, floats, floats, zero, zero]
+        inputs += [_none(np.float32, 4), zero, ints, ints, ints, ints, _none(np.uint8), ints]
+        made = op._PagedAttentionExtension([x if isinstance(x, ov.Output) else x.output(0) for x in inputs])
+        told = {"num_k_heads": groups, "num_v_heads": groups, "k_head_size": width, "v_head_size": width}
+        for name, size in told.items():
+            made.get_rt_info()[name] = size
+        split = ops.reshape(made.output(0), ops.constant(np.array([1, -1, heads, width], np.int64)), False)
+        return [ops.transpose(split, ops.constant(HEADS_FIRST)).output(0)]
 
     def blocks(self, node: Any) -> list[Any]:
         """Full attention of q [B, H, K, d] inside each block, with the keys that ``is_real`` [B, K] names."""
@@ -74,12 +82,12 @@ class Conversions:
         return whole
 
 
-def _shared(x_1VTd: Any, heads: int) -> Any:
-    """Keys or values for every query head: each is broadcast to its group."""
-    _, groups, _, width = x_1VTd.output(0).get_partial_shape()
-    if groups.get_length() == heads:
-        return x_1VTd
-    column = ops.unsqueeze(x_1VTd, ops.constant(np.array([2], np.int64)))
-    to = ops.constant(np.array([1, 1, heads // groups.get_length(), 1, 1], np.int64))
-    wide = ops.broadcast(column, to, broadcast_spec="BIDIRECTIONAL")
-    return ops.reshape(wide, ops.constant(np.array([0, heads, -1, width.get_length()], np.int64)), True)
+def _rows_first(x_1HSd: Any) -> Any:
+    """[1, H, S, d] as [S, H·d]."""
+    _, heads, _, width = x_1HSd.get_partial_shape()
+    turned = ops.transpose(x_1HSd, ops.constant(HEADS_FIRST))
+    return ops.reshape(turned, ops.constant(np.array([-1, heads.get_length() * width.get_length()], np.int64)), False)
+
+
+def _none(dtype: Any, axes: int = 1) -> Any:
+    return ops.constant(np.zeros((0,) * axes, dtype))

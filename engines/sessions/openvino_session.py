@@ -1,8 +1,8 @@
 """A graph in OpenVINO's runtime: the files that ONNX Runtime runs, on the CPU or an Intel GPU.
 
-A decoder's caches are states of an infer request on the CPU, which append in place (``openvino_graph``). What a run
-hands out for them are ``Rows``: a request's state, up to a length. The newest ones are continued where they are. For
-older ones, whose rows are still the first of the state, a request of its own takes a copy; so no run ever changes what
+A decoder's caches are blocks of an infer request on the CPU, which append in place (``openvino_pages``). What a run
+hands out for them are ``Rows``: those of a request, up to a length. The newest ones are continued where they are. For
+older ones, whose rows are still the first of the blocks, a request of its own takes a copy; so no run ever changes what
 a ``Rows`` stands for. On a GPU caches go in and out as tensors.
 
 Legend: Hkv key-value heads, P_j cached rows of segment j, d head width.
@@ -21,43 +21,43 @@ import numpy as np
 import openvino as ov
 
 from engines.sessions.openvino_device import CPU, chosen_device
-from engines.sessions.openvino_graph import BEAM, Dims, read_graph
+from engines.sessions.openvino_graph import read_graph
 from engines.sessions.openvino_guidance import ASKED, GUIDANCE, TOLD, Asked, Guide
+from engines.sessions.openvino_pages import Pages
 from engines.sessions.session import NOTHING, Value
-from graphs.errors import BackendMissing, BadArtefact, OperationFailed, SaccadeError
+from graphs.errors import BadArtefact, OperationFailed, SaccadeError
 from graphs.spec import CacheForm, FloatType
 from graphs.talk import warn
+from graphs.versions import require
 
-# Kinds of nodes in a compiled model: fused with its cache, an attention reads two states.
-ATTENTION, STATE = "ScaledDotProductAttention", "MemoryInput"
 PRECISIONS: dict[FloatType, str] = {"float32": "f32", "float16": "f32", "bfloat16": "bf16"}  # fp16 as ONNX Runtime does
 # Values of a row that share a scale where products with weights of 8 or 4 bits round their activations to 8 bits: four
 # times OpenVINO's own choice, and the block of 4-bit weights (benchmarks/LOG.md). 0: they stay as they are.
 GROUPS: dict[FloatType, int] = {"float32": 0, "float16": 0, "bfloat16": 128}
-AS_IT_IS = {"INFERENCE_PRECISION_HINT": "f32"}
-ONE_SEQUENCE = np.zeros(1, np.int32)
+PRECISION = "INFERENCE_PRECISION_HINT"
+AS_IT_IS = {PRECISION: "f32"}
+CACHES = {"f32": ov.Type.f32, "bf16": ov.Type.bf16}
 
 
 @dataclass(eq=False)
 class Room:
-    """An infer request and its states. newest: the run whose rows the states end with; None after a failed one.
+    """Where a conversation's caches are. newest: the run whose rows they end with; None after a failed one.
 
     keys: of a decoder that guides, those of the rows so far as float32 [1, L·V, S, D], in parts.
     """
 
-    request: Any
-    states: dict[str, Any]
+    pages: Pages
     newest: object | None = None
     keys: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A cache input after a run: the first ``shape[2]`` rows of a state, [1, Hkv, P_j, d]. run: which one gave it."""
+    """A cache input after a run: the first ``shape[2]`` of its rows, [1, Hkv, P_j, d]. run: which one gave it."""
 
     room: Room
     run: object
-    state: str
+    name: str
     shape: tuple[int, ...]
 
 
@@ -75,11 +75,12 @@ class OpenVinoSession:
         self._file = Path(file)
         if not self._file.is_file():
             raise BadArtefact(f"{self._file} is missing; build the bundle again")
+        require("openvino")
         core = ov.Core()
         device = chosen_device(core)
         try:
-            read = read_graph(core, self._file, with_states=device == CPU)
             settings = _settings(core, device, threads, dtype)
+            read = read_graph(core, self._file, CACHES[settings[PRECISION]] if device == CPU else None)
             with read.packing():
                 self._compiled = core.compile_model(read.model, device, settings)
         except SaccadeError:
@@ -91,14 +92,13 @@ class OpenVinoSession:
             ) from None
         self._packing: Callable[[], AbstractContextManager[None]] = read.packing
         self._files = read.files  # whose memory the constants are, and which they do not keep
-        self._states, self._grown = read.states, read.grown
+        self._segments, self._grown, self._states = read.segments, read.grown, read.states
         self._inputs, self._outputs = read.inputs, read.outputs
         places = [(dim, (name, i)) for name, dims in read.inputs.items() for i, dim in enumerate(dims)]
         self._symbols = {dim: place for dim, place in places if isinstance(dim, str)}
         self._guide = Guide(core, device, settings | AS_IT_IS, read.guiding) if read.guiding else None
-        if read.states:
-            _refuse_unfused(self._compiled, len(read.grown) // 2, self._file)
-        self._idle: list[Any] = []
+        self._ends = {str(read.inputs[past][2]): read.outputs[present][2] for present, past in read.grown.items()}
+        self._idle: list[Pages] = []
 
     def run(
         self,
@@ -107,7 +107,7 @@ class OpenVinoSession:
         device: Collection[str] = (),
         in_place: Mapping[str, str] = NOTHING,
     ) -> dict[str, Value]:
-        """Run once; see ``engines.sessions.session.Session.run``. States are in place of ``in_place``."""
+        """Run once; see ``engines.sessions.session.Session.run``. Blocks are in place of ``in_place``."""
         assert not in_place
         if set(feeds) != set(self._inputs):
             missing, unknown = sorted(set(self._inputs) - set(feeds)), sorted(set(feeds) - set(self._inputs))
@@ -115,15 +115,18 @@ class OpenVinoSession:
                 f"{self._file.name} was fed wrongly: missing {missing}, unknown {unknown}; "
                 "spec.json and the graph disagree, export the checkpoint again"
             )
-        room = self._room_for({name: feeds[name] for name in self._grown.values()})
-        values = {name: np.ascontiguousarray(feeds[name]) for name in feeds.keys() - room.states.keys()}
-        if room.states:
-            values[BEAM] = ONE_SEQUENCE
-        # Until the run is over nobody may take the states for those of an earlier one.
+        sizes = {symbol: feeds[name].shape[axis] for symbol, (name, axis) in self._symbols.items()}
+        ends = {segment: _size(dim, sizes) for segment, dim in self._ends.items()}
+        caches = {name: feeds[name] for name in self._grown.values()}
+        room = self._room_for(caches)
+        values = {name: np.ascontiguousarray(value) for name, value in feeds.items() if name not in caches}
+        # Until the run is over nobody may take the rows for those of an earlier one.
         room.newest = None
+        for segment, end in ends.items():
+            room.pages.hold(segment, sizes[segment], end)
         try:
             with self._packing():
-                room.request.infer(values, share_inputs=True, share_outputs=True)
+                room.pages.request.infer(values, share_inputs=True, share_outputs=True)
         except Exception as e:
             raise OperationFailed(
                 f"OpenVINO failed in {self._file.name} ({_first_line(e)}); check the bundle with: saccade verify"
@@ -131,19 +134,17 @@ class OpenVinoSession:
         self._packing = nullcontext  # the first run packed what opening did not
         room.newest = run = object()
         if self._guide:
-            room.keys = (*room.keys, np.array(room.request.get_tensor(TOLD).data))
-        sizes = {symbol: feeds[name].shape[axis] for symbol, (name, axis) in self._symbols.items()}
-        shapes: dict[Dims, tuple[int, ...]] = {}  # a cache output is as long as the others of its segment
+            room.keys = (*room.keys, np.array(room.pages.request.get_tensor(TOLD).data))
         results: dict[str, Value] = {}
         for name in (*host, *device):
             past, asked = self._grown.get(name), self._guide and name == GUIDANCE
             if not past and not asked:
-                results[name] = np.array(room.request.get_tensor(name).data)
+                results[name] = np.array(room.pages.request.get_tensor(name).data)
                 continue
-            dims = self._outputs[name]
-            if not (shape := shapes.get(dims, ())):
-                shape = shapes[dims] = tuple(_size(dim, sizes) for dim in dims)
-            handle = Rows(room, run, past, shape) if past else _asked(room, shape[1])
+            if past:
+                handle: Value = Rows(room, run, past, tuple(_size(dim, sizes) for dim in self._outputs[name]))
+            else:
+                handle = _asked(room, next(iter(ends.values())))
             results[name] = self.to_host(handle) if name in host else handle
         return results
 
@@ -153,7 +154,7 @@ class OpenVinoSession:
             assert self._guide
             return self._guide.received(value)
         if isinstance(value, Rows):
-            return np.array(value.room.states[value.state].state.data[:, :, : value.shape[2]])
+            return value.room.pages.rows(value.name, value.shape[2])
         return np.asarray(value)
 
     def _room_for(self, pasts: Mapping[str, Value]) -> Room:
@@ -161,25 +162,25 @@ class OpenVinoSession:
         first = next(iter(pasts.values()), None)
         if isinstance(first, Rows) and all(_is_newest(first.room, name, value) for name, value in pasts.items()):
             return first.room
-        request = self._idle.pop() if self._idle else self._compiled.create_infer_request()
-        states = {state.name: state for state in request.query_state()}
-        room = Room(request, states)
-        weakref.finalize(room, self._idle.append, request)
-        if states:
-            request.reset_state()
-            held = {name: self.to_host(value) for name, value in pasts.items()}
-            for state, name in self._states.items():
-                if held[name].shape[2]:
-                    states[state].state = ov.Tensor(np.ascontiguousarray(held[name]))
-            if self._guide and first is not None and first.shape[2]:
-                past = [held[name].astype(np.float32) for name in self._guide.pasts]
-                room.keys = (np.concatenate(past, axis=1),)
+        held = {name: self.to_host(value) for name, value in pasts.items()}
+        pages = self._idle.pop() if self._idle else Pages(self._compiled.create_infer_request(), self._segments)
+        for segment, names in self._segments.items():
+            pages.fill(segment, {name: held[name] for name in names})
+        pages.request.reset_state()
+        for state, name in self._states.items():
+            if held[name].shape[2]:
+                pages.states[state].state = ov.Tensor(np.ascontiguousarray(held[name]))
+        room = Room(pages)
+        weakref.finalize(room, self._idle.append, pages)
+        if self._guide and first is not None and first.shape[2]:
+            past = [held[name].astype(np.float32) for name in self._guide.pasts]
+            room.keys = (np.concatenate(past, axis=1),)
         return room
 
 
 def _asked(room: Room, keys: int) -> Asked:
     """What a run's guide rows asked of this many keys, of which the last row sees the last."""
-    queries = np.array(room.request.get_tensor(ASKED).data)
+    queries = np.array(room.pages.request.get_tensor(ASKED).data)
     return Asked((queries,), (np.arange(keys - queries.shape[2], keys),), room.keys)
 
 
@@ -189,7 +190,7 @@ def _settings(core: ov.Core, device: str, threads: int | None, dtype: FloatType)
     if precision == "bf16" and "BF16" not in core.get_property(device, "OPTIMIZATION_CAPABILITIES"):
         warn(f"{core.get_property(device, 'FULL_DEVICE_NAME')} has no bf16, so it computes in fp32, which takes longer")
         precision = "f32"
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    settings: dict[str, Any] = {PRECISION: precision, "PERFORMANCE_HINT": "LATENCY"}
     if device == CPU:
         settings["KV_CACHE_PRECISION"] = precision
         settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = GROUPS[dtype]
@@ -198,25 +199,9 @@ def _settings(core: ov.Core, device: str, threads: int | None, dtype: FloatType)
     return settings
 
 
-def _refuse_unfused(compiled: Any, attentions: int, file: Path) -> None:
-    """BackendMissing unless every attention became the node that appends in place: another aligns causality wrongly."""
-    nodes = [node for node in compiled.get_runtime_model().get_ops() if _kind(node) == ATTENTION]
-    found = sum(STATE in [_kind(i.get_source_output().get_node()) for i in node.inputs()] for node in nodes)
-    if found != attentions:
-        raise BackendMissing(
-            f"OpenVINO {ov.get_version()} appends to the cache in place in {found} of the {attentions} attentions of "
-            f"{file.name}, and the others would be wrong; use --target cpu, or pip install 'saccade[openvino]'"
-        )
-
-
 def _is_newest(room: Room, name: str, value: Value) -> bool:
-    """Whether a state of a room ends with the rows of a value, and is the one for this input."""
-    return isinstance(value, Rows) and value.room is room and value.run is room.newest and value.state == name
-
-
-def _kind(node: Any) -> str:
-    """What a node of a compiled model is there."""
-    return str(node.get_rt_info()["layerType"].astype(str))
+    """Whether a cache of a room ends with the rows of a value, and is the one for this input."""
+    return isinstance(value, Rows) and value.room is room and value.run is room.newest and value.name == name
 
 
 def _size(dim: int | str, sizes: Mapping[str, int]) -> int:

@@ -103,10 +103,10 @@ def test_the_newest_cache_is_continued_in_place(small: dict[str, Model], monkeyp
     assert len(rooms) == 1
     assert len(copies) == started, "a step copied a cache"
     [room] = rooms
-    request = room.request
+    pages = room.pages
     del rooms, room, step
     session = model.session("decoder")
-    assert request in session._idle, "its request waits for the next conversation"
+    assert pages in session._idle, "its request waits for the next conversation"
 
 
 def test_a_wrong_feed_and_a_failed_run(small: dict[str, Model]) -> None:
@@ -125,18 +125,10 @@ def test_a_wrong_feed_and_a_failed_run(small: dict[str, Model]) -> None:
     np.testing.assert_allclose(after.logits, plain.logits, atol=1e-4 * np.abs(plain.logits).max())
 
 
-def test_a_decoder_that_does_not_fuse_is_refused(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_blocks_as_on_a_gpu(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
     from engines.sessions import openvino_session
 
-    monkeypatch.setattr(openvino_session, "STATE", "Nothing")
-    with pytest.raises(BackendMissing, match=r"in place in 0 of the 2 attentions of decoder\.onnx.*--target cpu"):
-        model_on(tiny_pair, "small", "openvino").session("decoder")
-
-
-def test_without_states_as_on_a_gpu(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engines.sessions import openvino_session
-
-    monkeypatch.setattr(openvino_session, "CPU", "the device with states")
+    monkeypatch.setattr(openvino_session, "CPU", "the device with blocks")
     model = model_on(tiny_pair, "alone", "openvino")
     assert all(r.agrees for r in replay(model.folder, model.spec, partial(openvino_session.OpenVinoSession, threads=1)))
     assert not model.session("decoder")._states  # type: ignore[attr-defined]
