@@ -38,6 +38,7 @@ class Pages:
         self.request, self._segments = request, segments
         self.states = {state.name: state for state in request.query_state()}
         self._tensors: dict[str, ov.Tensor] = {}
+        self._blocks: dict[str, int] = {}
         self._told: dict[str, dict[str, np.ndarray]] = {}
         for segment in segments:
             told = {name: np.zeros([abs(n) for n in shape], np.int32) for name, shape in LENGTHS.items()}
@@ -80,22 +81,21 @@ class Pages:
                 data_NVBd[:blocks] = in_blocks
 
     def _make_room(self, segment: str, blocks: int) -> None:
-        names = self._segments[segment]
-        old = self._tensors.get(names[0])
-        if old is not None and old.shape[0] >= blocks:
+        held = self._blocks.get(segment, 0)
+        if held and held >= blocks:
             return
         wanted = blocks + max(SPARE_BLOCKS, blocks // SPARE_SHARE)
         compiled = self.request.get_compiled_model()
-        for name in names:
+        for name in self._segments[segment]:
             port = compiled.input(name)
             sizes = (wanted, *(size.get_length() for size in list(port.partial_shape)[1:]))
             made = ov.Tensor(port.element_type, ov.Shape(sizes))
-            held = old.shape[0] if old is not None else 0
             if held:
                 made.data[:held] = self._tensors[name].data
             made.data[held:] = 0
             self._tensors[name] = made
             self.request.set_tensor(name, made)
+        self._blocks[segment] = wanted
 
     def _is_narrow(self, name: str) -> bool:
         return bool(self._tensors[name].element_type == ov.Type.bf16)

@@ -15,13 +15,13 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import openvino as ov
 
 from engines.sessions.openvino_device import CPU, chosen_device
-from engines.sessions.openvino_graph import read_graph
+from engines.sessions.openvino_graph import Dims, read_graph
 from engines.sessions.openvino_guidance import ASKED, GUIDANCE, TOLD, Asked, Guide
 from engines.sessions.openvino_pages import Pages
 from engines.sessions.session import NOTHING, Value
@@ -61,6 +61,15 @@ class Rows:
     shape: tuple[int, ...]
 
 
+class _Grown(NamedTuple):
+    """What continues a cache input: which one, its segment, Hkv and d."""
+
+    past: str
+    segment: str
+    heads: int
+    width: int
+
+
 class OpenVinoSession:
     """An ``engines.sessions.session.Session`` over openvino.CompiledModel.
 
@@ -92,12 +101,13 @@ class OpenVinoSession:
             ) from None
         self._packing: Callable[[], AbstractContextManager[None]] = read.packing
         self._files = read.files  # whose memory the constants are, and which they do not keep
-        self._segments, self._grown, self._states = read.segments, read.grown, read.states
-        self._inputs, self._outputs = read.inputs, read.outputs
+        self._inputs, self._segments, self._states = read.inputs, read.segments, read.states
+        self._ends = {str(read.inputs[past][2]): read.outputs[present][2] for present, past in read.grown.items()}
+        self._grown = {present: _grown(past, read.inputs[past]) for present, past in read.grown.items()}
+        self._pasts = frozenset(read.grown.values())
         places = [(dim, (name, i)) for name, dims in read.inputs.items() for i, dim in enumerate(dims)]
         self._symbols = {dim: place for dim, place in places if isinstance(dim, str)}
         self._guide = Guide(core, device, settings | AS_IT_IS, read.guiding) if read.guiding else None
-        self._ends = {str(read.inputs[past][2]): read.outputs[present][2] for present, past in read.grown.items()}
         self._idle: list[Pages] = []
 
     def run(
@@ -117,9 +127,8 @@ class OpenVinoSession:
             )
         sizes = {symbol: feeds[name].shape[axis] for symbol, (name, axis) in self._symbols.items()}
         ends = {segment: _size(dim, sizes) for segment, dim in self._ends.items()}
-        caches = {name: feeds[name] for name in self._grown.values()}
-        room = self._room_for(caches)
-        values = {name: np.ascontiguousarray(value) for name, value in feeds.items() if name not in caches}
+        room = self._room_for({name: feeds[name] for name in self._pasts})
+        values = {name: np.ascontiguousarray(value) for name, value in feeds.items() if name not in self._pasts}
         # Until the run is over nobody may take the rows for those of an earlier one.
         room.newest = None
         for segment, end in ends.items():
@@ -137,19 +146,20 @@ class OpenVinoSession:
             room.keys = (*room.keys, np.array(room.pages.request.get_tensor(TOLD).data))
         results: dict[str, Value] = {}
         for name in (*host, *device):
-            past, asked = self._grown.get(name), self._guide and name == GUIDANCE
-            if not past and not asked:
+            grown, asked = self._grown.get(name), self._guide and name == GUIDANCE
+            if not grown and not asked:
                 results[name] = np.array(room.pages.request.get_tensor(name).data)
                 continue
-            if past:
-                handle: Value = Rows(room, run, past, tuple(_size(dim, sizes) for dim in self._outputs[name]))
+            if grown:
+                shape = (1, grown.heads, ends[grown.segment], grown.width)
+                handle: Value = Rows(room, run, grown.past, shape)
             else:
                 handle = _asked(room, next(iter(ends.values())))
             results[name] = self.to_host(handle) if name in host else handle
         return results
 
     def to_host(self, value: Value) -> np.ndarray:
-        """Copy the rows of a state to numpy, or make what is made later; arrays pass through."""
+        """Copy the rows of a cache to numpy, or make what is made later; arrays pass through."""
         if isinstance(value, Asked):
             assert self._guide
             return self._guide.received(value)
@@ -202,6 +212,12 @@ def _settings(core: ov.Core, device: str, threads: int | None, dtype: FloatType)
 def _is_newest(room: Room, name: str, value: Value) -> bool:
     """Whether a cache of a room ends with the rows of a value, and is the one for this input."""
     return isinstance(value, Rows) and value.room is room and value.run is room.newest and value.name == name
+
+
+def _grown(past: str, dims: Dims) -> _Grown:
+    """Of a cache input and its dimensions, [1, Hkv, P_j, d]."""
+    _, heads, segment, width = dims
+    return _Grown(past, str(segment), int(heads), int(width))
 
 
 def _size(dim: int | str, sizes: Mapping[str, int]) -> int:
