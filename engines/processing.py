@@ -35,20 +35,20 @@ def load_ahead() -> None:
 
     def load() -> None:
         with suppress(Exception):
-            transformers = _transformers()
-            _ = transformers.AutoTokenizer, transformers.AutoImageProcessor
+            _transformers()
 
     AHEAD.append(Thread(target=load, daemon=True))
     AHEAD[-1].start()
 
 
 def _transformers() -> Any:
-    """The library, its list of models read."""
+    """The library, with what reads processors imported; what of that fails will fail where it is used."""
     os.environ.setdefault(*QUIET)
     with read_once():
         import transformers
 
-        _ = transformers.models
+        with suppress(Exception):
+            _ = transformers.AutoTokenizer, transformers.AutoImageProcessor
     return transformers
 
 
