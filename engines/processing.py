@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from engines.families import FAMILIES, HostFamily, Seen, expanded
+from engines.names import read_once
 from engines.talk.messages import Talk
 from graphs.errors import BadArtefact, UsageError
 from graphs.spec import PROCESSOR_FOLDER, ExportSpec
@@ -34,13 +35,21 @@ def load_ahead() -> None:
 
     def load() -> None:
         with suppress(Exception):
-            import transformers
+            _transformers()
 
-            _ = transformers.AutoTokenizer, transformers.AutoImageProcessor
-
-    os.environ.setdefault(*QUIET)
     AHEAD.append(Thread(target=load, daemon=True))
     AHEAD[-1].start()
+
+
+def _transformers() -> Any:
+    """The library, with what reads processors imported; what of that fails will fail where it is used."""
+    os.environ.setdefault(*QUIET)
+    with read_once():
+        import transformers
+
+        with suppress(Exception):
+            _ = transformers.AutoTokenizer, transformers.AutoImageProcessor
+    return transformers
 
 
 class Processor:
@@ -209,12 +218,10 @@ class Processor:
             ) from None
 
     def _loaded(self, auto_class: str, **options: Any) -> Any:
-        os.environ.setdefault(*QUIET)
         # transformers puts another object in its own place while it is imported: two at once see the wrong one.
         while AHEAD:
             AHEAD.pop().join()
-        import transformers
-
+        transformers = _transformers()
         try:
             return getattr(transformers, auto_class).from_pretrained(
                 self.folder, local_files_only=True, trust_remote_code=False, **options

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import metadata
-
-from packaging.requirements import Requirement
+from typing import TYPE_CHECKING
 
 from graphs.errors import BackendMissing, OperationFailed
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 DISTRIBUTION = "saccade"
 
@@ -33,6 +35,8 @@ DISTRIBUTION_OF = {
 @cache
 def pins() -> dict[str, tuple[Requirement, str | None]]:
     """Return distribution name → its requirement and the extra that brings it (None: the base install)."""
+    from packaging.requirements import Requirement  # every open imports this file, and none asks for pins
+
     try:
         lines = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:

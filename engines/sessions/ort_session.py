@@ -16,6 +16,7 @@ from graphs.packed import packed_as
 from graphs.spec import CacheForm, form_of
 
 ERRORS_ONLY = 3
+SPIN_US = "1000"  # how long a thread waits for the next operator before it sleeps
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 AS_STORED = "session.disable_prepacking"
 GIVE_BACK = "memory.enable_memory_arena_shrinkage"
@@ -49,6 +50,8 @@ class OrtSession:
         options.inter_op_num_threads = 1
         # Six sessions take turns: one that spins after its run takes the cores of the next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        # A thread spins from its start on: by default for 2**20 pauses, 48 ms or more on a core that imports could use.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
         # What is written for others (DequantizeLinear) is computed as it says: activations are not rounded too.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         try:

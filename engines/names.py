@@ -1,0 +1,174 @@
+"""transformers, imported without reading the text of its 2,500 files at every start, twice.
+
+Its lazy modules learn from the text of every file below ``transformers/models`` which names there are, 0.25 s for
+``transformers`` and as much again for ``transformers.models``: it keeps what it read, but in a cache for 128 folders of
+some 550, and under another spelling of the first. Here one reading serves both, and none is needed where the user's
+cache holds a note of these very files (their path, inode, size and both times, as ``engines.bundles.remembered`` knows
+weights). This leans on one function of transformers, which is pinned: where that is not what it was, transformers reads
+as it always did. The function is back in its place when the import is over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from engines.bundles.remembered import SETTLED
+from graphs.files import atomic_file
+
+READS = "transformers.utils.import_utils"
+FUNCTION = "create_import_structure_from_path"
+FOLDER = "models"
+SCHEMA = "saccade.names/1"
+NEEDS = "needs "  # before the packages that some names need, in a note: no file is called so
+# A tree of folders and files; a frozenset names the packages that what is below it needs, a leaf a file's public names.
+Names = dict[Any, Any]
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """While transformers is imported here for the first time: what its modules hold is read once, or not at all."""
+    if READS in sys.modules:
+        yield
+        return
+    watch = _Watch()
+    sys.meta_path.insert(0, watch)
+    try:
+        yield
+    finally:
+        watch.end()
+
+
+class _Watch:
+    """A finder that finds one module, as Python does, and puts a ``Reader`` into it when it has been executed."""
+
+    def __init__(self) -> None:
+        self._reader: Reader | None = None
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path, target) if name == READS else None
+        if spec and (loader := spec.loader):
+            execute = loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                loader.exec_module = execute  # type: ignore[method-assign]
+                execute(module)
+                with suppress(Exception):
+                    self._reader = Reader(module)
+
+            with suppress(AttributeError):
+                loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+    def end(self) -> None:
+        with suppress(ValueError):
+            sys.meta_path.remove(self)
+        if self._reader:
+            self._reader.end()
+
+
+class Reader:
+    """Stands for the function of a module that reads folders, for that of all models. readings: how often it read."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module, self._plain = module, getattr(module, FUNCTION)
+        self._file = Path(str(module.__file__))
+        self._folder = str(self._file.parents[1] / FOLDER)
+        self._found: Names | None = None
+        self.readings = 0
+        setattr(module, FUNCTION, self)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Names:
+        """What transformers finds in a folder, or in that of an ``__init__.py``."""
+        if options or list(map(_folder_of, arguments)) != [self._folder]:
+            names: Names = self._plain(*arguments, **options)
+            return names
+        if self._found is None:
+            self._found = noted(self._folder, self._file, self._read)
+        return self._found
+
+    def _read(self) -> Names:
+        self.readings += 1
+        names: Names = self._plain(self._folder)
+        return names
+
+    def end(self) -> None:
+        """Put the function back."""
+        setattr(self._module, FUNCTION, self._plain)
+
+
+def noted(folder: str, reader: Path, read: Callable[[], Names]) -> Names:
+    """What the user's note says of a folder, where it is of these very files; else what is read, and noted.
+
+    reader: the file that knows how to read, one of those that a note is of.
+    """
+    note, files = None, ""
+    with suppress(Exception):  # whatever a note holds, and wherever there can be none, reading is right
+        note = _note_of(folder)
+        files, _ = _mark_of(folder, reader)
+        if note.stat().st_uid == os.getuid():
+            said = json.loads(note.read_text("utf-8"))
+            if said["schema"] == SCHEMA and said["files"] == files:
+                return _names_of(said["names"])
+    names = read()
+    with suppress(Exception):
+        after, youngest = _mark_of(folder, reader)
+        if note and after == files and time.time() - youngest / 1e9 >= SETTLED:
+            note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with atomic_file(note) as partial:
+                partial.write_text(json.dumps({"schema": SCHEMA, "files": files, "names": _document(names)}), "utf-8")
+    return names
+
+
+def _folder_of(place: Any) -> str:
+    return str(place).removesuffix(f"{os.sep}__init__.py")
+
+
+def _mark_of(folder: str, reader: Path) -> tuple[str, int]:
+    """A digest of what tells that all files are the same ones, and the youngest change of one, in ns."""
+    stats, folders = {str(reader): reader.stat()}, [folder]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    folders += [entry.path] if entry.name != "__pycache__" else []
+                else:
+                    stats[entry.path] = entry.stat()
+    told = [(file, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in sorted(stats.items())]
+    return hashlib.sha256(repr(told).encode()).hexdigest(), max(mark[-1] for mark in told)
+
+
+def _note_of(folder: str) -> Path:
+    """RuntimeError where the user has no home."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "saccade" / "names" / f"{hashlib.sha256(folder.encode()).hexdigest()}.json"
+
+
+def _document(names: Names) -> dict[str, Any]:
+    """Names as JSON: a frozenset becomes one word, a set a list."""
+    return {
+        NEEDS + " ".join(sorted(key)) if isinstance(key, frozenset) else key: _document(value)
+        if isinstance(value, dict)
+        else sorted(value)
+        for key, value in names.items()
+    }
+
+
+def _names_of(document: dict[str, Any]) -> Names:
+    return {
+        frozenset(key.removeprefix(NEEDS).split()) if key.startswith(NEEDS) else key: _names_of(value)
+        if isinstance(value, dict)
+        else set(value)
+        for key, value in document.items()
+    }
