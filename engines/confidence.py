@@ -77,7 +77,7 @@ def consistency_of(
         positions=np.concatenate([positions[..., rows], following(positions, len(fed))], axis=-1),
         deepstack={name: _rows_of(model.to_host(x), rows, len(fed)) for name, x in whole.deepstack.items()},
     )
-    step = model.decoder.run(chunk, tail=len(tokens))
+    step = model.decoder.run(chunk, tail=len(tokens), guided=False)
     return float(np.exp(log_probs(step.logits, tokens).sum()))
 
 

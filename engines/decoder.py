@@ -81,12 +81,14 @@ class Decoder:
         tail: int = 1,
         priority_S: np.ndarray | None = None,
         so_far: Value | None = None,
+        guided: bool = True,
     ) -> Step:
         """Feed a chunk on top of a cache (None: of nothing).
 
         keep: share of the image's visual tokens behind each prune point, None for the plan's own.
         tail: how many of the last rows get logits. priority_S: float [S], where the plan prunes by it.
-        so_far: the last step's ``received``, where a decoder that writes in place is to add to it.
+        so_far: the last step's ``received``, where a decoder that writes in place is to add to it. guided: False where
+        nobody reads ``received``: of a plan that prunes by no such rows it is then of one, the fewest a graph takes.
         Raises UsageError where the plan cannot serve the chunk, OperationFailed for NaN in the logits.
         """
         plan, language, rows = self._spec.plan, self._spec.language, len(chunk)
@@ -119,7 +121,8 @@ class Decoder:
         if plan.uses_image:
             feeds["image_index"] = image_index(chunk.is_visual, chunk.image_of)[None]
         if plan.uses_guide:
-            feeds["guide"] = np.zeros(guide_rows(plan, chunk.is_visual), np.int32)
+            rated = guide_rows(plan, chunk.is_visual)
+            feeds["guide"] = np.zeros(rated if guided or plan.points else 1, np.int32)
         if plan.uses_priority:
             feeds["priority"] = checked_priority(priority_S, chunk.is_visual, prunes)
         guidance = ("attention_received",) if plan.guidance else ()

@@ -211,9 +211,10 @@ def _shape(value: Any) -> Sequence[int]:
 
 
 def _many(graph: Any) -> list[Any]:
-    """The branches that a decoder runs for more rows than one; the other ones count the same for one row."""
+    """One branch of every choice, for the others count the same: what a decoder does for a few rows together."""
     choices = [node for node in graph.node if node.op_type == "If" and not node.domain]
-    return [a.g for node in choices for a in node.attribute if a.name == "else_branch"]
+    branches = [a.g for node in choices for a in node.attribute if a.name == "else_branch"]
+    return branches + [inner for branch in branches for inner in _many(branch)]
 
 
 def _shapes_of(model: Any) -> dict[str, Dims]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 
@@ -25,3 +26,23 @@ def takes_over(new: ir.Value, old: ir.Value) -> ir.Value:
     new.name, new.type, new.shape = name, old.type, old.shape
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     return new
+
+
+class Branch:
+    """Nodes of a graph inside a graph, under names that the graph around it has not."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.nodes: list[ir.Node] = []
+
+    def add(self, op_type: str, inputs: list[ir.Value | None], domain: str = "", **attributes: object) -> ir.Value:
+        made = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=1)  # type: ignore[arg-type]
+        made.name = made.outputs[0].name = f"{self.name}/{op_type.lower()}_{len(self.nodes)}"
+        self.nodes.append(made)
+        return made.outputs[0]
+
+    def constant(self, value: np.ndarray) -> ir.Value:
+        return self.add("Constant", [], value=ir.tensor(value))
+
+    def ints(self, *values: int) -> ir.Value:
+        return self.constant(np.array(values, np.int64))

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from graphs.lowering.edit import before, constant, takes_over
+from graphs.lowering.edit import Branch, before, constant, takes_over
 from graphs.lowering.grouped import CONTRIB
 from graphs.ops import DOMAIN
 
@@ -176,7 +176,7 @@ def _hidden(node: ir.Node, shared: dict[tuple[object, ...], ir.Value]) -> ir.Val
 
 def _one_row(layer: _Layer, hidden: ir.Value, write_at: ir.Value, name: str) -> ir.Graph:
     node, (h, v, g, d) = layer.node, (layer.heads, layer.groups, layer.together, layer.width)
-    body = _Body(name)
+    body = Branch(name)
     presents = [
         body.add("TensorScatter", [past, body.add("Reshape", [chunk, body.ints(1, v, 1, d)]), write_at], axis=2)
         for past, chunk in ((node.inputs[PAST_K], node.inputs[K]), (node.inputs[PAST_V], node.inputs[V]))
@@ -200,23 +200,3 @@ def _one_row(layer: _Layer, hidden: ir.Value, write_at: ir.Value, name: str) -> 
     for value, like in zip(outputs, told, strict=True):
         value.type, value.shape = like.type, like.shape
     return ir.Graph([], outputs, nodes=body.nodes, name=name)
-
-
-class _Body:
-    """Nodes of a branch, under names that the graph around it has not."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.nodes: list[ir.Node] = []
-
-    def add(self, op_type: str, inputs: list[ir.Value | None], domain: str = "", **attributes: object) -> ir.Value:
-        made = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=1)  # type: ignore[arg-type]
-        made.name = made.outputs[0].name = f"{self.name}/{op_type.lower()}_{len(self.nodes)}"
-        self.nodes.append(made)
-        return made.outputs[0]
-
-    def constant(self, value: np.ndarray) -> ir.Value:
-        return self.add("Constant", [], value=ir.tensor(value))
-
-    def ints(self, *values: int) -> ir.Value:
-        return self.constant(np.array(values, np.int64))
