@@ -51,6 +51,7 @@ from graphs.ops import OPS
 from graphs.rules.rule import all_inputs_of, nodes_of
 
 DOMAIN = "saccade.openvino"
+BLOCK_TYPES = {ov.Type.f32: onnx.TensorProto.FLOAT, ov.Type.bf16: onnx.TensorProto.BFLOAT16}
 HEARD = "heard_"  # a second state of keys, for what is not the attention itself
 K, V, PAST_K, PAST_V = 1, 2, 4, 5  # inputs of Attention
 MASK = 3
@@ -135,7 +136,7 @@ def read_graph(core: ov.Core, file: Path, in_blocks: ov.Type | None) -> Read:
             node.domain = DOMAIN
     proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
     inputs = {v.name: _dims(v) for v in proto.graph.input}
-    segments, grown, states = _cached(proto, file) if in_blocks else ({}, {}, {})
+    segments, grown, states = _cached(proto, file, in_blocks) if in_blocks else ({}, {}, {})
     conversions = Conversions()
     extensions = [
         ConversionExtension(name, DOMAIN, convert)
@@ -155,8 +156,6 @@ def read_graph(core: ov.Core, file: Path, in_blocks: ov.Type | None) -> Read:
     read_as_they_lie(model)
     inputs_as_constants(model, weights)
     model.add_sinks(conversions.sinks)
-    for name in (name for names in segments.values() for name in names):
-        model.input(name).get_node().set_element_type(in_blocks)
     model.validate_nodes_and_infer_types()
     return Read(model, inputs, outputs, segments, grown, states, files, guiding)
 
@@ -165,7 +164,9 @@ def _dims(value: onnx.ValueInfoProto) -> Dims:
     return tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
 
 
-def _cached(proto: onnx.ModelProto, file: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, str], dict[str, str]]:
+def _cached(
+    proto: onnx.ModelProto, file: Path, in_blocks: ov.Type
+) -> tuple[dict[str, tuple[str, ...]], dict[str, str], dict[str, str]]:
     """Put our nodes in the place of every attention on a past; return ``Read``'s segments, grown and states."""
     graph = proto.graph
     inputs = {value.name: value for value in graph.input}
@@ -217,7 +218,7 @@ def _cached(proto: onnx.ModelProto, file: Path) -> tuple[dict[str, tuple[str, ..
         for name in names:
             dims = inputs[name].type.tensor_type.shape.dim
             blocks = [f"blocks of {segment}", dims[1].dim_value, BLOCK, dims[3].dim_value]
-            inputs[name].CopyFrom(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, blocks))
+            inputs[name].CopyFrom(onnx.helper.make_tensor_value_info(name, BLOCK_TYPES[in_blocks], blocks))
         for name, shape in length_inputs(segment).items():
             of = [f"{name} {i}" if size < 0 else size for i, size in enumerate(shape)]
             graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT32, of))

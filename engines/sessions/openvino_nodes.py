@@ -51,14 +51,16 @@ class Conversions:
         scale = ops.constant(np.array(node.get_attribute("scale"), np.float32))
         zero, ints, floats = ops.constant(np.array(0, np.int32)), _none(np.int32), _none(np.float32)
         # What is not asked for: a window, ALiBi, the scores, rotation, sparse prefill, sinks, eviction, other masks.
-        inputs = [_rows_first(q), _rows_first(k), _rows_first(v), cache_k, cache_v, held, begins, blocks, block_begins]
+        rows = [ops.convert(_rows_first(x), cache_k.get_element_type()) for x in (q, k, v)]
+        inputs = [*rows, cache_k, cache_v, held, begins, blocks, block_begins]
         inputs += [scale, zero, floats, total, ints, ints, ints, floats, floats, zero, zero]
         inputs += [_none(np.float32, 4), zero, ints, ints, ints, ints, _none(np.uint8), ints]
         made = op._PagedAttentionExtension([x if isinstance(x, ov.Output) else x.output(0) for x in inputs])
         told = {"num_k_heads": groups, "num_v_heads": groups, "k_head_size": width, "v_head_size": width}
         for name, size in told.items():
             made.get_rt_info()[name] = size
-        split = ops.reshape(made.output(0), ops.constant(np.array([1, -1, heads, width], np.int64)), False)
+        out = ops.convert(made.output(0), q.get_element_type())
+        split = ops.reshape(out, ops.constant(np.array([1, -1, heads, width], np.int64)), False)
         return [ops.transpose(split, ops.constant(HEADS_FIRST)).output(0)]
 
     def blocks(self, node: Any) -> list[Any]:
