@@ -1,4 +1,4 @@
-"""Every family's export in OpenVINO: the golden tensors in fp32, and Hugging Face's tokens."""
+"""Every family's export in OpenVINO: the golden tensors in fp32 and bf16, and Hugging Face's tokens."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ def test_golden_tensors_in_fp32(sample: Sample) -> None:
     assert all(r.agrees for r in replays), [t.problem for r in replays for t in r.tensors if not t.agrees]
     assert max(r.max_error for r in replays) < 1e-5
     assert {r.overlap for r in replays if r.stage == "decoder"} == {1.0}
+
+
+def test_golden_tensors_in_bf16(sample: Sample) -> None:
+    """The runtime chooses node by node what it keeps in fp32: caches and what enters them must still agree."""
+    if sample.case.name not in ("llava", "qwen2_5_vl"):
+        pytest.skip("one axis of positions and three axes are these families'")
+    open_stage = partial(open_session, target="openvino", threads=1, dtype="bfloat16")
+    replays = [r for r in replay(sample.onnx.folder, sample.onnx.spec, open_stage) if r.stage == "decoder"]
+    assert len(replays) == 3
+    assert max(r.max_error for r in replays) < 0.1
 
 
 def test_a_conversation_is_that_of_onnx_runtime(sample: Sample) -> None:

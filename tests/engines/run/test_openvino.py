@@ -131,7 +131,7 @@ def test_without_blocks_as_on_a_gpu(tiny_pair: TinyPair, monkeypatch: pytest.Mon
     monkeypatch.setattr(openvino_session, "CPU", "the device with blocks")
     model = model_on(tiny_pair, "alone", "openvino")
     assert all(r.agrees for r in replay(model.folder, model.spec, partial(openvino_session.OpenVinoSession, threads=1)))
-    assert not model.session("decoder")._states  # type: ignore[attr-defined]
+    assert not model.session("decoder")._segments  # type: ignore[attr-defined]
 
 
 def test_a_device_that_is_not_there(tiny_pair: TinyPair, tmp_path: Path, saccade_cli: Cli, monkeypatch) -> None:
