@@ -7,7 +7,7 @@ Legend: N tokens of the small model's own greedy answer (end token included), V 
                     were cut to 5 % at layer 0 by the guidance
     S = ½ · (S_confidence + S_consistency)
 
-From float32 logits; every sum is in float64, and a product is a sum of logs.
+All in float64 from float32 logits; a product is a sum of logs.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Confidence:
 
 def log_probs(logits_NV: np.ndarray, tokens_N: Sequence[int]) -> np.ndarray:
     """Return log softmax(logits)[i, token i], float64 [N]."""
-    top_N = logits_NV.max(axis=-1)
-    norm_N = np.log(np.exp(logits_NV - top_N[:, None]).sum(axis=-1, dtype=np.float64))
-    chosen_N = logits_NV[np.arange(len(tokens_N)), np.asarray(tokens_N)]
-    below_N: np.ndarray = chosen_N.astype(np.float64) - top_N - norm_N
-    return below_N
+    wide_NV = logits_NV.astype(np.float64)
+    top_N = wide_NV.max(axis=-1)
+    norm_N = top_N + np.log(np.exp(wide_NV - top_N[:, None]).sum(axis=-1))
+    chosen_N: np.ndarray = wide_NV[np.arange(len(tokens_N)), np.asarray(tokens_N)] - norm_N
+    return chosen_N
 
 
 def confidence_of(log_prob_N: np.ndarray) -> float:
