@@ -11,10 +11,8 @@ as it always did. The function is back in its place when the import is over.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec, PathFinder
@@ -22,8 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from engines.bundles.remembered import SETTLED
-from graphs.files import atomic_file
+from engines.notes import cache_home, mark_of, read_note, write_note
 
 READS = "transformers.utils.import_utils"
 FUNCTION = "create_import_structure_from_path"
@@ -117,17 +114,14 @@ def noted(folder: str, reader: Path, read: Callable[[], Names]) -> Names:
     with suppress(Exception):  # whatever a note holds, and wherever there can be none, reading is right
         note = _note_of(folder)
         files, _ = _mark_of(folder, reader)
-        if note.stat().st_uid == os.getuid():
-            said = json.loads(note.read_text("utf-8"))
-            if said["schema"] == SCHEMA and said["files"] == files:
-                return _names_of(said["names"])
+        said: Any = read_note(note)
+        if said["schema"] == SCHEMA and said["files"] == files:
+            return _names_of(said["names"])
     names = read()
     with suppress(Exception):
         after, youngest = _mark_of(folder, reader)
-        if note and after == files and time.time() - youngest / 1e9 >= SETTLED:
-            note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with atomic_file(note) as partial:
-                partial.write_text(json.dumps({"schema": SCHEMA, "files": files, "names": _document(names)}), "utf-8")
+        if note and after == files:
+            write_note(note, {"schema": SCHEMA, "files": files, "names": _document(names)}, youngest)
     return names
 
 
@@ -145,14 +139,13 @@ def _mark_of(folder: str, reader: Path) -> tuple[str, int]:
                     folders += [entry.path] if entry.name != "__pycache__" else []
                 else:
                     stats[entry.path] = entry.stat()
-    told = [(file, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in sorted(stats.items())]
-    return hashlib.sha256(repr(told).encode()).hexdigest(), max(mark[-1] for mark in told)
+    told = [(file, mark_of(stat)) for file, stat in sorted(stats.items())]
+    return hashlib.sha256(repr(told).encode()).hexdigest(), max(mark[-1] for _, mark in told)
 
 
 def _note_of(folder: str) -> Path:
     """RuntimeError where the user has no home."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "saccade" / "names" / f"{hashlib.sha256(folder.encode()).hexdigest()}.json"
+    return cache_home() / "names" / f"{hashlib.sha256(folder.encode()).hexdigest()}.json"
 
 
 def _document(names: Names) -> dict[str, Any]:

@@ -35,7 +35,7 @@ DISTRIBUTION_OF = {
 @cache
 def pins() -> dict[str, tuple[Requirement, str | None]]:
     """Return distribution name → its requirement and the extra that brings it (None: the base install)."""
-    from packaging.requirements import Requirement  # every open imports this file, and none asks for pins
+    from packaging.requirements import Requirement  # every open imports this file, few ask for pins
 
     try:
         lines = metadata.requires(DISTRIBUTION) or []

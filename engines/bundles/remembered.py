@@ -10,19 +10,15 @@ trust: engines, which hold code, are hashed each time they are read.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from engines.bundles.manifest import Manifest
+from engines.notes import cache_home, mark_of, read_note, write_note
 from graphs.errors import SaccadeError
-from graphs.files import atomic_file
 
 SCHEMA = "saccade.remembered/1"
-SETTLED = 2.0  # seconds; a younger change may be followed by one that a clock of coarse ticks gives the same time
 Marks = dict[str, list[int]]
 
 
@@ -31,31 +27,24 @@ def marks_of(bundle: Path, files: Iterable[str]) -> Marks:
     marks = {}
     for file in files:
         with suppress(OSError):
-            s = (bundle / file).lstat()
-            marks[file] = [s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns]
+            marks[file] = mark_of((bundle / file).lstat())
     return marks
 
 
 def is_remembered(bundle: Path, manifest: Manifest, target: str, marks: Marks) -> bool:
     """Whether these very files were checked against this very manifest for the target, by this user."""
     with suppress(OSError, ValueError, RuntimeError):
-        note = _note_of(bundle, target)
-        if note.stat().st_uid == os.getuid():
-            found = json.loads(note.read_text("utf-8"))
-            return bool(found == _document(manifest, marks))
+        return read_note(_note_of(bundle, target)) == _document(manifest, marks)
     return False
 
 
 def remember(bundle: Path, manifest: Manifest, target: str, before: Marks, after: Marks) -> None:
     """Note that files were checked, unless one changed meanwhile or just now; without a cache nothing is noted."""
-    youngest = max((mark[-1] for mark in after.values()), default=0)
-    if before != after or time.time() - youngest / 1e9 < SETTLED:
+    if before != after:
         return
     with suppress(OSError, SaccadeError, RuntimeError):
-        note = _note_of(bundle, target)
-        note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with atomic_file(note) as partial:
-            partial.write_text(json.dumps(_document(manifest, after)), "utf-8")
+        youngest = max((mark[-1] for mark in after.values()), default=0)
+        write_note(_note_of(bundle, target), _document(manifest, after), youngest)
 
 
 def _document(manifest: Manifest, marks: Marks) -> dict[str, object]:
@@ -64,6 +53,5 @@ def _document(manifest: Manifest, marks: Marks) -> dict[str, object]:
 
 def _note_of(bundle: Path, target: str) -> Path:
     """RuntimeError where the user has no home."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = hashlib.sha256(f"{bundle.resolve()}\0{target}".encode()).hexdigest()
-    return Path(home) / "saccade" / "checked" / f"{name}.json"
+    return cache_home() / "checked" / f"{name}.json"

@@ -131,9 +131,9 @@ class OpenVinoSession:
         values = {name: np.ascontiguousarray(value) for name, value in feeds.items() if name not in self._pasts}
         # Until the run is over nobody may take the rows for those of an earlier one.
         room.newest = None
-        for segment, end in ends.items():
-            room.pages.hold(segment, sizes[segment], end)
         try:
+            for segment, end in ends.items():
+                room.pages.hold(segment, sizes[segment], end)
             with self._packing():
                 room.pages.request.infer(values, share_inputs=True, share_outputs=True)
         except Exception as e:

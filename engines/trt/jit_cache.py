@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.bundles.manifest import EngineFile
+from engines.notes import cache_home
 from graphs.errors import SaccadeError
 from graphs.files import atomic_file
 from graphs.talk import warn
@@ -58,9 +59,8 @@ def cache_folder() -> Path | None:
     """Where the files lie, None where nothing is to be kept."""
     if (chosen := os.environ.get(VARIABLE)) is not None:
         return Path(chosen) if chosen else None
-    home = os.environ.get("XDG_CACHE_HOME")
     try:
-        return (Path(home) if home else Path.home() / ".cache") / "saccade" / "tensorrt-rtx"
+        return cache_home() / "tensorrt-rtx"
     except RuntimeError:  # no home folder
         return None
 

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from graphs.lowering.edit import Branch, before, constant, takes_over
 from graphs.lowering.grouped import CONTRIB
-from graphs.lowering.one_row import LAST, RECEIVED
+from graphs.lowering.one_row import LAST, PAST_K, RECEIVED, Q
 from graphs.ops import DOMAIN
 from graphs.ops.attention_received import PIECE
 
@@ -77,13 +77,12 @@ def _guides(top: ir.Node, node: ir.Node, attention: ir.Node, heads: int) -> _Gui
     few = before(top, "Squeeze", [before(top, "LessOrEqual", [every, constant(top, [PIECE])])])
     few.type, few.shape = ir.TensorType(ir.DataType.BOOL), ir.Shape([])
     count = before(top, "Min", [every, constant(top, [PIECE])])
-    end = before(top, "Shape", [attention.inputs[0]], start=1, end=2)
-    keys = before(top, "Shape", [attention.inputs[3]], start=2, end=3)
+    end = before(top, "Shape", [attention.inputs[Q]], start=1, end=2)
+    keys = before(top, "Shape", [attention.inputs[PAST_K]], start=2, end=3)
     shape = before(top, "Concat", [constant(top, [1, heads]), count, keys], axis=0)
     zero, one = constant(top, 0), constant(top, 1)
-    last = before(
-        top, "Reshape", [before(top, "Cast", [attention.inputs[LAST]], to=ir.DataType.INT64.value), constant(top, [1])]
-    )
+    wide = before(top, "Cast", [attention.inputs[LAST]], to=ir.DataType.INT64.value)
+    last = before(top, "Reshape", [wide, constant(top, [1])])
     first_end = before(top, "Sub", [before(top, "Add", [last, constant(top, [1])]), count])
     row_G = before(top, "Range", [zero, before(top, "Squeeze", [count]), one])
     last_G1 = before(top, "Unsqueeze", [before(top, "Add", [row_G, first_end]), constant(top, [1])])

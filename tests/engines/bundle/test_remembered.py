@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from engines import notes
 from engines.bundles import bundle as opening
-from engines.bundles import remembered
 from engines.bundles.bundle import open_bundle
 from graphs.errors import BadArtefact
 from tests.engines.bundle.conftest import edit_manifest
@@ -22,7 +22,7 @@ from tests.hand_made import WEIGHTS
 def hashed(bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """Names of files as they are hashed; notes lie in a folder of this test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(remembered, "SETTLED", 0.0)
+    monkeypatch.setattr(notes, "SETTLED", 0.0)
     names: list[str] = []
     digest = opening.sha256_of
 
@@ -91,7 +91,7 @@ def test_what_the_graphs_read_is_looked_at_again_with_them(bundle: Path, hashed:
 def test_a_change_of_just_now_is_not_remembered(
     bundle: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remembered, "SETTLED", 3600.0)
+    monkeypatch.setattr(notes, "SETTLED", 3600.0)
     open_bundle(bundle, check="used")
     hashed.clear()
     open_bundle(bundle, check="used")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from engines import names
+from engines import names, notes
 from engines.names import FUNCTION, READS, Reader, noted
 
 ROOT = Path(__file__).parents[3]
@@ -80,7 +80,7 @@ NAMES = {
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(names, "SETTLED", 0)
+    monkeypatch.setattr(notes, "SETTLED", 0)
     inner = tmp_path / "models" / "inner"
     inner.mkdir(parents=True)
     (inner / "file.py").write_text("__all__ = ['A']")
@@ -137,7 +137,7 @@ def test_a_note_that_is_broken_is_not_believed(folder: Path, read: Callable[[], 
 def test_files_that_may_still_change_are_not_noted(
     folder: Path, read: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(names, "SETTLED", 3600)
+    monkeypatch.setattr(notes, "SETTLED", 3600)
     assert [read(), read()] == [1, 2]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.bundles import remembered
+from engines import notes
 from engines.bundles.build import build_bundle, split_precision
 from engines.bundles.bundle import open_bundle
 from engines.bundles.manifest import manifest_of
@@ -127,7 +127,7 @@ def test_opening_a_known_packed_bundle_parses_no_graph(
     packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(remembered, "SETTLED", 0.0)
+    monkeypatch.setattr(notes, "SETTLED", 0.0)
     open_bundle(packed["fp32"], target="cpu", check="used")
     command = [sys.executable, "-c", OPENED, str(packed["fp32"])]
     told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
