@@ -58,6 +58,7 @@ def main(work: Path, target: str, precision: str, rounds: int, threads: int, not
             raise click.ClickException(why)
     plain = Cascade.open(folder / alone, target=target, threads=threads, preload=True)
     pair = Cascade.open(folder / f"twice-{on}", target=target, threads=threads, preload=True)
+    plain.reuses_beginnings = pair.reuses_beginnings = False  # prompts of two lengths are compared, from their start
     assert plain.large
     assert pair.large
     times = asked_in_turn(plain, pair, rounds)

@@ -147,12 +147,21 @@ def cut(cache: Cache, spec: ExportSpec, position: int, to_host: Callable[[Value]
     """
     if position >= cache.next_position:
         return cache
-    counts = [int((p[0] < position).sum()) if p.ndim > 1 else int((p < position).sum()) for p in cache.positions]
-    positions = tuple(p[..., :count] for p, count in zip(cache.positions, counts, strict=True))
     if cache.room:
-        return Cache(cache.values, positions, position, cache.room)
-    values = dict(cache.values)
-    for count, segment in zip(counts, spec.plan.segments(spec.language.layers), strict=True):
+        return Cache(cache.values, _before(cache, position), position, cache.room)
+    return on_host(cache, spec, position, to_host)
+
+
+def on_host(cache: Cache, spec: ExportSpec, position: int, to_host: Callable[[Value], np.ndarray]) -> Cache:
+    """Return the rows before a position as a cache of its own, whose values nothing writes to; see ``cut``."""
+    positions, values = _before(cache, position), dict(cache.values)
+    for rows, segment in zip(positions, spec.plan.segments(spec.language.layers), strict=True):
         for name in (name for layer in segment for name in past_names(layer)):
-            values[name] = np.ascontiguousarray(to_host(values[name])[:, :, :count])
+            values[name] = to_host(values[name])[:, :, : rows.shape[-1]].copy()
     return Cache(values, positions, position)
+
+
+def _before(cache: Cache, position: int) -> tuple[np.ndarray, ...]:
+    """Per segment the positions of its rows before one."""
+    counts = [int((p[0] < position).sum()) if p.ndim > 1 else int((p < position).sum()) for p in cache.positions]
+    return tuple(p[..., :count] for p, count in zip(cache.positions, counts, strict=True))

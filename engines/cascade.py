@@ -53,6 +53,8 @@ class Cascade:
         self.small, self.large = small, large
         self.threshold = checked_threshold(threshold)
         self.promises: Promises | None = None
+        # Off where what a question costs, or gives to the last bit, must not hang on those before it.
+        self.reuses_beginnings = True
 
     @classmethod
     def open(
@@ -193,7 +195,11 @@ class Cascade:
         """Return what each model holds of a conversation that has not begun."""
         models = {"small": self.small, "large": self.large}
         seen: Sights | None = {} if self._sees_alike else None
-        return {name: Memory(model, seen) for name, model in models.items() if model}
+        return {
+            name: Memory(model, seen, model.beginnings if self.reuses_beginnings else None)
+            for name, model in models.items()
+            if model
+        }
 
     def checked(self, keep: Keep, threshold: float | None, draft: bool = True) -> float:
         """Return the threshold that holds; UsageError for an option that this bundle cannot serve."""

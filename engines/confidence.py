@@ -61,9 +61,11 @@ def consistency_of(
     """Return S_consistency: the answer's probability when only the best visual tokens are there at all.
 
     The rows are dropped before layer 0, on the host, and keep their original positions; the answer
-    but for its last token follows the prompt, and the last N rows score it.
+    but for its last token follows the prompt, and the last N rows score it. A cache in front of the chunk that holds
+    text alone stays what it is; otherwise every row is fed again.
     """
-    whole = prompt.whole or prompt.chunk
+    past = None if prompt.visual_before else prompt.past
+    whole = prompt.chunk if past else prompt.whole or prompt.chunk
     positions, is_visual_S = cast(np.ndarray, whole.positions), whole.is_visual
     stays_S = ~is_visual_S
     stays_S[np.flatnonzero(is_visual_S)[top_visual(guidance_V, keep)]] = True
@@ -77,7 +79,7 @@ def consistency_of(
         positions=np.concatenate([positions[..., rows], following(positions, len(fed))], axis=-1),
         deepstack={name: _rows_of(model.to_host(x), rows, len(fed)) for name, x in whole.deepstack.items()},
     )
-    step = model.decoder.run(chunk, tail=len(tokens), guided=False)
+    step = model.decoder.run(chunk, past, tail=len(tokens), guided=False)
     return float(np.exp(log_probs(step.logits, tokens).sum()))
 
 

@@ -17,6 +17,7 @@ from engines.generate import Generation
 from engines.processing import Processor
 from engines.sampling import Options
 from engines.sessions.session import Session, Value, open_session
+from engines.talk.beginning import Beginnings
 from engines.talk.memory import Memory
 from engines.talk.messages import Talk
 from engines.talk.prompt import Prompt
@@ -41,6 +42,7 @@ class Model:
         self.processor = Processor(folder, spec)
         self.target, self.threads, self._engines = target, threads, engines
         self._sessions: dict[str, Session] = {}
+        self.beginnings = Beginnings(spec, self.to_host)
         # Takes a stage's name and its session when that is opened, and gives what is used instead.
         self.watch: Callable[[str, Session], Session] | None = None
 

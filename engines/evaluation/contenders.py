@@ -38,6 +38,9 @@ class Contender:
     costs: dict[str, Mapping[str, StageCost] | None] = field(default_factory=dict)
     meters: dict[str, Meter] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.cascade.reuses_beginnings = False
+
     @property
     def pair(self) -> bool:
         """Whether a small model looks first."""

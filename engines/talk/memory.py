@@ -4,6 +4,7 @@ The conversation is rendered as a whole before every answer. What the cache hold
 with alike stays; the rest (another model's answer, a re-tokenised end of its own) is fed as one chunk. So an
 answer is that of a fresh run over the whole conversation in which the same visual tokens were kept.
 An image is pruned when it is first fed, by what guides that turn. Images are processed message by message.
+A new one may begin with what the model's last ones began with alike (``engines/talk/beginning.py``).
 Legend: L tokens of the line, S rows of the chunk, V visual tokens, D width.
 """
 
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from engines.cache import Cache, cut
+from engines.cache import cut
 from engines.clock import Clock
 from engines.decoder import Chunk, Keep, keep_ratios
 from engines.families import Seen
+from engines.talk.beginning import WORTH, Beginnings, Held, alike
 from engines.talk.messages import Message, Talk
 from engines.talk.prompt import Prompt
 from engines.vision import Features, features_of
@@ -41,24 +43,17 @@ class Group:
     seen: Seen
 
 
-@dataclass(frozen=True, eq=False)
-class Held:
-    """A run that is over: the line whose rows the cache holds, the images in it, and what of them was kept."""
-
-    line: np.ndarray
-    there: np.ndarray
-    cache: Cache
-    kept: tuple[np.ndarray, ...]
-    whole: Chunk | None
-
-
 class Memory:
-    """One model's side of one conversation, empty at first."""
+    """One model's side of one conversation."""
 
-    def __init__(self, model: Model, seen: Sights | None = None) -> None:
-        """Begin a conversation. seen: what its images became, shared with a model that sees them alike."""
+    def __init__(self, model: Model, seen: Sights | None = None, beginnings: Beginnings | None = None) -> None:
+        """Begin a conversation. seen: what its images became, shared with a model that sees them alike.
+
+        beginnings: what the model's conversations begin with alike; None: this one begins with nothing.
+        """
         self.model = model
-        self._held: Held | None = None
+        self._held: Held | None = beginnings.held if beginnings else None
+        self._beginnings = beginnings  # until this conversation has begun
         self._seen: Sights = {} if seen is None else seen
 
     def prompt(self, talk: Talk, keep: Keep = None) -> Prompt:
@@ -126,6 +121,10 @@ class Memory:
         line = np.concatenate([prompt.line, fed])
         there = np.concatenate([prompt.there, np.ones(len(fed), bool)])
         self._held = Held(line, there, run.cache, kept, prompt.whole)
+        if self._beginnings:
+            images = np.flatnonzero(prompt.line == self.model.spec.tokens.image)
+            self._beginnings.learn(self._held, text=int(images[0]) if len(images) else len(prompt.line))
+        self._beginnings = None
 
     def _looked(self, talk: Talk) -> list[Seen]:
         """The images of every message that has some, each processed once; a turn that failed left another message."""
@@ -138,9 +137,9 @@ class Memory:
         """How many tokens of the line the cache serves: one is left to feed, no message's images are cut."""
         if not self._held:
             return 0
-        held = self._held.line[: len(line) - 1]
-        differs = np.flatnonzero(held != line[: len(held)])
-        common = int(differs[0]) if len(differs) else len(held)
+        common = alike(line[:-1], self._held.line)
+        if self._beginnings and common < WORTH:
+            return 0
         for group in reversed(groups):
             if common < group.end:
                 common = min(common, group.start)

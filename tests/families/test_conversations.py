@@ -11,6 +11,7 @@ import torch
 from engines.cascade import Cascade
 from engines.model import Model
 from engines.stream import Stream
+from engines.talk.beginning import WORTH
 from engines.talk.messages import Message, Talk, asked
 from tests.families.cases import pictures
 from tests.families.conftest import Sample
@@ -57,6 +58,31 @@ def test_follow_ups_are_those_of_one_sequence(sample: Sample, keep: tuple[float,
         rows, visual = np.arange(ids.shape[1]), np.flatnonzero(is_visual.numpy())
         kept = [sorted({*rows[~is_visual.numpy()].tolist(), *visual[of].tolist()}) for of in answer.kept]
         assert list(answer.tokens) == greedy(sample, inputs, kept)
+
+
+def test_text_that_begins_conversations_is_prefilled_once(sample: Sample) -> None:
+    model = Model(sample.onnx.folder, sample.onnx.spec, threads=1)
+    cascade, without = Cascade(None, model), Cascade(None, model)
+    without.reuses_beginnings = False
+    for turn in range(3):
+        image = pictures([(40, 64)], seed=turn)[0]
+        parts = [
+            {"text": "which digit is red ? and what colour ? which digit is red ?"},
+            {"image": image},
+            {"text": "?"},
+        ]
+        talk = (asked([{"type": next(iter(part)), **part} for part in parts], None),)
+        answers = []
+        for one in (cascade, without):
+            ready = one.turn(talk, max_new_tokens=NEW_TOKENS)
+            visual_tokens = ready.memories["large"].prompt(talk).visual_tokens
+            guidance = np.random.default_rng(turn).random(visual_tokens, dtype=np.float32)
+            answers.append(Stream(one.parts(ready, (0.5, 0.2), 1.0, guidance)).finish())
+        got, wanted = answers
+        assert (got.cached_tokens >= WORTH) is (turn > 1)
+        assert wanted.cached_tokens == 0
+        assert (got.tokens, got.prompt_tokens) == (wanted.tokens, wanted.prompt_tokens)
+        assert [kept.tolist() for kept in got.kept or ()] == [kept.tolist() for kept in wanted.kept or ()]
 
 
 @torch.no_grad()
