@@ -273,7 +273,7 @@ def test_repetition_penalty_is_that_of_generate(tiny_pair: TinyPair, cascade: Ca
         ([{"role": "assistant", "content": [{"type": "image", "image": picture_of(0)}]}], "only the user"),
         ("hello", "list"),
     ],
-    ids=str,
+    ids=["role", "text", "part", "address", "system", "sight", "shape"],
 )
 def test_messages_that_cannot_be_are_refused(cascade: Cascade, messages: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words):
