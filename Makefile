@@ -25,8 +25,11 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# A file's tests stay together, with what they share. Most of them run one thread; where torch or OpenMP would take
+# more, two processes would wait for each other.
+JOBS ?= 2
 tests: $(STAMP)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
 
 # The set-up above brings torch for the CPU; a GPU wants its own, so the Python can be named.
 PYTHON_GPU ?= $(BIN)/python
