@@ -104,11 +104,11 @@ def with_room(cache: Cache, spec: ExportSpec, session: Session, more: Sequence[i
     firsts = {past_names(layers[0])[0]: rows for layers, rows in zip(segments, filled, strict=True) if layers}
     if cache.room and cache.room.takes(cache, firsts):
         return cache
-    values = {}
+    values: dict[str, Value] = {}
     for segment, held, rows in zip(segments, cache.lengths, filled, strict=True):
         wanted = rows + max(SPARE_ROWS, rows // SPARE_SHARE)
-        for name in (name for layer in segment for name in past_names(layer)):
-            values[name] = session.buffer(name, rows, wanted, cache.values[name], held)
+        sources = {name: cache.values[name] for layer in segment for name in past_names(layer)}
+        values |= session.buffers(sources, held, rows, wanted) if sources else {}
     return Cache(values, cache.positions, cache.next_position, Room(values))
 
 

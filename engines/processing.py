@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from engines.families import FAMILIES, HostFamily, Seen, expanded
+from engines.families import FAMILIES, HostFamily, Seen, expanded, folded
 from engines.names import read_once
 from engines.talk.messages import Talk
 from graphs.errors import BadArtefact, UsageError
@@ -146,10 +146,16 @@ class Processor:
             for seen in visual
             for i in range(len(seen.tokens))
         ]
-        text = expanded(text, tokens.image_text, texts)
+        # A placeholder is a token of its own, so a thousand of them need not be read to be as many tokens.
+        text, runs = folded(expanded(text, tokens.image_text, texts), tokens.image_text)
         bos = self.tokenizer.bos_token
         ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
-        input_ids = np.asarray([ids], dtype=np.int64)
+        folded_ids = np.asarray(ids, dtype=np.int64)
+        at = np.flatnonzero(folded_ids == tokens.image)
+        repeats = np.ones(len(folded_ids), np.int64)
+        if len(at) == len(runs):
+            repeats[at] = runs
+        input_ids = np.repeat(folded_ids, repeats)[None]
         if (found := int((input_ids == tokens.image).sum())) != sum(counts):
             raise BadArtefact(
                 f"the tokenizer of {self.folder} makes {found} placeholder tokens of {sum(counts)} visual ones; "

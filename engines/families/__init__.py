@@ -1,7 +1,7 @@
 """The host half of every family, by the family's name in spec.json."""
 
 from engines.families import anyres, idefics3, internvl, llava, qwen_vl
-from engines.families.family import HostFamily, Seen, expanded
+from engines.families.family import HostFamily, Seen, expanded, folded
 
 FAMILIES: dict[str, HostFamily] = {
     "llava": llava.FAMILY,
@@ -15,4 +15,4 @@ FAMILIES: dict[str, HostFamily] = {
     "smolvlm": idefics3.FAMILY,
 }
 
-__all__ = ["FAMILIES", "HostFamily", "Seen", "expanded"]
+__all__ = ["FAMILIES", "HostFamily", "Seen", "expanded", "folded"]

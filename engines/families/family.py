@@ -5,6 +5,7 @@ Pure numpy; no torch, no model class. Legend: V visual tokens, S prompt rows.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,3 +72,9 @@ def expanded(text: str, token: str, texts: Sequence[str]) -> str:
     """The prompt with its i-th placeholder replaced by the i-th text; the caller has counted them."""
     parts = text.split(token)
     return parts[0] + "".join(a + b for a, b in zip(texts, parts[1:], strict=True))
+
+
+def folded(text: str, token: str) -> tuple[str, list[int]]:
+    """The prompt with every run of placeholders as one, and how long each was."""
+    run = re.compile(f"(?:{re.escape(token)})+")
+    return run.sub(lambda _: token, text), [len(found[0]) // len(token) for found in run.finditer(text)]

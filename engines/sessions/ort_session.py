@@ -148,13 +148,16 @@ class OrtSession:
             return value.array
         return value if isinstance(value, np.ndarray) else value.numpy()
 
-    def buffer(self, name: str, rows: int, wanted: int, source: Value, held: int) -> Value:
-        """A buffer of the host; see ``engines.sessions.session.Session.buffer``."""
-        old = self.to_host(source)
-        array = np.empty((*old.shape[:2], wanted, old.shape[3]), old.dtype)
-        array[:, :, :held] = old[:, :, :held]
-        array[:, :, rows:] = 0  # the next run fills the rows between
-        return HostBuffer(array)
+    def buffers(self, sources: Mapping[str, Value], held: int, rows: int, wanted: int) -> dict[str, Value]:
+        """Buffers of the host, one piece of memory; see ``engines.sessions.session.Session.buffers``."""
+        olds = [self.to_host(source) for source in sources.values()]
+        _, heads, _, width = olds[0].shape
+        whole = np.empty((len(olds), 1, heads, wanted, width), olds[0].dtype)
+        if held:
+            for new, old in zip(whole, olds, strict=True):
+                new[:, :, :held] = old[:, :, :held]
+        whole[:, :, :, rows:] = 0  # the next run fills the rows between
+        return dict(zip(sources, map(HostBuffer, whole), strict=True))
 
 
 def _value_of(value: Value) -> ort.OrtValue:

@@ -70,11 +70,12 @@ class Session(Protocol):
         Raises OperationFailed where the runtime refuses or fails.
         """
 
-    def buffer(self, name: str, rows: int, wanted: int, source: Value, held: int) -> Value:
-        """A buffer for a cache input, [1, Hkv, C, d] with C at least ``rows``; asked for where form is in-place only.
+    def buffers(self, sources: Mapping[str, Value], held: int, rows: int, wanted: int) -> dict[str, Value]:
+        """Buffers for cache inputs, each [1, Hkv, C, d], C at least ``rows``; asked for where form is in-place only.
 
-        wanted: C where the runtime is free to choose. Its first ``held`` rows are those of ``source``, on the host or
-        the device; the others hold any numbers. Raises OperationFailed where there is no room for so many rows.
+        sources: input name → what its first ``held`` rows are taken from, on the host or the device; the inputs are
+        those of one segment, all of one shape. The other rows hold any numbers. wanted: C where the runtime is free to
+        choose. Raises OperationFailed where there is no room for so many rows.
         """
 
     def to_host(self, value: Value) -> np.ndarray:

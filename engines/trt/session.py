@@ -181,8 +181,11 @@ class TrtSession:
         """The largest shape of an input that any profile takes."""
         return self._bounds[0][name][2]
 
-    def buffer(self, name: str, rows: int, wanted: int, source: Value, held: int) -> DeviceTensor:
-        """A buffer as large as the engine was built for; see ``engines.sessions.session.Session.buffer``."""
+    def buffers(self, sources: Mapping[str, Value], held: int, rows: int, wanted: int) -> dict[str, Value]:
+        """Buffers as large as the engine was built for; see ``engines.sessions.session.Session.buffers``."""
+        return {name: self._buffer(name, source, held, rows) for name, source in sources.items()}
+
+    def _buffer(self, name: str, source: Value, held: int, rows: int) -> DeviceTensor:
         shape = self._bounds[0][name][2]
         if rows > shape[2]:
             raise OperationFailed(

@@ -100,7 +100,7 @@ def test_prefill_chunk_decode_growth_and_a_cut_are_those_of_the_concatenated_cac
 def test_a_step_copies_no_past_row(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
     mine, _ = both(exports, "large")
     step = fed(mine, 20, 0, None, visual=9)
-    monkeypatch.setattr(mine._session, "buffer", lambda *_: pytest.fail("a buffer was made"))
+    monkeypatch.setattr(mine._session, "buffers", lambda *_: pytest.fail("a buffer was made"))
     for seed in range(5):
         after = fed(mine, 1, seed, step.cache)
         assert all(after.cache.values[name] is buffer for name, buffer in step.cache.values.items())
