@@ -6,6 +6,10 @@ some 550, and under another spelling of the first. Here one reading serves both,
 cache holds a note of these very files (their path, inode, size and both times, as ``engines.bundles.remembered`` knows
 weights). This leans on one function of transformers, which is pinned: where that is not what it was, transformers reads
 as it always did. The function is back in its place when the import is over.
+
+Its packages put another object in their own place while they are imported, and who imports one in another thread
+meanwhile is handed the first (CPython waits for that module and then gives the one it found before). So the first
+one is told to give what the other gives.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +27,7 @@ from typing import Any
 
 from engines.notes import cache_home, mark_of, read_note, write_note
 
+LIBRARY = "transformers"
 READS = "transformers.utils.import_utils"
 FUNCTION = "create_import_structure_from_path"
 FOLDER = "models"
@@ -46,7 +52,10 @@ def read_once() -> Iterator[None]:
 
 
 class _Watch:
-    """A finder that finds one module, as Python does, and puts a ``Reader`` into it when it has been executed."""
+    """A finder of transformers' modules, as Python finds them, which has a word with some when they were executed.
+
+    One gets a ``Reader``, and packages learn to give what stands in their place.
+    """
 
     def __init__(self) -> None:
         self._reader: Reader | None = None
@@ -54,15 +63,19 @@ class _Watch:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path, target) if name == READS else None
-        if spec and (loader := spec.loader):
+        spec = PathFinder.find_spec(name, path, target) if name.partition(".")[0] == LIBRARY else None
+        is_package = spec is not None and spec.submodule_search_locations is not None
+        if spec and (loader := spec.loader) and (name == READS or is_package):
             execute = loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 loader.exec_module = execute  # type: ignore[method-assign]
                 execute(module)
                 with suppress(Exception):
-                    self._reader = Reader(module)
+                    if name == READS:
+                        self._reader = Reader(module)
+                    else:
+                        _give_what_stands_for(module)
 
             with suppress(AttributeError):
                 loader.exec_module = exec_module  # type: ignore[method-assign]
@@ -73,6 +86,13 @@ class _Watch:
             sys.meta_path.remove(self)
         if self._reader:
             self._reader.end()
+
+
+def _give_what_stands_for(module: ModuleType) -> None:
+    """Let a module that another object replaced answer as that one does, to who was handed it before."""
+    now = sys.modules.get(module.__name__)
+    if now is not None and now is not module and not hasattr(module, "__getattr__"):
+        module.__getattr__ = partial(getattr, now)  # type: ignore[method-assign]
 
 
 class Reader:

@@ -70,6 +70,31 @@ def test_the_names_are_those_of_a_plain_import_read_once_or_not_at_all(tmp_path:
     assert note.parent.stat().st_mode & 0o077 == 0
 
 
+MEANWHILE = f"""{PLAIN}
+import time
+from engines.processing import load_ahead
+load_ahead()
+while "transformers" not in sys.modules:
+    time.sleep(0.001)
+first = sys.modules["transformers"]
+from transformers import CLIPVisionConfig
+import transformers
+print(transformers.LlamaConfig.__name__, CLIPVisionConfig.__name__, first is not sys.modules["transformers"])
+try:
+    transformers.no_such_name
+except AttributeError as e:
+    print("no_such_name" in str(e))
+"""
+
+
+def test_another_thread_may_import_it_meanwhile(tmp_path: Path) -> None:
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", MEANWHILE], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path
+    )
+    assert (done.stdout.split(), done.stderr) == (["LlamaConfig", "CLIPVisionConfig", "True", "True"], "")
+
+
 NAMES = {
     frozenset({"vision", "torch"}): {"file": {"A", "B"}},
     frozenset(): {"other": set()},
