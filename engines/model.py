@@ -6,12 +6,14 @@ Legend: S rows, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engines.bundles.targets import TARGETS
 from engines.decoder import Decoder, Keep
 from engines.generate import Generation
 from engines.processing import Processor
@@ -65,8 +67,16 @@ class Model:
         return self._sessions[stage]
 
     def open(self) -> None:
-        """Open every stage and load the processor now, so that no question has to wait for it."""
+        """Open every stage and load the processor now, so that no question has to wait for it.
+
+        Stages that run on the host are opened side by side; what fails first in their order is told, as one by one.
+        """
         # Stages first: what reads processors is still being imported meanwhile.
+        target = TARGETS.get(self.target)
+        if target and target.memory == "host":
+            with ThreadPoolExecutor(len(self.spec.stages)) as threads:
+                for opening in [threads.submit(self.session, stage) for stage in self.spec.stages]:
+                    opening.result()
         for stage in self.spec.stages:
             self.session(stage)
         self.processor.load()

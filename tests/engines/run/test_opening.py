@@ -1,0 +1,49 @@
+"""Opening a model ahead of its first question: stages side by side, and the first failure in their order told."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import pytest
+
+import engines.model
+from engines.model import Model
+from engines.sessions.session import open_session
+from graphs.errors import BadArtefact
+from graphs.spec import spec_from_folder
+from tests.engines.run.conftest import TinyPair
+
+
+def test_stages_are_opened_side_by_side(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_pair.model("small")
+    all_there = Barrier(len(model.spec.stages), timeout=60)
+
+    def opened(*arguments: Any, **options: Any) -> Any:
+        all_there.wait()
+        return open_session(*arguments, **options)
+
+    monkeypatch.setattr(engines.model, "open_session", opened)
+    model.open()
+    assert model.opened == set(model.spec.stages)
+
+
+@pytest.mark.parametrize("target", ["cpu", "openvino"])
+def test_of_several_broken_stages_the_first_is_told(tiny_pair: TinyPair, tmp_path: Path, target: str) -> None:
+    if target == "openvino":
+        pytest.importorskip("openvino")
+    folder = shutil.copytree(tiny_pair.exports["small"], tmp_path / "export")
+    spec = spec_from_folder(folder)
+    stages = list(spec.stages)
+    for stage in stages[1:]:
+        (folder / spec.stages[stage].file).write_bytes(b"no graph")
+    with pytest.raises(BadArtefact) as alone:
+        Model(folder, spec, target).session(stages[1])
+    model = Model(folder, spec, target)
+    with pytest.raises(BadArtefact) as at_once:
+        model.open()
+    assert str(at_once.value) == str(alone.value)
+    assert spec.stages[stages[1]].file in str(at_once.value)
+    assert model.opened == set(stages[:1])
