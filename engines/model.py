@@ -5,6 +5,7 @@ Legend: S rows, D width.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -69,17 +70,28 @@ class Model:
     def open(self) -> None:
         """Open every stage and load the processor now, so that no question has to wait for it.
 
-        Stages that run on the host are opened side by side; what fails first in their order is told, as one by one.
+        On the host this is done side by side; of what fails, what would fail first one by one is told.
         """
-        # Stages first: what reads processors is still being imported meanwhile.
         target = TARGETS.get(self.target)
         if target and target.memory == "host":
-            with ThreadPoolExecutor(len(self.spec.stages)) as threads:
-                for opening in [threads.submit(self.session, stage) for stage in self.spec.stages]:
-                    opening.result()
+            self._open_at_once()
         for stage in self.spec.stages:
             self.session(stage)
         self.processor.load()
+
+    def _open_at_once(self) -> None:
+        # What reads processors is still being imported by a thread of its own, which takes about as long as a decoder.
+        longest_first = sorted(self.spec.stages, key=lambda stage: stage != "decoder")
+        with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1)) as threads:
+            begun = {stage: threads.submit(self.session, stage) for stage in longest_first}
+            try:
+                self.processor.load()
+            finally:
+                for stage in self.spec.stages:
+                    if begun[stage].cancel():
+                        self.session(stage)
+                    else:
+                        begun[stage].result()
 
     @cached_property
     def decoder(self) -> Decoder:
