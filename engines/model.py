@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from engines.sessions.session import Session, Value, open_session
 from engines.talk.memory import Memory
 from engines.talk.messages import Talk
 from engines.talk.prompt import Prompt
+from graphs.errors import SaccadeError
 from graphs.spec import ExportSpec, deepstack_names, visual_names
 
 if TYPE_CHECKING:
@@ -84,14 +86,13 @@ class Model:
         longest_first = sorted(self.spec.stages, key=lambda stage: stage != "decoder")
         with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1)) as threads:
             begun = {stage: threads.submit(self.session, stage) for stage in longest_first}
-            try:
+            with suppress(SaccadeError):  # which is told behind the stages'
                 self.processor.load()
-            finally:
-                for stage in self.spec.stages:
-                    if begun[stage].cancel():
-                        self.session(stage)
-                    else:
-                        begun[stage].result()
+            for stage in self.spec.stages:
+                if begun[stage].cancel():
+                    self.session(stage)
+                else:
+                    begun[stage].result()
 
     @cached_property
     def decoder(self) -> Decoder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import count
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -17,17 +18,31 @@ from graphs.spec import spec_from_folder
 from tests.engines.run.conftest import TinyPair
 
 
-def test_stages_are_opened_side_by_side(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_stages_are_opened_side_by_side(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one core too: what no other thread has begun is opened by the one that waits."""
     model = tiny_pair.model("small")
-    all_there = Barrier(len(model.spec.stages), timeout=60)
+    both_there, begun = Barrier(2, timeout=60), count()
 
     def opened(*arguments: Any, **options: Any) -> Any:
-        all_there.wait()
+        if next(begun) < 2:
+            both_there.wait()
         return open_session(*arguments, **options)
 
     monkeypatch.setattr(engines.model, "open_session", opened)
     model.open()
     assert model.opened == set(model.spec.stages)
+    assert next(begun) == len(model.spec.stages), "each of them once"
+
+
+def test_a_broken_stage_is_told_before_a_broken_processor(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_pair.exports["small"], tmp_path / "export")
+    spec = spec_from_folder(folder)
+    (folder / "processor" / "tokenizer.json").write_text("no tokenizer")
+    with pytest.raises(BadArtefact, match="AutoTokenizer cannot read"):
+        Model(folder, spec).open()
+    (folder / spec.stages["decoder"].file).write_bytes(b"no graph")
+    with pytest.raises(BadArtefact, match=r"ONNX Runtime cannot open .*decoder\.onnx"):
+        Model(folder, spec).open()
 
 
 @pytest.mark.parametrize("target", ["cpu", "openvino"])
@@ -46,4 +61,3 @@ def test_of_several_broken_stages_the_first_is_told(tiny_pair: TinyPair, tmp_pat
         model.open()
     assert str(at_once.value) == str(alone.value)
     assert spec.stages[stages[1]].file in str(at_once.value)
-    assert model.opened == set(stages[:1])
