@@ -5,13 +5,17 @@ Legend: S rows, D width.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engines.bundles.targets import TARGETS
 from engines.decoder import Decoder, Keep
 from engines.generate import Generation
 from engines.processing import Processor
@@ -21,6 +25,7 @@ from engines.talk.beginning import Beginnings
 from engines.talk.memory import Memory
 from engines.talk.messages import Talk
 from engines.talk.prompt import Prompt
+from graphs.errors import SaccadeError
 from graphs.spec import ExportSpec, deepstack_names, visual_names
 
 if TYPE_CHECKING:
@@ -67,11 +72,29 @@ class Model:
         return self._sessions[stage]
 
     def open(self) -> None:
-        """Open every stage and load the processor now, so that no question has to wait for it."""
-        # Stages first: what reads processors is still being imported meanwhile.
+        """Open every stage and load the processor now, so that no question has to wait for it.
+
+        On the host this is done side by side; of what fails, what would fail first one by one is told.
+        """
+        target = TARGETS.get(self.target)
+        if target and target.memory == "host":
+            self._open_at_once()
         for stage in self.spec.stages:
             self.session(stage)
         self.processor.load()
+
+    def _open_at_once(self) -> None:
+        # What reads processors is still being imported by a thread of its own, which takes about as long as a decoder.
+        longest_first = sorted(self.spec.stages, key=lambda stage: stage != "decoder")
+        with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1)) as threads:
+            begun = {stage: threads.submit(self.session, stage) for stage in longest_first}
+            with suppress(SaccadeError):  # which is told behind the stages'
+                self.processor.load()
+            for stage in self.spec.stages:
+                if begun[stage].cancel():
+                    self.session(stage)
+                else:
+                    begun[stage].result()
 
     @cached_property
     def decoder(self) -> Decoder:

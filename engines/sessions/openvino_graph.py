@@ -22,7 +22,7 @@ Legend: Hkv key-value heads, H query heads, P past rows, S new rows, d head widt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from mmap import MADV_DONTNEED, mmap
@@ -170,6 +170,7 @@ def _cached(
     """Put our nodes in the place of every attention on a past; return ``Read``'s segments, grown and states."""
     graph = proto.graph
     inputs = {value.name: value for value in graph.input}
+    readers = _readers(graph)
     attentions = [n for n in graph.node if n.op_type == "Attention" and not n.domain and len(n.input) > PAST_V]
     segments: dict[str, tuple[str, ...]] = {}
     grown: dict[str, str] = {}
@@ -187,7 +188,7 @@ def _cached(
         segment = inputs[past_k].type.tensor_type.shape.dim[2].dim_param
         segments[segment] = (*segments.get(segment, ()), past_k, past_v)
         grown |= {present_k: past_k, present_v: past_v}
-        heard = _heard(graph, node, past_k, present_k)
+        heard = _heard(readers, node, past_k, present_k)
         for attribute in list(node.attribute):
             node.attribute.remove(attribute)
         node.CopyFrom(
@@ -225,17 +226,26 @@ def _cached(
     return segments, grown, states
 
 
-def _heard(graph: onnx.GraphProto, attention: onnx.NodeProto, past_k: str, present_k: str) -> bool:
+def _heard(readers: Mapping[str, list[onnx.NodeProto]], attention: onnx.NodeProto, past_k: str, present_k: str) -> bool:
     """Turn others that read the keys, old or grown, to the second state; whether there are any."""
-    found, asked = False, {past_k, present_k}
-    for node in graph.node:
-        if node.output[:1] == attention.output[:1] or not asked & set(all_inputs_of(node)):
+    found, asked = False, (past_k, present_k)
+    for node in [node for name in asked for node in readers.get(name, ())]:
+        if node.output[:1] == attention.output[:1]:
             continue
         found = True
         for inner in _with_nested(node):
             for i, name in enumerate(inner.input):
                 if name in asked:
                     inner.input[i] = HEARD + name
+    return found
+
+
+def _readers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    """Value → the nodes of the main graph that read it, themselves or inside."""
+    found: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in set(all_inputs_of(node)):
+            found.setdefault(name, []).append(node)
     return found
 
 
