@@ -76,11 +76,12 @@ class Model:
 
         On the host this is done side by side; of what fails, what would fail first one by one is told.
         """
-        target = TARGETS.get(self.target)
-        if target and target.memory == "host":
-            self._open_at_once()
-        for stage in self.spec.stages:
-            self.session(stage)
+        if self.opened < set(self.spec.stages):
+            target = TARGETS.get(self.target)
+            if target and target.memory == "host":
+                self._open_at_once()
+            for stage in self.spec.stages:
+                self.session(stage)
         self.processor.load()
 
     def _open_at_once(self) -> None:
