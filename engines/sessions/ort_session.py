@@ -21,6 +21,7 @@ WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 AS_STORED = "session.disable_prepacking"
 GIVE_BACK = "memory.enable_memory_arena_shrinkage"
 LARGE = 1 << 18  # values of one fed tensor, caches apart, from which a run's memory is given back at its end
+FIRST_CUT = "kept_0"  # asked for by a decoder's run that prunes
 
 
 class HostBuffer:
@@ -122,7 +123,7 @@ class OrtSession:
                 binding.bind_output(name, self.device)
             for name, shared in in_place.items():
                 binding.bind_ortvalue_output(name, values[shared])
-            self._session.run_with_iobinding(binding, *self._options_of(values))
+            self._session.run_with_iobinding(binding, *self._options_of(values, prunes=FIRST_CUT in returned))
         except Exception as e:
             raise OperationFailed(
                 f"ONNX Runtime failed in {self._file.name} ({_first_line(e)}); {_remedy(e)}"
@@ -132,12 +133,17 @@ class OrtSession:
         # A buffer's memory is its feeder's.
         return on_host | {name: values[shared].numpy().copy() for name, shared in in_place.items() if name in host}
 
-    def _options_of(self, values: Mapping[str, ort.OrtValue]) -> tuple[ort.RunOptions, ...]:
-        """A large run begins on a trimmed heap and gives back what it took; a decode step keeps its memory."""
+    def _options_of(self, values: Mapping[str, ort.OrtValue], prunes: bool) -> tuple[ort.RunOptions, ...]:
+        """A large run begins on a trimmed heap and gives back what it took; a decode step keeps its memory.
+
+        So does a decoder's run that prunes: fresh pages for its few long layers would be a tenth of it.
+        """
         fed = (value.shape() for name, value in values.items() if not name.startswith("past_"))
         if self.device != "cpu" or all(prod(shape) < LARGE for shape in fed):
             return ()
         give_back()
+        if prunes:
+            return ()
         options = ort.RunOptions()
         options.add_run_config_entry(GIVE_BACK, "cpu:0")
         return (options,)
