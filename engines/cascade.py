@@ -39,7 +39,11 @@ if TYPE_CHECKING:
 
 
 class Cascade:
-    """A pair of models, or one alone, ready to be asked."""
+    """A pair of models, or one alone, ready to be asked.
+
+    reuses_beginnings: whether a conversation may begin with text that was computed for those before it; to be switched
+    off where what a question costs, or gives to the last bit, must not hang on them.
+    """
 
     def __init__(self, small: Model | None, large: Model | None, threshold: float = 1.0) -> None:
         """Take members that are known to fit; ``large`` is also the place of a model alone."""
@@ -53,7 +57,6 @@ class Cascade:
         self.small, self.large = small, large
         self.threshold = checked_threshold(threshold)
         self.promises: Promises | None = None
-        # Off where what a question costs, or gives to the last bit, must not hang on those before it.
         self.reuses_beginnings = True
 
     @classmethod
