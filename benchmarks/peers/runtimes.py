@@ -36,7 +36,7 @@ class Saccade:
         import saccade
 
         self._cascade = saccade.Cascade.open(folder, target=target, threads=threads, preload=True)
-        self._cascade.reuses_beginnings = False  # every question is answered from its start, as the peers do
+        self._cascade.reuses_beginnings = False  # the whole prompt is what is measured
         self._threshold = threshold
 
     def ask(self, image: np.ndarray, question: str, tokens: int, *, whole: bool = False) -> Measured:

@@ -30,11 +30,11 @@ class TinyPair:
     checkpoints: dict[str, Path]
     exports: dict[str, Path]
 
-    def model(self, role: str) -> Model:
-        return Model(self.exports[role], spec_from_folder(self.exports[role]), threads=1)
+    def model(self, role: str, target: str = "cpu") -> Model:
+        return Model(self.exports[role], spec_from_folder(self.exports[role]), target, threads=1)
 
-    def cascade(self, threshold: float = 1.0) -> Cascade:
-        return Cascade(self.model("small"), self.model("large"), threshold)
+    def cascade(self, threshold: float = 1.0, target: str = "cpu") -> Cascade:
+        return Cascade(self.model("small", target), self.model("large", target), threshold)
 
 
 @pytest.fixture(scope="session")

@@ -9,23 +9,13 @@ import pytest
 
 from engines.answer import Answer
 from engines.cascade import Cascade
-from engines.model import Model
 from engines.talk.beginning import WORTH, Beginnings, alike
-from graphs.spec import spec_from_folder
 from tests.engines.openvino.conftest import needs_openvino
 from tests.engines.run.conftest import NEW_TOKENS, TinyPair, picture_of, question_of
 
 SYSTEM = "what is red ? how many blue 3 4 5 which digit ?"
 OTHER = "what is red ? how many green 1 2 which colour ?"
 TARGETS = ["cpu", pytest.param("openvino", marks=needs_openvino)]
-
-
-def pair_on(tiny_pair: TinyPair, target: str) -> Cascade:
-    def model(role: str) -> Model:
-        folder = tiny_pair.exports[role]
-        return Model(folder, spec_from_folder(folder), target, threads=1)
-
-    return Cascade(model("small"), model("large"))
 
 
 def asked(cascade: Cascade, turn: int, threshold: float, system: str = SYSTEM, images: int = 1) -> Answer:
@@ -59,7 +49,7 @@ def beginnings(cascade: Cascade) -> list[Beginnings]:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("threshold", [0.0, 1.0], ids=["small answers", "large answers"])
 def test_a_third_conversation_begins_where_two_were_alike(tiny_pair: TinyPair, target: str, threshold: float) -> None:
-    cascade = pair_on(tiny_pair, target)
+    cascade = tiny_pair.cascade(target=target)
     for turn in range(4):
         held = [each.held for each in beginnings(cascade)]
         assert [each is not None for each in held] == [turn > 1, turn > 1 and threshold == 1]
@@ -69,7 +59,7 @@ def test_a_third_conversation_begins_where_two_were_alike(tiny_pair: TinyPair, t
 
 
 def test_what_is_held_is_what_was_alike_and_stays_as_it_is(tiny_pair: TinyPair) -> None:
-    cascade = pair_on(tiny_pair, "cpu")
+    cascade = tiny_pair.cascade()
     for turn in range(2):
         asked(cascade, turn, 1.0)
     for each in beginnings(cascade):
@@ -88,7 +78,7 @@ def test_what_is_held_is_what_was_alike_and_stays_as_it_is(tiny_pair: TinyPair) 
 
 
 def test_another_system_message_begins_anew_and_is_learnt_in_its_turn(tiny_pair: TinyPair) -> None:
-    cascade = pair_on(tiny_pair, "cpu")
+    cascade = tiny_pair.cascade()
     said = [SYSTEM, SYSTEM, OTHER, SYSTEM, OTHER, OTHER, OTHER]
     lines = []
     for turn, system in enumerate(said):
@@ -101,7 +91,7 @@ def test_another_system_message_begins_anew_and_is_learnt_in_its_turn(tiny_pair:
 
 
 def test_text_alone_and_images_before_it_share_what_they_can(tiny_pair: TinyPair) -> None:
-    cascade = pair_on(tiny_pair, "cpu")
+    cascade = tiny_pair.cascade()
     for turn in range(2):
         asked(cascade, turn, 1.0)
     wanted = without(cascade).ask(None, SYSTEM, max_new_tokens=NEW_TOKENS)
@@ -113,7 +103,7 @@ def test_text_alone_and_images_before_it_share_what_they_can(tiny_pair: TinyPair
 
 
 def test_a_few_tokens_are_not_worth_it(tiny_pair: TinyPair) -> None:
-    cascade = pair_on(tiny_pair, "cpu")
+    cascade = tiny_pair.cascade()
     for turn in range(3):
         answer = cascade.ask(picture_of(turn), question_of(turn), max_new_tokens=NEW_TOKENS)
         assert answer.cached_tokens == 0
@@ -121,7 +111,7 @@ def test_a_few_tokens_are_not_worth_it(tiny_pair: TinyPair) -> None:
 
 
 def test_what_is_measured_alone_begins_with_nothing(tiny_pair: TinyPair) -> None:
-    cascade = without(pair_on(tiny_pair, "cpu"))
+    cascade = without(tiny_pair.cascade())
     for turn in range(3):
         asked(cascade, turn, 1.0)
     assert [each.held for each in beginnings(cascade)] == [None, None]

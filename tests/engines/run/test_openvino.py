@@ -28,15 +28,10 @@ pytestmark = needs_openvino
 Cli = Callable[..., Outcome]
 
 
-def model_on(tiny_pair: TinyPair, role: str, target: str) -> Model:
-    folder = tiny_pair.exports[role]
-    return Model(folder, spec_from_folder(folder), target, threads=1)
-
-
 def test_the_cascade_says_what_it_says_on_cpu(tiny_pair: TinyPair) -> None:
     said = []
     for target in ("cpu", "openvino"):
-        cascade = Cascade(model_on(tiny_pair, "small", target), model_on(tiny_pair, "large", target))
+        cascade = tiny_pair.cascade(target=target)
         answer = cascade.ask(picture_of(3), question_of(3), keep=0.3, max_new_tokens=NEW_TOKENS)
         assert answer.confidence is not None
         assert answer.guidance is not None
@@ -51,7 +46,7 @@ def test_the_cascade_says_what_it_says_on_cpu(tiny_pair: TinyPair) -> None:
 @pytest.fixture(scope="module")
 def small(tiny_pair: TinyPair) -> dict[str, Model]:
     """The small model on both runtimes; every layer of it guides."""
-    return {target: model_on(tiny_pair, "small", target) for target in ("cpu", "openvino")}
+    return {target: tiny_pair.model("small", target) for target in ("cpu", "openvino")}
 
 
 def text(model: Model, tokens: list[int]) -> Chunk:
@@ -129,7 +124,7 @@ def test_without_blocks_as_on_a_gpu(tiny_pair: TinyPair, monkeypatch: pytest.Mon
     from engines.sessions import openvino_session
 
     monkeypatch.setattr(openvino_session, "CPU", "the device with blocks")
-    model = model_on(tiny_pair, "alone", "openvino")
+    model = tiny_pair.model("alone", "openvino")
     assert all(r.agrees for r in replay(model.folder, model.spec, partial(openvino_session.OpenVinoSession, threads=1)))
     assert not model.session("decoder")._segments  # type: ignore[attr-defined]
 
