@@ -43,11 +43,9 @@ class Confidence:
 
 def log_probs(logits_NV: np.ndarray, tokens_N: Sequence[int]) -> np.ndarray:
     """Return log softmax(logits)[i, token i], float64 [N]."""
-    wide_NV = logits_NV.astype(np.float64)
-    top_N = wide_NV.max(axis=-1)
-    norm_N = top_N + np.log(np.exp(wide_NV - top_N[:, None]).sum(axis=-1))
-    chosen_N: np.ndarray = wide_NV[np.arange(len(tokens_N)), np.asarray(tokens_N)] - norm_N
-    return chosen_N
+    below_NV = np.subtract(logits_NV, logits_NV.max(axis=-1, keepdims=True), dtype=np.float64)
+    chosen_N: np.ndarray = below_NV[np.arange(len(tokens_N)), np.asarray(tokens_N)]
+    return chosen_N - np.log(np.exp(below_NV, out=below_NV).sum(axis=-1))
 
 
 def confidence_of(log_prob_N: np.ndarray) -> float:

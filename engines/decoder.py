@@ -69,6 +69,7 @@ class Decoder:
     def __init__(self, session: Session, spec: ExportSpec) -> None:
         self._session = session
         self._spec = spec
+        self._nothing = empty_cache(spec)
         self._dtype = {t.name: t.dtype for t in spec.stages["decoder"].inputs}
         self._kept_names = tuple(f"kept_{i}" for i in range(len(spec.plan.points)))
         self._shared = shared_names(spec) if session.form == "in-place" else {}
@@ -92,7 +93,7 @@ class Decoder:
         Raises UsageError where the plan cannot serve the chunk, OperationFailed for NaN in the logits.
         """
         plan, language, rows = self._spec.plan, self._spec.language, len(chunk)
-        cache = cache or empty_cache(self._spec)
+        cache = cache or self._nothing
         position_S = chunk.positions
         if position_S is None:
             line = np.arange(cache.next_position, cache.next_position + rows, dtype=np.int64)
@@ -132,7 +133,7 @@ class Decoder:
             out = self._session.run(feeds, host=host, device=guidance, in_place=self._shared)
         else:
             out = self._session.run(feeds, host=host, device=(*present_outputs(self._spec), *guidance))
-        logits_RV = out["logits"][0].astype(np.float32)
+        logits_RV = out["logits"][0].astype(np.float32, copy=False)
         if not np.isfinite(logits_RV.max(axis=-1)).all():
             if cache.room:
                 cache.room.spoiled = True

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -150,6 +151,7 @@ def budget_names(point: PrunePoint, i: int) -> tuple[str, ...]:
     return (f"keep_{i}", f"merge_{i}", f"recycle_{i}") if point.merge else (f"keep_{i}",)
 
 
+@cache
 def past_names(layer: int) -> tuple[str, str]:
     """Names of a layer's cache inputs, each [B, Hkv, P_j, d]."""
     return f"past_k_{layer}", f"past_v_{layer}"
@@ -165,6 +167,7 @@ def deepstack_names(language: LanguageModel) -> tuple[str, ...]:
     return tuple(f"deepstack_{i}" for i in range(language.deepstack))
 
 
+@cache
 def present_names(layer: int) -> tuple[str, str]:
     """Names of a layer's cache outputs, each [B, Hkv, P_j + S_j, d], or the buffer where it is written in place."""
     return f"present_k_{layer}", f"present_v_{layer}"

@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime as ort
 
 from engines.sessions.heap import give_back
+from engines.sessions.host_buffers import Bound, HostBuffer, Shelf
 from engines.sessions.session import NOTHING, Value
 from graphs.errors import BadArtefact, OperationFailed, SaccadeError
 from graphs.packed import packed_as
@@ -22,14 +23,6 @@ AS_STORED = "session.disable_prepacking"
 GIVE_BACK = "memory.enable_memory_arena_shrinkage"
 LARGE = 1 << 18  # values of one fed tensor, caches apart, from which a run's memory is given back at its end
 FIRST_CUT = "kept_0"  # asked for by a decoder's run that prunes
-
-
-class HostBuffer:
-    """An array that ONNX Runtime writes to in place: ``array`` and ``value`` are the same memory."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array, self.value = array, ort.OrtValue.ortvalue_from_numpy(array)
-        self.shape = array.shape
 
 
 class OrtSession:
@@ -66,6 +59,7 @@ class OrtSession:
             ) from None
         self._inputs = {i.name for i in self._session.get_inputs()}
         self.form: CacheForm = form_of(self._inputs)
+        self._shelf = Shelf()
 
     def _opened(self, options: ort.SessionOptions) -> ort.InferenceSession:
         """Weights stay in their file, mapped: ONNX Runtime would transpose and pack them into memory of its own."""
@@ -110,36 +104,54 @@ class OrtSession:
                 f"{self._file.name} was fed wrongly: missing {missing}, unknown {unknown}; "
                 "spec.json and the graph disagree, export the checkpoint again"
             )
-        binding = self._session.io_binding()
-        # An OrtValue over an array shares its memory, so both must live until the run is over.
-        values = {name: _value_of(value) for name, value in feeds.items()}
+        returned = tuple(name for name in (*host, *device) if name not in in_place)
         try:
-            for name, value in values.items():
-                binding.bind_ortvalue_input(name, value)
-            returned = [name for name in host if name not in in_place]
+            bound = self._bound(feeds, returned, in_place)
             for name in returned:
-                binding.bind_output(name, "cpu")
-            for name in device:
-                binding.bind_output(name, self.device)
-            for name, shared in in_place.items():
-                binding.bind_ortvalue_output(name, values[shared])
-            self._session.run_with_iobinding(binding, *self._options_of(values, prunes=FIRST_CUT in returned))
+                bound.binding.bind_output(name, "cpu" if name in host else self.device)
+            self._session.run_with_iobinding(bound.binding, *self._options_of(feeds, prunes=FIRST_CUT in returned))
+            if not in_place:
+                values = dict(zip(returned, bound.binding.get_outputs(), strict=True))
+                return {name: value.numpy() if name in host else value for name, value in values.items()}
+            # Of what is bound only what is returned becomes a Python object; its array stays when it is bound anew.
+            outputs = bound.binding.get_outputs_as_ortvaluevector()
+            arrays = {name: outputs[i].numpy() for i, name in enumerate(returned)}
         except Exception as e:
             raise OperationFailed(
                 f"ONNX Runtime failed in {self._file.name} ({_first_line(e)}); {_remedy(e)}"
             ) from None
-        results = dict(zip((*returned, *device), binding.get_outputs(), strict=False))
-        on_host = {name: value.numpy() if name in host else value for name, value in results.items()}
+        results = {name: x if name in host else ort.OrtValue.ortvalue_from_numpy(x) for name, x in arrays.items()}
         # A buffer's memory is its feeder's.
-        return on_host | {name: values[shared].numpy().copy() for name, shared in in_place.items() if name in host}
+        return results | {name: bound.buffers[in_place[name]].numpy().copy() for name in host if name in in_place}
 
-    def _options_of(self, values: Mapping[str, ort.OrtValue], prunes: bool) -> tuple[ort.RunOptions, ...]:
+    def _bound(self, feeds: Mapping[str, Value], returned: tuple[str, ...], in_place: Mapping[str, str]) -> Bound:
+        """What is fed, and what is written in place, bound; of what is returned only the order."""
+        written = {shared: feeds[shared] for shared in in_place.values()}
+        first = next(iter(written.values()), None)
+        piece = first.piece if isinstance(first, HostBuffer) else None
+        bound = piece.bound.get(returned) if piece else None
+        if not bound or not bound.serves(written):
+            bound = Bound(self._session.io_binding(), {name: _value_of(value) for name, value in written.items()})
+            for name, value in bound.buffers.items():
+                bound.binding.bind_ortvalue_input(name, value)
+            for name in returned:
+                bound.binding.bind_output(name, self.device)
+            for name, shared in in_place.items():
+                bound.binding.bind_ortvalue_output(name, bound.buffers[shared])
+            if piece:
+                piece.bound[returned] = bound
+        for name, value in feeds.items():
+            if name not in written:
+                bound.binding.bind_ortvalue_input(name, _value_of(value))
+        return bound
+
+    def _options_of(self, feeds: Mapping[str, Value], prunes: bool) -> tuple[ort.RunOptions, ...]:
         """A large run begins on a trimmed heap and gives back what it took; a decode step keeps its memory.
 
         So does a decoder's run that prunes: fresh pages for its few long layers would be a tenth of it.
         """
-        fed = (value.shape() for name, value in values.items() if not name.startswith("past_"))
-        if self.device != "cpu" or all(prod(shape) < LARGE for shape in fed):
+        fed = (value for name, value in feeds.items() if not name.startswith("past_"))
+        if self.device != "cpu" or all(_size(value) < LARGE for value in fed):
             return ()
         give_back()
         if prunes:
@@ -157,21 +169,26 @@ class OrtSession:
     def buffers(self, sources: Mapping[str, Value], held: int, rows: int, wanted: int) -> dict[str, Value]:
         """Buffers of the host, one piece of memory; see ``engines.sessions.session.Session.buffers``."""
         olds = [self.to_host(source) for source in sources.values()]
-        _, heads, _, width = olds[0].shape
-        whole = np.empty((len(olds), 1, heads, wanted, width), olds[0].dtype)
+        lent = self._shelf.lend(np.broadcast_to(olds[0], (len(olds), *olds[0].shape)), rows, wanted)
+        whole = lent[0].piece.whole
         if held:
             for new, old in zip(whole, olds, strict=True):
                 new[:, :, :held] = old[:, :, :held]
         whole[:, :, :, rows:] = 0  # the next run fills the rows between
-        return dict(zip(sources, map(HostBuffer, whole), strict=True))
+        return dict(zip(sources, lent, strict=True))
 
 
 def _value_of(value: Value) -> ort.OrtValue:
+    """A value that may be bound; it and an array's value share their memory, which a binding keeps."""
     if isinstance(value, HostBuffer):
         return value.value
     if isinstance(value, ort.OrtValue):
         return value
     return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
+
+
+def _size(value: Value) -> int:
+    return prod(value.shape() if isinstance(value, ort.OrtValue) else value.shape)
 
 
 def _remedy(error: Exception) -> str:

@@ -16,7 +16,8 @@ import pytest
 from engines.bundles.golden import replay
 from engines.cache import SPARE_ROWS, Cache, cut
 from engines.decoder import Chunk, Decoder, Step
-from engines.sessions.ort_session import HostBuffer
+from engines.sessions import host_buffers
+from engines.sessions.host_buffers import HostBuffer, Piece, Shelf
 from engines.sessions.session import open_session
 from graphs.errors import OperationFailed
 from graphs.lowering.host import mapped
@@ -148,6 +149,70 @@ def test_buffers_that_hold_no_numbers_are_left(exports: Exports) -> None:
     after = fed(mine, 1, 1, step.cache)
     assert after.cache.room is not step.cache.room
     assert np.isfinite(after.logits).all()
+
+
+def pieces_of(cache: Cache) -> set[Piece]:
+    return {buffer.piece for buffer in cache.values.values()}
+
+
+def test_small_buffers_are_lent_again_when_nobody_holds_them(exports: Exports) -> None:
+    mine, theirs = both(exports, "large")
+    held = fed(mine, 20, 0, None, visual=9).cache
+    pieces = pieces_of(held)
+    assert len(pieces) == len(held.lengths)
+    assert not pieces & pieces_of(fed(mine, 20, 1, None, visual=9).cache)
+    bad = Chunk(np.full((1, 2, 64), np.nan, np.float32), np.zeros(2, bool))
+    with pytest.raises(OperationFailed, match="not numbers"):  # the next borrower must not see what this leaves
+        mine.run(bad, held, priority_S=np.zeros(2, np.float32))
+    later = [cut(held, mine._spec, held.next_position - 3, mine._session.to_host)]
+    del held
+    assert not pieces & pieces_of(fed(mine, 25, 2, None, visual=9).cache)
+    later.clear()
+    lent = set()
+    for rows in (23, 120, 24):  # the second is too long for them
+        got, want = (fed(d, rows, rows, None, visual=9) for d in (mine, theirs))
+        lent |= pieces_of(got.cache)
+        for step in range(3):
+            np.testing.assert_allclose(got.logits, want.logits, atol=2e-5)
+            got, want = fed(mine, 1, step, got.cache), fed(theirs, 1, step, want.cache)
+    assert pieces <= lent
+
+
+def test_few_and_small_pieces_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_buffers, "KEPT_BYTES", 4000)
+    shelf, like = Shelf(), np.zeros((4, 1, 1, 0, 8), np.float32)
+    lent = [shelf.lend(like, 20, 30) for _ in range(host_buffers.KEPT + 2)]
+    pieces = [buffers[0].piece for buffers in lent]
+    lent.clear()
+    again = [shelf.lend(like, 20, 30) for _ in pieces]
+    assert len({buffers[0].piece for buffers in again} & set(pieces)) == host_buffers.KEPT
+    large = shelf.lend(like, 32, 32)
+    piece = large[0].piece
+    assert piece.whole.nbytes > 4000
+    del large
+    assert shelf.lend(like, 32, 32)[0].piece is not piece
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_steps_over_the_same_buffers_are_bound_once_and_each_keeps_its_results(
+    exports: Exports, role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, _ = both(exports, role)
+    made, real = list[int](), mine._session._session.io_binding
+    monkeypatch.setattr(mine._session._session, "io_binding", lambda: (made.append(0), real())[1])
+    steps = [fed(mine, 20, 0, None, visual=9, keep=0.5 if role == "large" else None)]
+    received, logits = [], []
+    for seed in range(6):
+        steps.append(fed(mine, 1, seed, steps[-1].cache))
+        logits.append(steps[-1].logits.copy())
+        if role == "small":
+            received.append(mine._session.to_host(steps[-1].received).copy())
+    # A prefill that prunes returns more than a step does.
+    assert len(made) == (2 if role == "large" else 1)
+    for step, was in zip(steps[1:], logits, strict=True):
+        np.testing.assert_array_equal(step.logits, was)
+    for step, heard in zip(steps[1:], received, strict=False):
+        np.testing.assert_array_equal(mine._session.to_host(step.received), heard)
 
 
 @pytest.mark.parametrize("packed", [True, False])
