@@ -250,7 +250,10 @@ def _conv(node: Any, shapes: Shapes) -> Dims:
 
 def _attention(node: Any, shapes: Shapes) -> list[Dims]:
     """4D inputs, as the exporter writes them, or heads side by side; keys are those of the cache and the chunk."""
-    if heads := attribute_of(node, "q_num_heads"):
+    heads = attribute_of(node, "q_num_heads")
+    if heads and len(node.output) == 1:
+        return [_over_all(heads, shapes[node.output[0]])]
+    if heads:
         (batch, rows, _), k_BHTd, v_BHTd = (shapes[name] for name in node.output[:3])
         return [(2, batch, heads, rows, width, k_BHTd[2]) for width in (k_BHTd[3], v_BHTd[3])]
     q_BHSd, v_BHTd = (shapes[node.input[i]] for i in (0, 2))
@@ -285,10 +288,15 @@ def _block_attention(node: Any, shapes: Shapes) -> Dims:
     return (4, *q_BHKd, q_BHKd[2])
 
 
-def _blocks_tiled(node: Any, shapes: Shapes) -> Dims:
-    """BlockAttention as the CPU's packed stages have it; the column that says what is padding is left out."""
-    heads, (blocks, rows, all_heads) = attribute_of(node, "num_heads"), shapes[node.output[0]]
-    return (4, blocks, heads, rows, int(all_heads) // heads, rows)
+def _tiled(node: Any, shapes: Shapes) -> Dims:
+    """A tower's attention as the CPU's packed stages have it; a column that says what is padding is left out."""
+    return _over_all(attribute_of(node, "num_heads"), shapes[node.output[0]])
+
+
+def _over_all(heads: int, out_BKD: Dims) -> Dims:
+    """Every row of heads side by side against every row."""
+    batch, rows, width = out_BKD
+    return (4, batch, heads, rows, int(width) // heads, rows)
 
 
 def _text_raters(node: Any, shapes: Shapes) -> Dims:
@@ -319,7 +327,7 @@ COUNTS: dict[tuple[str, str], Callable[[Any, Shapes], Dims | list[Dims]]] = {
     (MICROSOFT, "GroupQueryAttention"): _grouped,
     (MICROSOFT, "FusedMatMul"): _matmul,  # packed stages turn the second factor only
     (MICROSOFT, "MatMulNBits"): _quantised,
-    (MICROSOFT, "MultiHeadAttention"): _blocks_tiled,
+    (MICROSOFT, "MultiHeadAttention"): _tiled,
     (DOMAIN, "AttentionReceived"): _received,
     (DOMAIN, "RatedAttentionReceived"): _received,
     (DOMAIN, "ReceivedInCache"): _received,

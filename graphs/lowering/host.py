@@ -3,7 +3,7 @@
 1. ``WeightsAsStored``  products read a weight as the checkpoint stores it: mapped from its file and never copied
 2. ``OneRotary``        a rotation is one node
 3. ``HeadsTogether``    attention takes rows of all heads side by side
-4. ``BlocksTiled``      attention inside blocks is one tiled kernel, without a map of scores
+4. ``TowersTiled``      a tower's attention, over whole images or inside blocks, holds no map of scores
 5. ``PatchesByProduct`` a tower's patches are embedded by one product
 
 ``mapped`` does this in memory when a graph is opened and moves no byte of a weight. ``graphs.lowering.packing`` writes
@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graphs.lowering.blocks import BlocksTiled
 from graphs.lowering.linear import WeightsAsStored, is_stored_matrix, stored_weight
 from graphs.lowering.patches import PatchesByProduct
 from graphs.lowering.rotary import HeadsTogether, OneRotary
+from graphs.lowering.tiled import TowersTiled
 
 
 def mapped(model: ir.Model) -> bool:
@@ -38,4 +38,4 @@ def one_node_each(model: ir.Model) -> None:
     """The passes that touch no weight, in place."""
     OneRotary()(model)
     HeadsTogether()(model)
-    BlocksTiled()(model)
+    TowersTiled()(model)

@@ -5,8 +5,10 @@ Legend: B batch, S rows, H heads, d head width.
     x·cos + concat(−x[d/2:], x[:d/2])·sin,  cos = concat(a, a), sin = concat(b, b)   →   RotaryEmbedding(x, a, b)
     Transpose(Reshape(x [B,S,H·d])) [B,H,S,d] in front of RotaryEmbedding and Attention   →   x [B,S,H·d] as it is
 
-Qwen's angles come from three axes, so a tracer leaves their rotation as ten nodes a layer; a decode step is a few
-hundred such nodes of microseconds each. Source: ONNX RotaryEmbedding-23 and Attention-23 with inputs of three axes.
+A tracer leaves a rotation as some ten nodes, twice a layer; a decode step of a small model is a few hundred such nodes
+of microseconds each. The halves may be equal before their cosine and sine are taken (Llama: cos(concat(f, f))) or after
+(Qwen-VL, whose angles come from three axes); before, those of one half are taken instead.
+Source: ONNX RotaryEmbedding-23 and Attention-23 with inputs of three axes.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ import onnx_ir as ir
 from graphs.lowering.edit import before, constant
 from graphs.lowering.linear import remove_unread, replace
 
+SINCE = 23  # the version of the standard that has the node
+ONE_BY_ONE, SCALED = ("Cos", "Sin", "Cast"), ("Mul",)  # what may stand between the halves' Concat and the rotation
+
 
 class OneRotary(ir.passes.InPlacePass):
     """Rewrite every rotation by halves whose angles are the same for both halves."""
@@ -23,18 +28,21 @@ class OneRotary(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite in place."""
 
+        if (model.graph.opset_imports.get("") or 0) < SINCE:
+            return ir.passes.PassResult(model, False)
         changed = False
+        halves: dict[ir.Value, ir.Value] = {}
         for node in list(model.graph.all_nodes()):
             if found := _rotation(node):
                 x, cos, sin = found
-                replace(node, ir.node("RotaryEmbedding", [x, cos, sin]))
+                replace(node, ir.node("RotaryEmbedding", [x, _half(cos, halves), _half(sin, halves)]))
                 changed = True
 
         return ir.passes.PassResult(model, changed)
 
 
 def _rotation(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
-    """x [B,H,S,d] and the angles' halves cos, sin [B,S,d/2] of an Add that rotates; None for others."""
+    """x [B,H,S,d] and the angles cos, sin [B,S,d], of two equal halves, of an Add that rotates; None for others."""
     if node.op_type != "Add" or node.domain:
         return None
     straight, turned = (_made(value, "Mul") for value in node.inputs)
@@ -43,7 +51,7 @@ def _rotation(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
     if _made(turned.inputs[0], "Concat") is None:
         straight, turned = turned, straight
     x, joined = straight.inputs[0], _made(turned.inputs[0], "Concat")
-    cos, sin = _half(straight.inputs[1]), _half(turned.inputs[1])
+    cos, sin = _twice(straight.inputs[1]), _twice(turned.inputs[1])
     if x is None or cos is None or sin is None or joined is None or len(joined.inputs) != 2:
         return None
     negative, first = _made(joined.inputs[0], "Neg"), _made(joined.inputs[1], "Slice")
@@ -56,16 +64,41 @@ def _rotation(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
     return x, cos, sin
 
 
-def _half(value: ir.Value | None) -> ir.Value | None:
-    """a [B,S,d/2] of Unsqueeze(Concat(a, a), 1)."""
+def _twice(value: ir.Value | None) -> ir.Value | None:
+    """The angles [B,S,d] behind Unsqueeze(…, 1), where they are one half twice."""
     outer = _made(value, "Unsqueeze")
     if outer is None or _ints(outer.inputs[1]) != [1]:
         return None
-    joined = _made(outer.inputs[0], "Concat")
-    if joined is None or len(joined.inputs) != 2 or joined.inputs[0] is not joined.inputs[1]:
+    joined = _joined(outer.inputs[0])
+    half = joined.inputs[0] if joined is not None else None
+    return outer.inputs[0] if half is not None and half.shape is not None and len(half.shape) == 3 else None
+
+
+def _joined(value: ir.Value | None) -> ir.Node | None:
+    """The Concat(a, a) of the last axis that a value is, or is made of one by one."""
+    node = value.producer() if value is not None else None
+    if node is None or node.domain:
         return None
-    half = joined.inputs[0]
-    return half if half is not None and half.shape is not None and len(half.shape) == 3 else None
+    if node.op_type == "Concat":
+        axis = node.attributes.get_int("axis", 0)
+        return node if axis in (-1, 2) and len(node.inputs) == 2 and node.inputs[0] is node.inputs[1] else None
+    single = node.op_type in ONE_BY_ONE or (node.op_type in SCALED and _is_number(node.inputs[1]))
+    return _joined(node.inputs[0]) if single else None
+
+
+def _half(value: ir.Value, halves: dict[ir.Value, ir.Value]) -> ir.Value:
+    """The first half of angles that are it twice, [B,S,d/2]; what they are made by is done to the half, once."""
+    node = value.producer()
+    assert node is not None
+    first = node.inputs[0]
+    assert first is not None
+    if node.op_type == "Concat":
+        return first
+    if value not in halves:
+        half = before(node, node.op_type, [_half(first, halves), *node.inputs[1:]], **node.attributes)
+        half.type, half.shape = value.type, _joined(value).inputs[0].shape  # type: ignore[union-attr]
+        halves[value] = half
+    return halves[value]
 
 
 class HeadsTogether(ir.passes.InPlacePass):
@@ -162,6 +195,11 @@ def _perm(node: ir.Node) -> list[int]:
 def _ints(value: ir.Value | None) -> list[int] | None:
     held = value.const_value if value is not None else None
     return [int(x) for x in held.numpy().reshape(-1)] if held is not None and held.size <= 8 else None
+
+
+def _is_number(value: ir.Value | None) -> bool:
+    held = value.const_value if value is not None else None
+    return held is not None and held.size == 1
 
 
 def _bounds(node: ir.Node) -> tuple[int, int] | tuple[None, None]:

@@ -54,8 +54,12 @@ def test_the_block_divides_the_row_or_pads_it(width: int, block: int) -> None:
     assert Bits(8, 128).block_of(width) == block
 
 
-def layer(folder: Path, *, dtype: type = np.float32, tied: bool = True) -> dict[str, np.ndarray]:
-    """One attention layer as the exporter writes it, rotated by halves, a table and a head, in three files."""
+def layer(folder: Path, *, dtype: type = np.float32, tied: bool = True, early: bool = False) -> dict[str, np.ndarray]:
+    """One attention layer as the exporter writes it, rotated by halves, a table and a head, in three files.
+
+    early: the inputs cos and sin are angles, twice the same before their cosine and sine are taken and scaled, as in
+    Llama with YaRN.
+    """
     rng = np.random.default_rng(1)
 
     def drawn(*shape: int) -> np.ndarray:
@@ -112,7 +116,9 @@ def layer(folder: Path, *, dtype: type = np.float32, tied: bool = True) -> dict[
             node
             for name in ("cos", "sin")
             for node in (
-                n("Concat", [name, name], [f"{name}_2"], axis=-1, name=f"{name}_c"),
+                n("Concat", [name, name], [f"{name}_{1 if early else 2}"], axis=-1, name=f"{name}_c"),
+                *([n(name.title(), [f"{name}_1"], [f"{name}_0"], name=f"{name}_o")] if early else []),
+                *([n("Mul", [f"{name}_0", "scaling"], [f"{name}_2"], name=f"{name}_s")] if early else []),
                 n("Unsqueeze", [f"{name}_2", "one"], [f"{name}_4"], name=f"{name}_u"),
             )
         ),
@@ -142,6 +148,7 @@ def layer(folder: Path, *, dtype: type = np.float32, tied: bool = True) -> dict[
     ints = {"zero": [0], "half": [HEAD // 2], "end": [2**40], "last": [3], "one": [1], "together": [0, 0, -1]}
     ints |= {f"heads_{count}": [0, 0, count, HEAD] for count in (HEADS, GROUPS)}
     small = [helper.make_tensor(name, T.INT64, [len(value)], value) for name, value in ints.items()]
+    small += [helper.make_tensor("scaling", kind, [], [1.25])] if early else []
     of = helper.make_tensor_value_info
     rows = [1, "S", HEAD // 2]
     past = [[1, GROUPS, "P", HEAD], [1, GROUPS, "T", HEAD]]
@@ -197,14 +204,17 @@ def ops_of(model: ir.Model) -> list[str]:
     return [node.op_type for node in model.graph.all_nodes()]
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize(("rows", "past"), [(5, 0), (1, 6), (3, 4)])
-def test_mapped_is_the_same_with_fewer_nodes_and_no_copy(tmp_path: Path, rows: int, past: int) -> None:
-    layer(tmp_path)
+def test_mapped_is_the_same_with_fewer_nodes_and_no_copy(tmp_path: Path, rows: int, past: int, early: bool) -> None:
+    layer(tmp_path, early=early)
     model = ir.load(tmp_path / "decoder.onnx")
     assert mapped(model)
     ops = ops_of(model)
     assert (ops.count("FusedMatMul"), ops.count("RotaryEmbedding"), ops.count("Transpose")) == (7, 2, 0)
     assert not {"MatMul", "Reshape", "Slice", "Neg"} & set(ops)
+    # What the halves are made by stands once, however many layers read it.
+    assert [ops.count(kind) for kind in ("Concat", "Cos", "Sin", "Mul")] == ([0, 1, 1, 2] if early else [0] * 4)
     wanted = ran(tmp_path / "decoder.onnx", fed(rows, past), tmp_path)
     got = ran(ir.serde.serialize_model(model).SerializeToString(), fed(rows, past), tmp_path, disable_prepacking="1")
     for a, b in zip(got, wanted, strict=True):

@@ -6,6 +6,7 @@ Legend: B blocks, H heads, K places, D head width, M samples, C channels, N outp
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,8 +17,8 @@ from onnx import TensorProto as T
 from onnx import helper
 from safetensors.numpy import save_file
 
-from graphs.lowering.blocks import BlocksTiled
 from graphs.lowering.patches import PatchesByProduct
+from graphs.lowering.tiled import LONG, TowersTiled
 from graphs.ops import DOMAIN
 from graphs.ops.block_attention import OP
 from graphs.weights import safetensors_file
@@ -71,7 +72,7 @@ def test_blocks_without_a_map_give_what_the_op_says(count: int, places: int, row
     rng = np.random.default_rng(places)
     model = blocks(rows_first=rows_first)
     lowered = ir.from_proto(model)
-    assert BlocksTiled()(lowered).modified
+    assert TowersTiled()(lowered).modified
     assert [n.op_type for n in lowered.graph if n.op_type in ("BlockAttention", "MultiHeadAttention")] == [
         "MultiHeadAttention"
     ] * 2
@@ -88,7 +89,64 @@ def test_blocks_without_a_map_give_what_the_op_says(count: int, places: int, row
 
 
 def test_blocks_of_another_type_are_left() -> None:
-    assert not BlocksTiled()(ir.from_proto(blocks(T.FLOAT16))).modified
+    assert not TowersTiled()(ir.from_proto(blocks(T.FLOAT16))).modified
+
+
+def tower(places: int | str, *, dtype: int = T.FLOAT, merged: bool = True, mask: bool = False) -> onnx.ModelProto:
+    """One attention over all places, as the exporter writes it; merged: its heads are put together behind it."""
+    n, width = helper.make_node, HEADS * WIDTH
+    nodes = []
+    for x in "qkv":
+        nodes += [n("Reshape", [x, "split"], [f"{x}_r"]), n("Transpose", [f"{x}_r"], [f"{x}_4"], perm=[0, 2, 1, 3])]
+    nodes.append(n("Attention", ["q_4", "k_4", "v_4", *(["mask"] if mask else [])], ["a_4"], scale=0.3))
+    nodes.append(n("Reshape", ["a_4", "same"], ["a_r"]))
+    if merged:
+        nodes += [n("Transpose", ["a_r"], ["a_t"], perm=[0, 2, 1, 3]), n("Reshape", ["a_t", "merge"], ["a"])]
+    else:
+        nodes.append(n("Neg", ["a_r"], ["a"]))
+    of = helper.make_tensor_value_info
+    ints = {
+        "split": [0, 0, HEADS, WIDTH],
+        "same": [0, HEADS, places if places != "K" else -1, WIDTH],
+        "merge": [0, 0, width],
+    }
+    out = ["B", places, width] if merged else ["B", HEADS, places, WIDTH]
+    graph = helper.make_graph(
+        nodes,
+        "tower",
+        [of(x, dtype, ["B", places, width]) for x in "qkv"] + ([of("mask", T.BOOL, [places, places])] if mask else []),
+        [of("a", dtype, out)],
+        [helper.make_tensor(name, T.INT64, [len(value)], value) for name, value in ints.items()],
+        value_info=[of(x, dtype, ["B", HEADS, places, WIDTH]) for x in ("q_4", "k_4", "v_4", "a_4", "a_r")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+
+
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize(
+    ("places", "kind"), [(LONG - 1, "Attention"), (LONG, "MultiHeadAttention"), ("K", "MultiHeadAttention")]
+)
+def test_attention_over_whole_images_takes_rows_of_all_heads(places: int | str, kind: str, merged: bool) -> None:
+    model = tower(places, merged=merged)
+    lowered = ir.from_proto(model)
+    assert TowersTiled()(lowered).modified
+    behind = [] if merged else ["Reshape", "Transpose", "Reshape", "Neg"]
+    assert [n.op_type for n in lowered.graph if n.op_type != "Constant"] == [kind, *behind]
+    rng = np.random.default_rng(0)
+    shape = (2, 5 if places == "K" else places, HEADS * WIDTH)
+    feeds = {name: 2 * rng.standard_normal(shape).astype(np.float32) for name in "qkv"}
+    (got,), (wanted,) = ran(lowered, feeds), ran(model, feeds)
+    q, k, v = (feeds[x].reshape(*shape[:2], HEADS, WIDTH).transpose(0, 2, 1, 3).astype(np.float64) for x in "qkv")
+    share = np.exp(0.3 * q @ k.swapaxes(2, 3))
+    plain = (share / share.sum(-1, keepdims=True)) @ v
+    plain = plain.transpose(0, 2, 1, 3).reshape(shape) if merged else -plain
+    assert np.abs(got - plain).max() < 1e-5 * np.abs(plain).max()
+    assert np.abs(got - wanted).max() < 1e-5 * np.abs(plain).max()
+
+
+@pytest.mark.parametrize("other", [{"dtype": T.FLOAT16}, {"mask": True}])
+def test_attention_that_the_tiled_kernel_cannot_do_is_left(other: dict[str, Any]) -> None:
+    assert not TowersTiled()(ir.from_proto(tower(600, **other))).modified
 
 
 @pytest.mark.parametrize("bias", [True, False])

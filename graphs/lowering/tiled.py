@@ -1,0 +1,147 @@
+"""Attention of a tower as ONNX Runtime's tiled kernel for the CPU, which holds no map of scores.
+
+Legend: B images, tiles or blocks, H heads, K places of one, D head width.
+
+    Attention(q, k, v [B,H,K,D])                      →  MultiHeadAttention(q, k, v [B,K,H·D])
+    BlockAttention(q, k, v [B,H,K,D], is_real [B,K])  →  MultiHeadAttention(q ⊕ 1, k ⊕ p, v),  p = 0 or LOW
+
+The kernel is tiled only where there is no mask, so what is not real is said by one more column of q and k: its product
+is LOW for a padding key, whose share is then exactly 0. Where places are few the standard's Attention is faster, with
+rows of all heads too. Source: ONNX Runtime's com.microsoft::MultiHeadAttention.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from graphs.lowering.edit import before, constant, takes_over
+from graphs.lowering.linear import MICROSOFT, remove_unread
+from graphs.ops import DOMAIN
+
+LOW = -1e30  # times any scale of an attention still less than every score, and no infinity
+LONG = 448  # places from which on the tiled kernel is the faster one; a map of fewer scores is small
+ROWS_FIRST = (0, 2, 1, 3)  # [B,H,K,D] ↔ [B,K,H,D]
+
+
+class TowersTiled(ir.passes.InPlacePass):
+    """Rewrite attention over whole images and inside blocks, of fp32 values whose heads and width are known."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place."""
+        found = [node for node in model.graph if _over_all(node) or _in_blocks(node)]
+        columns: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        for node in found:
+            _rewrite(node, columns)
+        if found:
+            model.graph.opset_imports[MICROSOFT] = 1
+        for blocks in (node for node in found if node.domain == DOMAIN):
+            if not any(node.op_identifier() == blocks.op_identifier() for node in model.graph.all_nodes()):
+                model.functions.pop(blocks.op_identifier(), None)
+        return ir.passes.PassResult(model, bool(found))
+
+
+def _in_blocks(node: ir.Node) -> bool:
+    return node.domain == DOMAIN and node.op_type == "BlockAttention" and _heads(node.inputs[0]) is not None
+
+
+def _over_all(node: ir.Node) -> bool:
+    """Whether every row attends to every row: no mask, no cache, and nothing that the kernel does not do."""
+    if node.domain or node.op_type != "Attention" or len(node.inputs) != 3 or len(node.outputs) != 1:
+        return False
+    causal, capped = node.attributes.get_int("is_causal", 0), node.attributes.get_float("softcap", 0.0)
+    same = _heads(node.inputs[0]) is not None and len({_heads(x) for x in node.inputs}) == 1
+    return same and not causal and not capped
+
+
+def _rewrite(node: ir.Node, columns: dict[ir.Value, tuple[ir.Value, ir.Value]]) -> None:
+    q, k, v = node.inputs[:3]
+    assert q is not None
+    assert q.shape is not None
+    graph, sizes = node.graph, _heads(q)
+    assert graph is not None
+    assert sizes
+    heads, width = sizes
+    rows = [_rows_first(node, value) for value in (q, k, v)]
+    widths = [width] * 3
+    if is_real := next(iter(node.inputs[3:]), None):
+        if is_real not in columns:
+            columns[is_real] = _columns(node, is_real, heads)
+        rows[:2] = [before(node, "Concat", list(pair), axis=3) for pair in zip(rows[:2], columns[is_real], strict=True)]
+        widths[:2] = [width + 1] * 2
+    flat = [_flat(node, value, heads * wide) for value, wide in zip(rows, widths, strict=True)]
+    scale = node.attributes.get_float("scale", 0.0) or width**-0.5
+    if is_real is None and isinstance(q.shape[2], int) and q.shape[2] < LONG:
+        attributes = {"q_num_heads": heads, "kv_num_heads": heads, "scale": scale}
+        made = ir.node("Attention", flat, attributes, name=node.name)
+    else:
+        attributes = {"num_heads": heads, "scale": scale}
+        made = ir.node("MultiHeadAttention", flat, attributes, domain=MICROSOFT, name=node.name)
+    graph.insert_before(node, made)
+    made.outputs[0].type, made.outputs[0].shape = q.type, ir.Shape([q.shape[0], q.shape[2], heads * width])
+    together = _together(node.outputs[0])
+    if together:
+        takes_over(made.outputs[0], together)
+    else:
+        apart = before(node, "Reshape", [made.outputs[0], constant(node, [0, 0, heads, width])])
+        takes_over(before(node, "Transpose", [apart], perm=ROWS_FIRST), node.outputs[0])
+    last = together.producer() if together else node
+    fed = [value.producer() for value in (q, k, v) if value is not None]
+    remove_unread([last])
+    remove_unread(fed)
+
+
+def _together(value: ir.Value) -> ir.Value | None:
+    """[B,K,H·D], where that alone is made of [B,H,K,D]; a view of the same sizes may stand on the way."""
+    sizes = value.shape
+    user = _only_user(value)
+    if user is not None and user.op_type == "Reshape" and user.outputs[0].shape == sizes:
+        user = _only_user(user.outputs[0])
+    if user is None or user.op_type != "Transpose" or tuple(user.attributes.get_ints("perm") or ()) != ROWS_FIRST:
+        return None
+    user = _only_user(user.outputs[0])
+    shape = user.outputs[0].shape if user is not None and user.op_type == "Reshape" else None
+    if user is None or shape is None or sizes is None or len(shape) != 3:
+        return None
+    return user.outputs[0] if shape[-1] == sizes[1] * sizes[3] and shape[:2] == (sizes[0], sizes[2]) else None
+
+
+def _only_user(value: ir.Value) -> ir.Node | None:
+    users = [user for user, _ in value.uses()]
+    return users[0] if len(users) == 1 and not value.is_graph_output() and not users[0].domain else None
+
+
+def _columns(node: ir.Node, is_real: ir.Value, heads: int) -> tuple[ir.Value, ir.Value]:
+    """What stands behind every row of q and of k, each [B,K,H,1]."""
+    zero, low, one = (before(node, "Constant", [], value=ir.tensor(np.float32(x))) for x in (0, LOW, 1))
+    padding_BK11 = before(node, "Unsqueeze", [before(node, "Where", [is_real, zero, low]), constant(node, [2, 3])])
+    sizes = before(node, "Concat", [before(node, "Shape", [is_real]), constant(node, [heads, 1])], axis=0)
+    return before(node, "Expand", [one, sizes]), before(node, "Expand", [padding_BK11, sizes])
+
+
+def _flat(node: ir.Node, value: ir.Value, width: int) -> ir.Value:
+    """[B,K,H·D] of [B,K,H,D]: what it was split from, or joined again."""
+    maker = value.producer()
+    split = maker.inputs[0] if maker is not None and maker.op_type == "Reshape" and not maker.domain else None
+    if split is not None and split.shape is not None and len(split.shape) == 3 and split.shape[-1] == width:
+        return split
+    return before(node, "Reshape", [value, constant(node, [0, 0, width])])
+
+
+def _rows_first(node: ir.Node, value: ir.Value | None) -> ir.Value:
+    """[B,K,H,D] of [B,H,K,D]: what it was turned from, or turned back."""
+    maker = value.producer() if value is not None else None
+    turned = maker is not None and maker.op_type == "Transpose" and not maker.domain
+    if maker is not None and turned and tuple(maker.attributes.get_ints("perm") or ()) == ROWS_FIRST:
+        source = maker.inputs[0]
+        assert source is not None
+        return source
+    return before(node, "Transpose", [value], perm=ROWS_FIRST)
+
+
+def _heads(value: ir.Value | None) -> tuple[int, int] | None:
+    """H and D of [B,H,K,D] in fp32; None where type or sizes are others, or not known."""
+    if value is None or value.shape is None or len(value.shape) != 4 or value.dtype != ir.DataType.FLOAT:
+        return None
+    heads, width = value.shape[1], value.shape[3]
+    return (heads, width) if isinstance(heads, int) and isinstance(width, int) else None
