@@ -125,8 +125,9 @@ def _join(node: ir.Node) -> bool:
     assert graph is not None
     old = list(node.inputs[:3])
     heads = []
-    for i, (x, rotary, count) in enumerate(sources):
+    for i, (rows, rotary, count) in enumerate(sources):
         heads.append(count)
+        x = _flat(node, rows)
         if rotary is None:
             node.replace_input_with(i, x)
             continue
@@ -163,18 +164,35 @@ def _views_of(rows_first: ir.Value, heads_first: ir.Value | None) -> None:
         user.replace_input_with(at, turned)
 
 
+def _flat(node: ir.Node, source: ir.Value) -> ir.Value:
+    """[B,S,H·d] of [B,S,H,d] in front of a node, or of itself."""
+    sizes = source.shape
+    assert sizes is not None
+    if len(sizes) == 3:
+        return source
+    width = int(sizes[2]) * int(sizes[3])  # type: ignore[arg-type]
+    flat = before(node, "Reshape", [source, constant(node, [0, 0, width])])
+    flat.type, flat.shape = source.type, ir.Shape([*sizes[:2], width])
+    return flat
+
+
 def _together(value: ir.Value | None) -> tuple[ir.Value, ir.Node | None, int] | None:
-    """x [B,S,H·d] behind a split value, the rotation on the way where there is one, and H."""
+    """x [B,S,H·d] behind a split value, or [B,S,H,d] where heads are normed first; a rotation on the way; and H."""
     rotary = _made(value, "RotaryEmbedding")
     turned = _made(rotary.inputs[0] if rotary else value, "Transpose")
     if turned is None or _perm(turned) != [0, 2, 1, 3]:
         return None
     split, heads = _made(turned.inputs[0], "Reshape"), turned.outputs[0].shape
     count = heads[1] if heads is not None else None
-    x = split.inputs[0] if split else None
-    if x is None or x.shape is None or len(x.shape) != 3 or not isinstance(count, int):
+    x, rows_first = split.inputs[0] if split else None, turned.inputs[0]
+    if not isinstance(count, int):
         return None
-    return x, rotary, count
+    if x is not None and x.shape is not None and len(x.shape) == 3:
+        return x, rotary, count
+    sizes = rows_first.shape if rows_first is not None else None
+    if rows_first is None or sizes is None or len(sizes) != 4 or sizes[2] != count or not isinstance(sizes[3], int):
+        return None
+    return rows_first, rotary, count
 
 
 def _made(value: ir.Value | None, op_type: str) -> ir.Node | None:

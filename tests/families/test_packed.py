@@ -36,9 +36,13 @@ def test_every_family_computes_its_golden_tensors_with_single_nodes(sample: Samp
     assert decoder["RotaryEmbedding"] >= 2 * spec.language.layers
     assert not decoder["Neg"]
     assert not tower["BlockAttention"]
-    for node in onnx.load(tmp_path / spec.stages["vision"].file, load_external_data=False).graph.node:
-        if node.op_type == "Attention" and len(node.input) == 3:
-            assert any(told.name == "q_num_heads" for told in node.attribute)
+    # GroupQueryAttention takes widths that are multiples of 8.
+    assert (spec.cache == "in-place") == (not decoder["Attention"]) == (spec.language.head_dim % 8 == 0)
+    for stage in ("vision", "decoder"):
+        for node in onnx.load(tmp_path / spec.stages[stage].file, load_external_data=False).graph.node:
+            masked = len(node.input) > 3 and node.input[3]
+            if node.op_type == "Attention" and not masked:
+                assert any(told.name == "q_num_heads" for told in node.attribute), node.name
 
 
 @pytest.mark.parametrize("sample", ["qwen2_5_vl"], indirect=True)
