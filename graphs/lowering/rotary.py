@@ -1,8 +1,9 @@
 """Rotary position embedding as the standard's one node, and heads split by the nodes that need them.
 
-Legend: B batch, S rows, H heads, d head width.
+Legend: B batch, S rows, H heads, d head width, M samples of a tower.
 
     x·cos + concat(−x[d/2:], x[:d/2])·sin,  cos = concat(a, a), sin = concat(b, b)   →   RotaryEmbedding(x, a, b)
+    the same of a tower's x [M,H,d]   →   RotaryEmbedding of x as [1,M,H·d]
     Transpose(Reshape(x [B,S,H·d])) [B,H,S,d] in front of RotaryEmbedding and Attention   →   x [B,S,H·d] as it is
 
 A tracer leaves a rotation as some ten nodes, twice a layer; a decode step of a small model is a few hundred such nodes
@@ -32,17 +33,39 @@ class OneRotary(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, False)
         changed = False
         halves: dict[ir.Value, ir.Value] = {}
+        alone: dict[ir.Value, ir.Value] = {}
         for node in list(model.graph.all_nodes()):
             if found := _rotation(node):
                 x, cos, sin = found
-                replace(node, ir.node("RotaryEmbedding", [x, _half(cos, halves), _half(sin, halves)]))
+                angles = [_half(cos, halves), _half(sin, halves)]
+                tower = x.shape is not None and len(x.shape) == 3
+                replace(node, _of_tower(node, x, angles, alone) if tower else ir.node("RotaryEmbedding", [x, *angles]))
                 changed = True
 
         return ir.passes.PassResult(model, changed)
 
 
+def _of_tower(node: ir.Node, x: ir.Value, angles: list[ir.Value], alone: dict[ir.Value, ir.Value]) -> ir.Node:
+    """The rotation of x [M,H,d] by cos, sin [M,d/2] as that of one batch, and a view of what it was."""
+    assert x.shape is not None
+    samples, heads, width = x.shape
+    assert isinstance(heads, int)
+    assert isinstance(width, int)
+    for angle in angles:
+        if angle not in alone:
+            alone[angle] = before(node, "Unsqueeze", [angle, constant(node, [0])])
+    flat = before(node, "Reshape", [x, constant(node, [1, -1, heads * width])])
+    turned = before(node, "RotaryEmbedding", [flat, *(alone[angle] for angle in angles)], num_heads=heads)
+    flat.type = turned.type = x.type
+    flat.shape = turned.shape = ir.Shape([1, samples, heads * width])
+    return ir.node("Reshape", [turned, constant(node, [-1, heads, width])])
+
+
 def _rotation(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
-    """x [B,H,S,d] and the angles cos, sin [B,S,d], of two equal halves, of an Add that rotates; None for others."""
+    """x [B,H,S,d] and the angles cos, sin [B,S,d], of two equal halves, of an Add that rotates; None for others.
+
+    Of a tower: x [M,H,d], cos and sin [M,d].
+    """
     if node.op_type != "Add" or node.domain:
         return None
     straight, turned = (_made(value, "Mul") for value in node.inputs)
@@ -51,27 +74,30 @@ def _rotation(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
     if _made(turned.inputs[0], "Concat") is None:
         straight, turned = turned, straight
     x, joined = straight.inputs[0], _made(turned.inputs[0], "Concat")
-    cos, sin = _twice(straight.inputs[1]), _twice(turned.inputs[1])
+    axes = len(x.shape) if x is not None and x.shape is not None else 0
+    if axes not in (3, 4):
+        return None
+    cos, sin = (_twice(value.inputs[1], axes - 1) for value in (straight, turned))
     if x is None or cos is None or sin is None or joined is None or len(joined.inputs) != 2:
         return None
     negative, first = _made(joined.inputs[0], "Neg"), _made(joined.inputs[1], "Slice")
     second = _made(negative.inputs[0], "Slice") if negative else None
     if first is None or second is None or not first.inputs[0] is second.inputs[0] is x:
         return None
-    width = x.shape[-1] if x.shape is not None and len(x.shape) == 4 else None
-    if not isinstance(width, int) or _bounds(first) != (0, width // 2) or _bounds(second)[0] != width // 2:
+    width = x.shape[-1] if x.shape is not None else None
+    if not isinstance(width, int) or _bounds(first, axes) != (0, width // 2) or _bounds(second, axes)[0] != width // 2:
         return None
     return x, cos, sin
 
 
-def _twice(value: ir.Value | None) -> ir.Value | None:
-    """The angles [B,S,d] behind Unsqueeze(…, 1), where they are one half twice."""
+def _twice(value: ir.Value | None, axes: int) -> ir.Value | None:
+    """The angles of so many axes behind Unsqueeze, one axis for the heads, where they are one half twice."""
     outer = _made(value, "Unsqueeze")
-    if outer is None or _ints(outer.inputs[1]) != [1]:
+    if outer is None or _ints(outer.inputs[1]) not in ([1], [-axes]):
         return None
     joined = _joined(outer.inputs[0])
     half = joined.inputs[0] if joined is not None else None
-    return outer.inputs[0] if half is not None and half.shape is not None and len(half.shape) == 3 else None
+    return outer.inputs[0] if half is not None and half.shape is not None and len(half.shape) == axes else None
 
 
 def _joined(value: ir.Value | None) -> ir.Node | None:
@@ -80,8 +106,10 @@ def _joined(value: ir.Value | None) -> ir.Node | None:
     if node is None or node.domain:
         return None
     if node.op_type == "Concat":
-        axis = node.attributes.get_int("axis", 0)
-        return node if axis in (-1, 2) and len(node.inputs) == 2 and node.inputs[0] is node.inputs[1] else None
+        twice = len(node.inputs) == 2 and node.inputs[0] is node.inputs[1]
+        sizes = node.outputs[0].shape
+        last = (-1,) if sizes is None else (-1, len(sizes) - 1)
+        return node if twice and node.attributes.get_int("axis", 0) in last else None
     single = node.op_type in ONE_BY_ONE or (node.op_type in SCALED and _is_number(node.inputs[1]))
     return _joined(node.inputs[0]) if single else None
 
@@ -220,9 +248,9 @@ def _is_number(value: ir.Value | None) -> bool:
     return held is not None and held.size == 1
 
 
-def _bounds(node: ir.Node) -> tuple[int, int] | tuple[None, None]:
+def _bounds(node: ir.Node, rank: int) -> tuple[int, int] | tuple[None, None]:
     """First and end of a slice of the last axis by steps of 1."""
     first, end, axes, steps = (_ints(value) for value in (*node.inputs[1:5], *[None] * 4)[:4])
-    if not first or not end or axes not in ([3], [-1]) or steps not in ([1], None):
+    if not first or not end or axes not in ([rank - 1], [-1]) or steps not in ([1], None):
         return None, None
     return first[0], end[0]

@@ -5,6 +5,7 @@ Legend: B blocks, H heads, K places, D head width, M samples, C channels, N outp
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from onnx import helper
 from safetensors.numpy import save_file
 
 from graphs.lowering.patches import PatchesByProduct
+from graphs.lowering.rotary import OneRotary
 from graphs.lowering.tiled import LONG, TowersTiled
 from graphs.ops import DOMAIN
 from graphs.ops.block_attention import OP
@@ -147,6 +149,56 @@ def test_attention_over_whole_images_takes_rows_of_all_heads(places: int | str, 
 @pytest.mark.parametrize("other", [{"dtype": T.FLOAT16}, {"mask": True}])
 def test_attention_that_the_tiled_kernel_cannot_do_is_left(other: dict[str, Any]) -> None:
     assert not TowersTiled()(ir.from_proto(tower(600, **other))).modified
+
+
+def turned(axis: int) -> onnx.ModelProto:
+    """Two rotations of a tower's rows by the same angles, as the exporter writes them."""
+    n, half = helper.make_node, WIDTH // 2
+    nodes = [
+        n("Concat", ["angle", "angle"], ["angles"], axis=-1),
+        *(n(kind, ["angles"], [kind.lower()]) for kind in ("Cos", "Sin")),
+        *(n("Unsqueeze", [name, "heads_axis"], [f"{name}_3"]) for name in ("cos", "sin")),
+    ]
+    for x in "qk":
+        nodes += [
+            n("Slice", [x, "zero", "half", "last", "one"], [f"{x}_a"]),
+            n("Slice", [x, "half", "end", "last", "one"], [f"{x}_b"]),
+            n("Neg", [f"{x}_b"], [f"{x}_c"]),
+            n("Concat", [f"{x}_c", f"{x}_a"], [f"{x}_d"], axis=-1),
+            n("Mul", [x, "cos_3"], [f"{x}_e"]),
+            n("Mul", [f"{x}_d", "sin_3"], [f"{x}_f"]),
+            n("Add", [f"{x}_e", f"{x}_f"], [f"{x}_r"]),
+        ]
+    ints = {"zero": [0], "half": [half], "end": [2**62], "last": [2], "one": [1], "heads_axis": [axis]}
+    of, shape = helper.make_tensor_value_info, ["M", HEADS, WIDTH]
+    graph = helper.make_graph(
+        nodes,
+        "tower",
+        [*(of(x, T.FLOAT, shape) for x in "qk"), of("angle", T.FLOAT, ["M", half])],
+        [of(f"{x}_r", T.FLOAT, shape) for x in "qk"],
+        [helper.make_tensor(name, T.INT64, [len(value)], value) for name, value in ints.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    return onnx.shape_inference.infer_shapes(model, data_prop=True)
+
+
+@pytest.mark.parametrize("axis", [-2, 1])
+def test_a_towers_rotation_is_one_node(axis: int) -> None:
+    model = turned(axis)
+    lowered = ir.from_proto(model)
+    assert OneRotary()(lowered).modified
+    kinds = Counter(node.op_type for node in lowered.graph)
+    assert (kinds["RotaryEmbedding"], kinds["Cos"], kinds["Sin"], kinds["Unsqueeze"]) == (2, 1, 1, 2)
+    assert not {"Slice", "Neg", "Mul", "Concat"} & set(kinds)
+    rng = np.random.default_rng(0)
+    feeds = {x: rng.standard_normal((11, HEADS, WIDTH)).astype(np.float32) for x in "qk"}
+    feeds["angle"] = rng.standard_normal((11, WIDTH // 2)).astype(np.float32)
+    cos, sin = (np.tile(f(feeds["angle"]), 2)[:, None] for f in (np.cos, np.sin))
+    got = ran(lowered, feeds)
+    for x, mine, canonical in zip("qk", got, ran(model, feeds), strict=True):
+        first, second = np.split(feeds[x], 2, axis=-1)
+        assert np.abs(mine - (feeds[x] * cos + np.concatenate([-second, first], -1) * sin)).max() < 1e-6
+        assert np.abs(mine - canonical).max() < 1e-6
 
 
 @pytest.mark.parametrize("bias", [True, False])
