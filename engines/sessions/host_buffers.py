@@ -48,10 +48,10 @@ class Piece:
         self.values = [ort.OrtValue.ortvalue_from_numpy(array) for array in whole]
         self.bound: dict[tuple[str, ...], Bound] = {}
 
-    def suits(self, like: np.ndarray, rows: int, wanted: int) -> bool:
-        """Whether it may be lent for an array of this form with another number of rows."""
+    def suits(self, count: int, like: np.ndarray, rows: int, wanted: int) -> bool:
+        """Whether it may be lent for so many arrays of this form with another number of rows."""
         n, one, heads, capacity, width = self.whole.shape
-        same = (n, one, heads, width) == (*like.shape[:3], like.shape[4]) and self.whole.dtype == like.dtype
+        same = (n, one, heads, width) == (count, *like.shape[:2], like.shape[3]) and self.whole.dtype == like.dtype
         return same and rows <= capacity and abs(capacity - wanted) <= NEAR
 
 
@@ -70,11 +70,12 @@ class Shelf:
     def __init__(self) -> None:
         self._idle: list[Piece] = []
 
-    def lend(self, like: np.ndarray, rows: int, wanted: int) -> list[HostBuffer]:
-        """N buffers of ``rows`` rows or more, near ``wanted``; like: [N, 1, Hkv, any, d]. What they hold is any."""
-        piece = next((piece for piece in self._idle if piece.suits(like, rows, wanted) and self._taken(piece)), None)
+    def lend(self, count: int, like: np.ndarray, rows: int, wanted: int) -> list[HostBuffer]:
+        """N buffers of ``rows`` rows or more, near ``wanted``; like: [1, Hkv, any, d]. What they hold is any."""
+        suiting = (piece for piece in tuple(self._idle) if piece.suits(count, like, rows, wanted))
+        piece = next((piece for piece in suiting if self._taken(piece)), None)
         if not piece:
-            piece = Piece(np.empty((*like.shape[:3], wanted, like.shape[4]), like.dtype))
+            piece = Piece(np.empty((count, *like.shape[:2], wanted, like.shape[3]), like.dtype))
         lease = Lease()
         weakref.finalize(lease, self._put, piece).atexit = False
         return [HostBuffer(piece, at, lease) for at in range(len(piece.values))]

@@ -168,12 +168,12 @@ class OrtSession:
 
     def buffers(self, sources: Mapping[str, Value], held: int, rows: int, wanted: int) -> dict[str, Value]:
         """Buffers of the host, one piece of memory; see ``engines.sessions.session.Session.buffers``."""
-        olds = [self.to_host(source) for source in sources.values()]
-        lent = self._shelf.lend(np.broadcast_to(olds[0], (len(olds), *olds[0].shape)), rows, wanted)
+        like = self.to_host(next(iter(sources.values())))
+        lent = self._shelf.lend(len(sources), like, rows, wanted)
         whole = lent[0].piece.whole
         if held:
-            for new, old in zip(whole, olds, strict=True):
-                new[:, :, :held] = old[:, :, :held]
+            for new, source in zip(whole, sources.values(), strict=True):
+                new[:, :, :held] = self.to_host(source)[:, :, :held]
         whole[:, :, :, rows:] = 0  # the next run fills the rows between
         return dict(zip(sources, lent, strict=True))
 

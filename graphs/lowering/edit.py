@@ -28,6 +28,19 @@ def takes_over(new: ir.Value, old: ir.Value) -> ir.Value:
     return new
 
 
+def made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The standard node of a type that makes a value."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.domain == "" and node.op_type == op_type else None
+
+
+def only_user(value: ir.Value, op_type: str) -> ir.Node | None:
+    """The standard node of a type that alone reads a value."""
+    users = list(value.uses())
+    node = users[0].node if len(users) == 1 and not value.is_graph_output() else None
+    return node if node is not None and node.domain == "" and node.op_type == op_type else None
+
+
 class Branch:
     """Nodes of a graph inside a graph, under names that the graph around it has not."""
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graphs.lowering.edit import before, constant
+from graphs.lowering.edit import before, constant, made_by, only_user
 from graphs.lowering.linear import remove_unread, replace
 
 SINCE = 23  # the version of the standard that has the node
@@ -68,20 +68,20 @@ def _rotation(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
     """
     if node.op_type != "Add" or node.domain:
         return None
-    straight, turned = (_made(value, "Mul") for value in node.inputs)
+    straight, turned = (made_by(value, "Mul") for value in node.inputs)
     if straight is None or turned is None:
         return None
-    if _made(turned.inputs[0], "Concat") is None:
+    if made_by(turned.inputs[0], "Concat") is None:
         straight, turned = turned, straight
-    x, joined = straight.inputs[0], _made(turned.inputs[0], "Concat")
+    x, joined = straight.inputs[0], made_by(turned.inputs[0], "Concat")
     axes = len(x.shape) if x is not None and x.shape is not None else 0
     if axes not in (3, 4):
         return None
     cos, sin = (_twice(value.inputs[1], axes - 1) for value in (straight, turned))
     if x is None or cos is None or sin is None or joined is None or len(joined.inputs) != 2:
         return None
-    negative, first = _made(joined.inputs[0], "Neg"), _made(joined.inputs[1], "Slice")
-    second = _made(negative.inputs[0], "Slice") if negative else None
+    negative, first = made_by(joined.inputs[0], "Neg"), made_by(joined.inputs[1], "Slice")
+    second = made_by(negative.inputs[0], "Slice") if negative else None
     if first is None or second is None or not first.inputs[0] is second.inputs[0] is x:
         return None
     width = x.shape[-1] if x.shape is not None else None
@@ -92,7 +92,7 @@ def _rotation(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
 
 def _twice(value: ir.Value | None, axes: int) -> ir.Value | None:
     """The angles of so many axes behind Unsqueeze, one axis for the heads, where they are one half twice."""
-    outer = _made(value, "Unsqueeze")
+    outer = made_by(value, "Unsqueeze")
     if outer is None or _ints(outer.inputs[1]) not in ([1], [-axes]):
         return None
     joined = _joined(outer.inputs[0])
@@ -144,10 +144,9 @@ class HeadsTogether(ir.passes.InPlacePass):
 def _join(node: ir.Node) -> bool:
     """Rewrite one attention, all of its three inputs and its output or nothing."""
     sources = [source for value in node.inputs[:3] if (source := _together(value)) is not None]
-    out = _only_user(node.outputs[0])
-    turned = out is not None and out.op_type == "Transpose" and _perm(out) == [0, 2, 1, 3]
-    merged = _only_user(out.outputs[0]) if out is not None and turned else None
-    if merged is None or merged.op_type != "Reshape" or len(sources) != 3:
+    out = only_user(node.outputs[0], "Transpose")
+    merged = only_user(out.outputs[0], "Reshape") if out is not None and _perm(out) == [0, 2, 1, 3] else None
+    if merged is None or len(sources) != 3:
         return False
     graph = node.graph
     assert graph is not None
@@ -206,11 +205,11 @@ def _flat(node: ir.Node, source: ir.Value) -> ir.Value:
 
 def _together(value: ir.Value | None) -> tuple[ir.Value, ir.Node | None, int] | None:
     """x [B,S,H·d] behind a split value, or [B,S,H,d] where heads are normed first; a rotation on the way; and H."""
-    rotary = _made(value, "RotaryEmbedding")
-    turned = _made(rotary.inputs[0] if rotary else value, "Transpose")
+    rotary = made_by(value, "RotaryEmbedding")
+    turned = made_by(rotary.inputs[0] if rotary else value, "Transpose")
     if turned is None or _perm(turned) != [0, 2, 1, 3]:
         return None
-    split, heads = _made(turned.inputs[0], "Reshape"), turned.outputs[0].shape
+    split, heads = made_by(turned.inputs[0], "Reshape"), turned.outputs[0].shape
     count = heads[1] if heads is not None else None
     x, rows_first = split.inputs[0] if split else None, turned.inputs[0]
     if not isinstance(count, int):
@@ -221,17 +220,6 @@ def _together(value: ir.Value | None) -> tuple[ir.Value, ir.Node | None, int] | 
     if rows_first is None or sizes is None or len(sizes) != 4 or sizes[2] != count or not isinstance(sizes[3], int):
         return None
     return rows_first, rotary, count
-
-
-def _made(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """The standard node of a type that makes a value."""
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.domain == "" and node.op_type == op_type else None
-
-
-def _only_user(value: ir.Value) -> ir.Node | None:
-    users = list(value.uses())
-    return users[0].node if len(users) == 1 and not value.is_graph_output() else None
 
 
 def _perm(node: ir.Node) -> list[int]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from graphs.lowering.edit import before, constant, takes_over
+from graphs.lowering.edit import before, constant, made_by, only_user, takes_over
 from graphs.lowering.linear import MICROSOFT, remove_unread
 from graphs.ops import DOMAIN
 
@@ -85,30 +85,19 @@ def _rewrite(node: ir.Node, columns: dict[ir.Value, tuple[ir.Value, ir.Value]]) 
     else:
         apart = before(node, "Reshape", [made.outputs[0], constant(node, [0, 0, heads, width])])
         takes_over(before(node, "Transpose", [apart], perm=ROWS_FIRST), node.outputs[0])
-    last = together.producer() if together else node
-    fed = [value.producer() for value in (q, k, v) if value is not None]
-    remove_unread([last])
-    remove_unread(fed)
+    remove_unread([together.producer() if together else node])
 
 
 def _together(value: ir.Value) -> ir.Value | None:
     """[B,K,H·D], where that alone is made of [B,H,K,D]; a view of the same sizes may stand on the way."""
     sizes = value.shape
-    user = _only_user(value)
-    if user is not None and user.op_type == "Reshape" and user.outputs[0].shape == sizes:
-        user = _only_user(user.outputs[0])
-    if user is None or user.op_type != "Transpose" or tuple(user.attributes.get_ints("perm") or ()) != ROWS_FIRST:
-        return None
-    user = _only_user(user.outputs[0])
-    shape = user.outputs[0].shape if user is not None and user.op_type == "Reshape" else None
+    view = only_user(value, "Reshape")
+    turn = only_user(view.outputs[0] if view is not None and view.outputs[0].shape == sizes else value, "Transpose")
+    user = only_user(turn.outputs[0], "Reshape") if turn is not None and _turns(turn) else None
+    shape = user.outputs[0].shape if user is not None else None
     if user is None or shape is None or sizes is None or len(shape) != 3:
         return None
     return user.outputs[0] if shape[-1] == sizes[1] * sizes[3] and shape[:2] == (sizes[0], sizes[2]) else None
-
-
-def _only_user(value: ir.Value) -> ir.Node | None:
-    users = [user for user, _ in value.uses()]
-    return users[0] if len(users) == 1 and not value.is_graph_output() and not users[0].domain else None
 
 
 def _columns(node: ir.Node, is_real: ir.Value, heads: int) -> tuple[ir.Value, ir.Value]:
@@ -121,8 +110,8 @@ def _columns(node: ir.Node, is_real: ir.Value, heads: int) -> tuple[ir.Value, ir
 
 def _flat(node: ir.Node, value: ir.Value, width: int) -> ir.Value:
     """[B,K,H·D] of [B,K,H,D]: what it was split from, or joined again."""
-    maker = value.producer()
-    split = maker.inputs[0] if maker is not None and maker.op_type == "Reshape" and not maker.domain else None
+    maker = made_by(value, "Reshape")
+    split = maker.inputs[0] if maker is not None else None
     if split is not None and split.shape is not None and len(split.shape) == 3 and split.shape[-1] == width:
         return split
     return before(node, "Reshape", [value, constant(node, [0, 0, width])])
@@ -130,13 +119,16 @@ def _flat(node: ir.Node, value: ir.Value, width: int) -> ir.Value:
 
 def _rows_first(node: ir.Node, value: ir.Value | None) -> ir.Value:
     """[B,K,H,D] of [B,H,K,D]: what it was turned from, or turned back."""
-    maker = value.producer() if value is not None else None
-    turned = maker is not None and maker.op_type == "Transpose" and not maker.domain
-    if maker is not None and turned and tuple(maker.attributes.get_ints("perm") or ()) == ROWS_FIRST:
+    maker = made_by(value, "Transpose")
+    if maker is not None and _turns(maker):
         source = maker.inputs[0]
         assert source is not None
         return source
     return before(node, "Transpose", [value], perm=ROWS_FIRST)
+
+
+def _turns(node: ir.Node) -> bool:
+    return tuple(node.attributes.get_ints("perm") or ()) == ROWS_FIRST
 
 
 def _heads(value: ir.Value | None) -> tuple[int, int] | None:

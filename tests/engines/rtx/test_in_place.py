@@ -180,17 +180,17 @@ def test_small_buffers_are_lent_again_when_nobody_holds_them(exports: Exports) -
 
 def test_few_and_small_pieces_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_buffers, "KEPT_BYTES", 4000)
-    shelf, like = Shelf(), np.zeros((4, 1, 1, 0, 8), np.float32)
-    lent = [shelf.lend(like, 20, 30) for _ in range(host_buffers.KEPT + 2)]
+    shelf, like = Shelf(), np.zeros((1, 1, 0, 8), np.float32)
+    lent = [shelf.lend(4, like, 20, 30) for _ in range(host_buffers.KEPT + 2)]
     pieces = [buffers[0].piece for buffers in lent]
     lent.clear()
-    again = [shelf.lend(like, 20, 30) for _ in pieces]
+    again = [shelf.lend(4, like, 20, 30) for _ in pieces]
     assert len({buffers[0].piece for buffers in again} & set(pieces)) == host_buffers.KEPT
-    large = shelf.lend(like, 32, 32)
+    large = shelf.lend(4, like, 32, 32)
     piece = large[0].piece
     assert piece.whole.nbytes > 4000
     del large
-    assert shelf.lend(like, 32, 32)[0].piece is not piece
+    assert shelf.lend(4, like, 32, 32)[0].piece is not piece
 
 
 @pytest.mark.parametrize("role", ROLES)
