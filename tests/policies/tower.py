@@ -88,8 +88,9 @@ def best(score, count):
 
 
 def received(embeds_TD):
-    """STAR stage 1: r_j = mean_i softmax(HHᵀ/√d)_ij."""
-    return (embeds_TD @ embeds_TD.T / embeds_TD.shape[1] ** 0.5).softmax(1).mean(0)
+    """STAR stage 1: r_j = mean_i softmax(HHᵀ/√d)_ij. Equal rows, as newlines are, have one score to the last bit."""
+    score_T = (embeds_TD @ embeds_TD.T / embeds_TD.shape[1] ** 0.5).softmax(1).mean(0)
+    return score_T[(embeds_TD[:, None] == embeds_TD).all(-1).int().argmax(1)]
 
 
 def contextual(features, keys, dominant, count):
