@@ -9,18 +9,16 @@ the memory's read bandwidth (the same number of threads, each walking its part o
 else runs on the machine meets all of them; the least counts, beside the median. ``--clock cpu`` counts this process's
 own time instead of the wall's, for machines that do other work too: with one thread it is what the step would take
 alone, but for what others do to memory. One JSON document goes to stdout and
-to ``benchmarks/results/cache.json``.
+to ``benchmarks/results/MACHINE/cache.json``.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
 from typing import Any
@@ -31,11 +29,11 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
+from benchmarks.figures import cpu, instructions, keep
 from graphs.lowering.in_place import CacheInPlace
 from graphs.lowering.one_row import OneRow
 from graphs.ops import DOMAIN, OPS
 
-RESULTS = Path(__file__).parent / "results" / "cache.json"
 LAYERS, H, V, D = 24, 14, 2, 64
 LENGTHS = (64, 4096)
 CLOCKS = {"wall": perf_counter, "cpu": process_time}
@@ -170,7 +168,8 @@ def main(threads: int, repeats: int, clock: str) -> None:
     document = {
         "schema": "saccade.cache-benchmark/1",
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": platform.processor() or platform.machine(),
+        "cpu": cpu(),
+        "instructions": instructions(),
         "onnxruntime": ort.__version__,
         "threads": threads,
         "clock": clock,
@@ -184,10 +183,7 @@ def main(threads: int, repeats: int, clock: str) -> None:
         "growth_over_one_read": growth,
         "steps": rows,
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    partial = RESULTS.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
-    partial.rename(RESULTS)
+    keep("cache", document)
     click.echo(json.dumps(document, indent=2))
 
 

@@ -12,7 +12,7 @@ On shape (a), every part asked in turn, round after round, in one process (milli
                        answer exits, if the small one's whole run shrinks as it does: run / (full − pruned prefill)
     cache reads        (a step at 4,096 past rows − a step at 64) over the time of reading that cache once
 
-Results: benchmarks/results/machinery-TARGET-PRECISION.json.
+Results: benchmarks/results/MACHINE/machinery-TARGET-PRECISION.json.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import click
 import numpy as np
 from PIL import Image
 
-from benchmarks.peers.__main__ import RESULTS, conditions, spread
+from benchmarks.figures import conditions, keep, spread
 from benchmarks.peers.process import Pythons, made
 from benchmarks.shapes import IMAGE, QUESTION
 from engines.cascade import Cascade
@@ -71,8 +71,7 @@ def main(work: Path, target: str, precision: str, rounds: int, threads: int, not
         "guided_steps": spread(steps),
         "ratios": ratios(times, median(steps), layers, layer) | long_cache(plain.large, rounds, threads),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"machinery-{on}.json").write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    keep(f"machinery-{on}", document)
     click.echo(json.dumps(document, indent=1))
 
 

@@ -1,27 +1,24 @@
 """``python -m benchmarks.peers``: every system asked the same in turn, round after round, each in its own process.
 
 A round opens a system, asks once to warm it up, then measures; the next system follows, so that what else the machine
-does meets all alike. Medians with minimum and maximum over all rounds go to benchmarks/results/peers-SHAPE.json.
+does meets all alike. Medians with minimum and maximum over all rounds:
+benchmarks/results/MACHINE/peers-SHAPE.json.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import click
 
+from benchmarks.figures import conditions, keep, spread
 from benchmarks.peers.process import Pythons, Worker, made
 from benchmarks.peers.systems import SYSTEMS, System
 from benchmarks.peers.table import table_of
 from benchmarks.shapes import IMAGE, SHAPES
 
-RESULTS = Path(__file__).parents[1] / "results"
 SCHEMA = "saccade.benchmark.peers/1"
 SIZES = {"llava": (336, 336)}  # height, width by the shape's first word; shape (a)'s else
 
@@ -89,8 +86,7 @@ def main(
         "systems": [row_of(title, found, folder) for title, found in out.items()],
         "skipped": skipped,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"peers-{name or shape}.json").write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    keep(f"peers-{name or shape}", document)
     click.echo("\n".join(table_of(document)))
 
 
@@ -131,41 +127,6 @@ def row_of(name: str, found: dict[str, Any], folder: Path) -> dict[str, Any]:
         "peak_bytes": found["peak_bytes"],
         "disk_bytes": sum(f.stat().st_size for f in (folder / found["system"].made).rglob("*") if f.is_file()),
         "made_in_s": json.loads(made_in.read_text()) if made_in.exists() else None,
-    }
-
-
-def spread(values: list[float]) -> list[float]:
-    """[median, minimum, maximum]."""
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-    return [round(v, 3) for v in (median, ordered[0], ordered[-1])]
-
-
-def conditions(shape: str, rounds: int, asks: int, tokens: int, threads: int, note: str) -> dict[str, Any]:
-    """What the figures depend on."""
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    return {
-        "shape": shape,
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "transformers", "onnxruntime")},
-        "date_utc": datetime.now(UTC).date().isoformat(),
-        "rounds": rounds,
-        "asks_a_round": asks,
-        "tokens": tokens,
-        "statistic": "median, minimum, maximum",
-        "load_before": round(os.getloadavg()[0], 2),
-        "note": note,
     }
 
 

@@ -1,19 +1,20 @@
 """``python -m benchmarks.peers.growth``: time to the first token over the number of visual tokens.
 
 Shape (a); every system is opened once a round and asked for one token about images of growing size, after
-one question to warm up; the peak is the process's so far, counts ascend. Results: benchmarks/results/growth.json.
+one question to warm up; the peak is the process's so far, counts ascend.
+Results: benchmarks/results/MACHINE/growth.json.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from benchmarks.peers.__main__ import RESULTS, conditions, ready, spread
+from benchmarks.figures import conditions, keep, spread
+from benchmarks.peers.__main__ import ready
 from benchmarks.peers.process import Pythons, Worker
 from benchmarks.peers.table import growth_of
 
@@ -81,8 +82,7 @@ def main(
         "systems": rows_,
         "skipped": skipped,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "growth.json").write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    keep("growth", document)
     click.echo("\n".join(growth_of(document)))
     for name, why in skipped.items():
         click.echo(f"{name}: not measured to the end ({why})")

@@ -3,7 +3,7 @@
 A system stays open in its process; each question goes to all of them before the next one, in an order that turns, so
 that what else the machine does meets all alike. The threshold is calibrated on other questions than are asked here.
 OpenVINO GenAI is not among them: it prepares LLaVA's images in its own way, and of the pair's answers 1 in 8 is right.
-Results: benchmarks/results/questions.json.
+Results: benchmarks/results/MACHINE/questions.json.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from benchmarks.peers.__main__ import RESULTS, conditions, spread
+from benchmarks.figures import conditions, keep, spread
 from benchmarks.peers.process import Pythons, Worker, made
 from benchmarks.peers.systems import QUESTIONS
 
@@ -74,8 +74,7 @@ def main(
         ],
         "skipped": skipped,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "questions.json").write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    keep("questions", document)
     click.echo(json.dumps(document["systems"], indent=1))
 
 

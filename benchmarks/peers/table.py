@@ -1,6 +1,7 @@
-"""``python -m benchmarks.peers.table``: README's block, docs/peers.md and docs/growth.png out of the committed results.
+"""``python -m benchmarks.peers.table``: README's block, docs/peers.md and docs/growth-*.png of the committed results.
 
-The figures of a row are medians with (minimum–maximum). ``README_ROWS`` are the systems that README shows.
+Every machine's results are a folder below benchmarks/results (``benchmarks.figures``) and a part of the page. The
+figures of a row are medians with (minimum–maximum). ``README_ROWS`` are the systems that README shows.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import RESULTS
+
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
-PAGE, PLOT = ROOT / "docs" / "peers.md", ROOT / "docs" / "growth.png"
+PAGE = ROOT / "docs" / "peers.md"
 BEGIN, END = "<!-- peers: python -m benchmarks.peers.table -->", "<!-- end of peers -->"
 Document = dict[str, Any]
 
@@ -47,6 +49,8 @@ SHAPES = {
     "llava-3b": "Shape (b): LLaVA-1.5, 26 layers of width 3,200 behind CLIP-L, 576 visual tokens",
 }
 
+MACHINERY = ("cpu-fp32", "openvino-fp32", "openvino-bf16")
+
 
 def table_of(document: Document, only: Sequence[str] | None = None) -> list[str]:
     """Lines of Markdown: medians with their range, peak memory, bytes on disk, seconds to make; what was skipped."""
@@ -67,14 +71,17 @@ def table_of(document: Document, only: Sequence[str] | None = None) -> list[str]
     return lines
 
 
-def short_of(document: Document) -> list[str]:
-    """README's: medians only."""
-    lines = ["| 1,000 visual tokens | vision ms | first token ms | ms a token | peak GB |", "|---|---|---|---|---|"]
-    for row in document["systems"]:
-        if row["name"] in README_ROWS:
-            keys = ("vision_ms", "first_token_ms", "decode_ms_per_token")
-            values = [number(row[key][0]) for key in keys]
-            lines.append(f"| {row['name']} | " + " | ".join(values) + f" | {row['peak_bytes'] / 1e9:.2f} |")
+def short_of(documents: Sequence[Document]) -> list[str]:
+    """README's: medians only, three columns for a machine."""
+    keys = (("vision_ms", "vision ms"), ("first_token_ms", "first token ms"), ("decode_ms_per_token", "ms a token"))
+    heads = [f"{title}, {cpu_of(document)}" for document in documents for _, title in keys]
+    rows = [{row["name"]: row for row in document["systems"]} for document in documents]
+    lines = [f"| 1,000 visual tokens | {' | '.join(heads)} | peak GB |", "|---" * (len(heads) + 2) + "|"]
+    for name in rows[0]:
+        if name in README_ROWS:
+            values = [number(of[name][key][0]) if name in of else "" for of in rows for key, _ in keys]
+            peak = max(of[name]["peak_bytes"] for of in rows if name in of)
+            lines.append(f"| {name} | {' | '.join(values)} | {peak / 1e9:.2f} |")
     return lines
 
 
@@ -82,7 +89,8 @@ def questions_of(document: Document) -> list[str]:
     """Whole questions of the pair."""
     count = document["conditions"]["questions"]
     lines = [
-        f"| {count} whole questions of the pair | right | exits | ms, mean | ms, median | least–most | peak GB |",
+        f"| {count} whole questions of the pair, {cpu_of(document)} "
+        "| right | exits | ms, mean | ms, median | least–most | peak GB |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in document["systems"]:
@@ -130,53 +138,58 @@ def machinery_of(documents: list[Document]) -> list[str]:
     return lines + [f"| {name} | " + " | ".join(f"{d['ratios'][name]:.3g}" for d in documents) + " |" for name in names]
 
 
+def cpu_of(document: Document) -> str:
+    """The processor's name, and AMX where it multiplies tiles."""
+    of = document["conditions"]
+    name = re.sub(r"\(\w+\)| Processor", "", of["cpu"])
+    return name + (" with AMX" if "amx_bf16" in of.get("instructions", ()) else "")
+
+
 def conditions_of(document: Document) -> str:
     """One sentence."""
     of = document["conditions"]
     note = f", {of['note']}" if of["note"] else ""
+    has = f" ({', '.join(of['instructions'])})" if "instructions" in of else ""
     peers = "".join(f", {name} {version}" for name, version in of.get("peers", {}).items())
     return (
-        f"{of['cpu']}, {of['threads']} threads of {of['cores']} cores{note}; {of['date_utc']}; Python {of['python']}, "
-        f"onnxruntime {of['onnxruntime']}, torch {of['torch']}, transformers {of['transformers']}{peers}."
+        f"{cpu_of(document)}{has}, {of['threads']} threads of {of['cores']} cores{note}; {of['date_utc']}; "
+        f"Python {of['python']}, onnxruntime {of['onnxruntime']}, torch {of['torch']}, "
+        f"transformers {of['transformers']}{peers}."
     )
 
 
 def page() -> str:
     """docs/peers.md."""
     parts = ["# Beside peers", "", "Made by `python -m benchmarks.peers.table` out of `benchmarks/results/`."]
-    parts += ["Medians of an interleaved run, with (least–most)."]
-    for shape, title in SHAPES.items():
-        if document := result(f"peers-{shape}"):
-            parts += ["", f"## {title}", "", conditions_of(document), "", *table_of(document)]
-    if document := result("questions"):
-        parts += ["", "## Whole questions", "", conditions_of(document), "", *questions_of(document)]
-    if document := result("growth"):
-        parts += [
-            "",
-            "## Growth",
-            "",
-            conditions_of(document),
-            "",
-            *growth_of(document),
-            "",
-            *towers_of(document),
-            "",
-            "![growth](growth.png)",
-        ]
-    if documents := [
-        d for name in ("cpu-fp32", "openvino-fp32", "openvino-bf16") if (d := result(f"machinery-{name}"))
-    ]:
-        parts += ["", "## Pruning, guidance and the cache", "", conditions_of(documents[0])]
-        parts += ["What each line is: `benchmarks/machinery.py`.", "", *machinery_of(documents)]
+    parts += ["Medians of an interleaved run, with (least–most). Figures of two machines are not of one run."]
+    for machine in machines():
+        parts += part_of(machine)
     return "\n".join(parts) + "\n"
+
+
+def part_of(machine: str) -> list[str]:
+    """A machine's part of the page."""
+    parts = ["", f"## On {cpu_of(found(machine)[0])}"]
+    for shape, title in SHAPES.items():
+        if document := result(machine, f"peers-{shape}"):
+            parts += ["", f"### {title}", "", conditions_of(document), "", *table_of(document)]
+    if document := result(machine, "questions"):
+        parts += ["", "### Whole questions", "", conditions_of(document), "", *questions_of(document)]
+    if document := result(machine, "growth"):
+        parts += ["", "### Growth", "", conditions_of(document), "", *growth_of(document), "", *towers_of(document)]
+        parts += ["", f"![growth]({plot_of(machine).name})"]
+    if documents := [d for name in MACHINERY if (d := result(machine, f"machinery-{name}"))]:
+        parts += ["", "### Pruning, guidance and the cache", "", conditions_of(documents[0])]
+        parts += ["What each line is: `benchmarks/machinery.py`.", "", *machinery_of(documents)]
+    return parts
 
 
 def block() -> str:
     """README's, without its marks."""
     lines: list[str] = []
-    if document := result("peers-qwen2_5_vl"):
-        lines += [*short_of(document), "", conditions_of(document)]
-    if document := result("questions"):
+    if documents := [d for machine in machines() if (d := result(machine, "peers-qwen2_5_vl"))]:
+        lines += [*short_of(documents), "", *(f"- {conditions_of(document)}" for document in documents)]
+    for document in (d for machine in machines() if (d := result(machine, "questions"))):
         lines += ["", *questions_of(document)]
     return "\n".join(lines)
 
@@ -188,11 +201,26 @@ def readme_with(block_: str) -> str:
     return re.sub(pattern, lambda _: f"{BEGIN}\n{block_}\n{END}", text, flags=re.DOTALL)
 
 
-def result(name: str) -> Document | None:
+def machines() -> list[str]:
+    """Folders of results, in alphabetical order."""
+    return sorted(folder.name for folder in RESULTS.iterdir() if folder.is_dir())
+
+
+def found(machine: str) -> list[Document]:
+    """A machine's results of this benchmark."""
+    return [json.loads(p.read_text("utf-8")) for p in sorted((RESULTS / machine).glob("peers-*.json"))]
+
+
+def result(machine: str, name: str) -> Document | None:
     """A committed result; None where there is none."""
-    path = RESULTS / f"{name}.json"
-    found: Document | None = json.loads(path.read_text("utf-8")) if path.exists() else None
-    return found
+    path = RESULTS / machine / f"{name}.json"
+    document: Document | None = json.loads(path.read_text("utf-8")) if path.exists() else None
+    return document
+
+
+def plot_of(machine: str) -> Path:
+    """Where a machine's growth is drawn."""
+    return PAGE.with_name(f"growth-{machine}.png")
 
 
 def draw(document: Document, out: Path) -> None:
@@ -230,8 +258,9 @@ def main() -> None:
     """Write them."""
     PAGE.write_text(page(), "utf-8")
     (ROOT / "README.md").write_text(readme_with(block()), "utf-8")
-    if document := result("growth"):
-        draw(document, PLOT)
+    for machine in machines():
+        if document := result(machine, "growth"):
+            draw(document, plot_of(machine))
     sys.stdout.write(f"{PAGE}\n")
 
 
