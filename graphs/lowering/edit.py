@@ -41,6 +41,15 @@ def only_user(value: ir.Value, op_type: str) -> ir.Node | None:
     return node if node is not None and node.domain == "" and node.op_type == op_type else None
 
 
+def with_else_branches(graph: ir.Graph) -> list[tuple[ir.Node, ir.Node]]:
+    """Each node of a graph with itself, and instead of an If each node of its else-branch with the If."""
+    return [
+        (top, node)
+        for top in list(graph)
+        for node in (list(top.attributes["else_branch"].as_graph()) if top.op_type == "If" else [top])
+    ]
+
+
 class Branch:
     """Nodes of a graph inside a graph, under names that the graph around it has not."""
 

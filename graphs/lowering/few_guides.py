@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from graphs.lowering.edit import Branch, before, constant, takes_over
-from graphs.lowering.grouped import CONTRIB
-from graphs.lowering.one_row import LAST, PAST_K, RECEIVED, Q
+from graphs.lowering.edit import Branch, before, constant, takes_over, with_else_branches
+from graphs.lowering.grouped import CONTRIB, LAST, PAST_K, Q
+from graphs.lowering.one_row import RECEIVED
 from graphs.ops import DOMAIN
 from graphs.ops.attention_received import PIECE
 
@@ -48,18 +48,16 @@ class FewGuides(ir.passes.InPlacePass):
         """Rewrite in place; what stands deeper is left as it is."""
         shared: dict[tuple[object, ...], _Guides] = {}
         changed = False
-        for top in list(model.graph):
-            branch = top.attributes["else_branch"].as_graph() if top.op_type == "If" else [top]
-            for node in list(branch):
-                attention = _attention_of(node)
-                if attention is None:
-                    continue
-                heads = attention.attributes.get_int("num_heads", 0)
-                key = (attention.inputs[LAST], node.inputs[GUIDES], heads)
-                if key not in shared:
-                    shared[key] = _guides(top, node, attention, heads)
-                _rewrite(node, shared[key])
-                changed = True
+        for top, node in with_else_branches(model.graph):
+            attention = _attention_of(node)
+            if attention is None:
+                continue
+            heads = attention.attributes.get_int("num_heads", 0)
+            key = (attention.inputs[LAST], node.inputs[GUIDES], heads)
+            if key not in shared:
+                shared[key] = _guides(top, node, attention, heads)
+            _rewrite(node, shared[key])
+            changed = True
         return ir.passes.PassResult(model, changed)
 
 

@@ -18,6 +18,7 @@ from graphs.lowering.edit import before, constant, takes_over
 CONTRIB = "com.microsoft"
 HEAD_WIDTHS = 8
 ALL_HEADS_LAST = (0, 2, 1, 3)  # [B,H,S,D] ↔ [B,S,H,D]
+Q, K, V, PAST_K, PAST_V, LAST = range(6)  # inputs of GroupQueryAttention
 
 
 @dataclass
@@ -27,6 +28,31 @@ class Segment:
     length: ir.Value
     capacity: int | str
     shared: dict[str, ir.Value]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Of a GroupQueryAttention over a buffer: query heads, key-value heads, their width, what scales their products."""
+
+    queries: int
+    keys: int
+    width: int
+    scale: float
+
+    @property
+    def together(self) -> int:
+        """The query heads that share a key-value head."""
+        return self.queries // self.keys
+
+
+def heads_of(node: ir.Node) -> Heads:
+    """Told by the operator's attributes and its buffer [1,V,C,D]."""
+    buffer = node.inputs[PAST_K]
+    assert buffer is not None
+    assert buffer.shape is not None
+    keys, width = int(buffer.shape[1]), int(buffer.shape[3])  # type: ignore[arg-type]
+    scale = node.attributes.get_float("scale", 0.0) or width**-0.5
+    return Heads(node.attributes.get_int("num_heads", 0), keys, width, scale)
 
 
 def attend(node: ir.Node, segment: Segment) -> list[ir.Value]:

@@ -7,7 +7,7 @@
 5. ``PatchesByProduct`` a tower's patches are embedded by one product
 
 ``mapped`` does this in memory when a graph is opened and moves no byte of a weight. ``graphs.lowering.packing`` writes
-files whose weights are laid out, or quantised, for it.
+files whose weights are fp32, or quantised, for it.
 """
 
 from __future__ import annotations

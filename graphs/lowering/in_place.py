@@ -22,6 +22,7 @@ from graphs.lowering.attention import KEPT_ATTRIBUTES, PAST_K, PAST_V, is_canoni
 from graphs.lowering.edit import before, constant, takes_over
 from graphs.lowering.few_guides import FewGuides
 from graphs.lowering.grouped import CONTRIB, HEAD_WIDTHS, Segment, attend, heads_together
+from graphs.lowering.many_rows import ManyRows
 from graphs.lowering.one_row import OneRow
 from graphs.ops import DOMAIN, OPS
 from graphs.plan import PruningPlan
@@ -198,8 +199,8 @@ def _value(name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
 def grouped(model: ir.Model) -> bool:
     """Let a canonical decoder of fp32 write its caches in place by GroupQueryAttention; False where it is none.
 
-    A decode step has a form of its own where that is cheaper (``graphs.lowering.one_row``), and so has what few guide
-    rows give (``graphs.lowering.few_guides``).
+    A decode step has a form of its own where that is cheaper (``graphs.lowering.one_row``), and so have what few guide
+    rows give (``graphs.lowering.few_guides``) and a long chunk (``graphs.lowering.many_rows``).
     False too, and no change, for heads of a width that the operator does not take, and for a plan that cannot have it
     so: a layer's keys are then read before it runs.
     """
@@ -215,4 +216,5 @@ def grouped(model: ir.Model) -> bool:
         CacheInPlace("grouped")(model)
         OneRow()(model)
         FewGuides()(model)
+        ManyRows()(model)
     return bool(found)

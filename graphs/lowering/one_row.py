@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphs.lowering.edit import Branch, before, constant, takes_over
-from graphs.lowering.grouped import CONTRIB
+from graphs.lowering.grouped import CONTRIB, LAST, PAST_K, PAST_V, Heads, K, Q, V, heads_of
 from graphs.ops import DOMAIN
 
 # From where on it gains without received attention: query heads that share their keys, H·D, and rows of the buffer.
@@ -29,7 +29,6 @@ from graphs.ops import DOMAIN
 SHARED, WIDE, LONG = 6, 512, 384
 SHARED_RECEIVED = 2  # … and with it, at any width and length
 RECEIVED = ("ReceivedInCache", "RatedReceivedInCache")
-Q, K, V, PAST_K, PAST_V, LAST = range(6)  # inputs of GroupQueryAttention
 
 
 class OneRow(ir.passes.InPlacePass):
@@ -52,35 +51,22 @@ class OneRow(ir.passes.InPlacePass):
 class _Layer:
     node: ir.Node
     received: ir.Node | None
-    heads: int
-    groups: int
-    width: int
-    scale: float
-
-    @property
-    def together(self) -> int:
-        """G, the query heads that share a key-value head."""
-        return self.heads // self.groups
+    heads: Heads
 
     @property
     def gains(self) -> bool:
         """Whether the form is worth its nodes."""
         if self.received is not None:
-            return self.together >= SHARED_RECEIVED
-        return self.together >= SHARED and self.heads * self.width >= WIDE
+            return self.heads.together >= SHARED_RECEIVED
+        return self.heads.together >= SHARED and self.heads.queries * self.heads.width >= WIDE
 
 
 def _layer_of(node: ir.Node) -> _Layer:
-    buffer = node.inputs[PAST_K]
-    assert buffer is not None
-    assert buffer.shape is not None
-    groups, width = int(buffer.shape[1]), int(buffer.shape[3])  # type: ignore[arg-type]
-    scale = node.attributes.get_float("scale", 0.0) or width**-0.5
-    heads = node.attributes.get_int("num_heads", 0)
+    heads = heads_of(node)
     users = [user for user, at in node.outputs[1].uses() if user.domain == DOMAIN and user.op_type in RECEIVED]
     same = [user for user in users if _same_rows(user.inputs[0], node.inputs[Q])]
-    received = same[0] if len(same) == 1 and abs(same[0].attributes["scale"].value - scale) < 1e-6 * scale else None
-    return _Layer(node, received, heads, groups, width, scale)
+    alike = len(same) == 1 and abs(same[0].attributes["scale"].value - heads.scale) < 1e-6 * heads.scale
+    return _Layer(node, same[0] if alike else None, heads)
 
 
 def _same_rows(heads_first: ir.Value | None, rows_first: ir.Value | None) -> bool:
@@ -175,14 +161,15 @@ def _hidden(node: ir.Node, shared: dict[tuple[object, ...], ir.Value]) -> ir.Val
 
 
 def _one_row(layer: _Layer, hidden: ir.Value, write_at: ir.Value, name: str) -> ir.Graph:
-    node, (h, v, g, d) = layer.node, (layer.heads, layer.groups, layer.together, layer.width)
+    node, of = layer.node, layer.heads
+    h, v, g, d = of.queries, of.keys, of.together, of.width
     body = Branch(name)
     presents = [
         body.add("TensorScatter", [past, body.add("Reshape", [chunk, body.ints(1, v, 1, d)]), write_at], axis=2)
         for past, chunk in ((node.inputs[PAST_K], node.inputs[K]), (node.inputs[PAST_V], node.inputs[V]))
     ]
     q_1VGD = body.add("Reshape", [node.inputs[Q], body.ints(1, v, g, d)])
-    logit_1VCG = body.add("FusedMatMul", [presents[0], q_1VGD], CONTRIB, transB=1, alpha=layer.scale)
+    logit_1VCG = body.add("FusedMatMul", [presents[0], q_1VGD], CONTRIB, transB=1, alpha=of.scale)
     logit_1VGC = body.add("Transpose", [logit_1VCG], perm=[0, 1, 3, 2])
     share_1VGC = body.add("Softmax", [body.add("Add", [logit_1VGC, hidden])], axis=-1)
     # Products of one row each: a product of G rows would copy the values first.

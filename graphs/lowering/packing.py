@@ -1,10 +1,10 @@
-"""Files for a CPU: weights laid out as ONNX Runtime's products read them fastest without a copy, or quantised.
+"""Files for a CPU: weights as ONNX Runtime's products read them in place, without a copy, or quantised.
 
 Legend: N outputs, K inputs of a layer.
 
-fp32: a weight [N,K] with N > K is stored turned, [K,N], else as the checkpoint has it; what is an embedding table too
-stays as it is, so that both are one. Read in place, decode is then within 5 % of what ONNX Runtime's own packed copies
-reach, which take as much memory again and are made at every open (benchmarks/LOG.md).
+fp32: weights stay as the checkpoint has them, [N,K]: a product lays them out while it reads along K. ONNX Runtime's own
+packed copies gain 5 % of a long product, lose a tenth and more of one row's, take as much memory again and are made at
+every open (benchmarks/LOG.md).
 int8, int4: ``graphs.lowering.quantised`` for ONNX Runtime, ``graphs.lowering.weight_only`` for OpenVINO, tables
 included; norms, biases and convolutions stay fp32, and ``graphs.lowering.roles`` has what stays int8 in int4.
 """
@@ -21,17 +21,13 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from graphs.errors import OperationFailed
-from graphs.lowering.derived import CHUNK, DerivedWeights, Pieces
+from graphs.lowering.derived import CHUNK, DerivedWeights
 from graphs.lowering.host import one_node_each
 from graphs.lowering.linear import (
     Rows,
     WeightsAsStored,
-    initializer,
-    mapped_values,
-    replace,
     rows_in,
     sizes_of,
-    stored_weight,
 )
 from graphs.lowering.patches import PatchesByProduct
 from graphs.lowering.precision import Precision
@@ -84,7 +80,7 @@ class Packing:
             width = width_of(model, BITS[self.precision], self._tables)
             Quantise(self.weights, lambda weight: Bits(width(weight), BLOCK), self.rows_of)(model)
         else:
-            self._turn(model)
+            WeightsAsStored()(model)
         if self.target == "cpu":
             one_node_each(model)
             model.metadata_props[PACKED] = self.precision
@@ -94,23 +90,8 @@ class Packing:
             PatchesByProduct()(model)
             RemoveUnusedNodesPass()(model)
 
-    def _turn(self, model: ir.Model) -> None:
-        for node in list(model.graph.all_nodes()):
-            weight = stored_weight(node)
-            if weight is None or place_of(weight) in self._tables:
-                continue
-            n, k = sizes_of(weight)
-            if n > k:
-                shape, name = (k, n), f"{weight.name}.turned"
-                held = self._sources[place_of(weight)]
-                turned = self.weights.place(
-                    (*place_of(weight), "turned"), name, ir.DataType.FLOAT, shape, _turned(held)
-                )
-                replace(node, ir.node("MatMul", [node.inputs[0], initializer(model, turned)]))
-        WeightsAsStored()(model)
-
     def _keep_the_rest(self, model: ir.Model) -> None:
-        """What was neither turned nor quantised, as fp32 beside the others."""
+        """What was not quantised, as fp32, all in one file."""
         for value in list(model.graph.initializers.values()):
             tensor = value.const_value
             if not isinstance(tensor, ir.ExternalTensor) or tensor.location == self.weights.file:
@@ -137,16 +118,6 @@ def _claimed(tensor: ir.ExternalTensor, dtype: ir.DataType) -> ir.ExternalTensor
         name=tensor.name,
         base_dir=tensor.base_dir,
     )
-
-
-def _turned(held: ir.ExternalTensor) -> Pieces:
-    def pieces() -> Iterator[np.ndarray]:
-        n, k = held.shape.numpy()
-        step = max(1, CHUNK // n)
-        for first in range(0, k, step):
-            yield np.asarray(mapped_values(held)[:, first : first + step], np.float32).T
-
-    return pieces
 
 
 def _in_steps(rows: Rows, count: int, size: int) -> Iterator[np.ndarray]:

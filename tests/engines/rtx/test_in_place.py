@@ -41,9 +41,11 @@ def both(exports: Exports, role: str) -> tuple[Decoder, Decoder]:
 
 
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step has its own attention in models of any size."""
+    """A step and a chunk have attentions of their own in models of any size, a chunk's in pieces of three rows."""
     for name in ("SHARED", "SHARED_RECEIVED", "WIDE", "LONG"):
         monkeypatch.setattr(f"graphs.lowering.one_row.{name}", 0)
+    for name, value in {"SHARED": 1, "LONG": 2, "CHUNKS": 1000, "PIECE": 3, "PIECE_OF_FEW": 3}.items():
+        monkeypatch.setattr(f"graphs.lowering.many_rows.{name}", value)
 
 
 def fed(decoder: Decoder, rows: int, seed: int, cache: Cache | None, visual: int = 0, **more: Any) -> Step:
@@ -65,13 +67,13 @@ def rows_of(decoder: Decoder, cache: Cache) -> dict[str, np.ndarray]:
     return {name: decoder._session.to_host(x)[:, :, : cache.lengths[of[name]]] for name, x in cache.values.items()}
 
 
-@pytest.mark.parametrize("one_row", [False, True])
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("role", ROLES)
 def test_prefill_chunk_decode_growth_and_a_cut_are_those_of_the_concatenated_cache(
-    exports: Exports, role: str, one_row: bool, monkeypatch: pytest.MonkeyPatch
+    exports: Exports, role: str, own: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Received attention is summed over the steps in the graph, and per step on the host."""
-    if one_row:
+    if own:
         always(monkeypatch)
     mine, theirs = both(exports, role)
     got, want = (fed(d, 20, 0, None, visual=9, tail=3) for d in (mine, theirs))

@@ -1,0 +1,102 @@
+"""A long chunk's attention in pieces is the formula's, in numpy, and that of the operator that it stands in for.
+
+Legend: S rows, H query heads, V key-value heads, D head width, C rows of the buffer, T filled rows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from graphs.lowering import many_rows
+from graphs.lowering.many_rows import ManyRows
+
+D = 16
+CASES = {  # query heads, key-value heads, rows, past, rows of the buffer
+    "a prompt": (14, 2, 200, 0, 300),
+    "rows that fill their pieces, in a buffer that ends with them": (14, 2, 192, 0, 192),
+    "the last piece ends behind the buffer": (6, 3, 195, 4, 199),
+    "a past": (8, 1, 230, 100, 340),
+    "as long a past as it takes": (4, 2, 192, 384, 600),
+}
+
+
+def session(heads: int, keys: int, *, pieces: bool, softcap: float = 0.0) -> tuple[ort.InferenceSession, ir.Model]:
+    def value(name: str, shape: list[int | str], kind: int = onnx.TensorProto.FLOAT) -> onnx.ValueInfoProto:
+        return onnx.helper.make_tensor_value_info(name, kind, shape)
+
+    node = onnx.helper.make_node(
+        "GroupQueryAttention",
+        ["q", "k", "v", "past_k", "past_v", "last", "filled"],
+        ["out", "present_k", "present_v"],
+        domain="com.microsoft",
+        num_heads=heads,
+        kv_num_heads=keys,
+        softcap=softcap,
+    )
+    flat = [value("q", [1, "S", heads * D]), value("k", [1, "S", keys * D]), value("v", [1, "S", keys * D])]
+    buffers = [value(f"past_{side}", [1, keys, "C", D]) for side in "kv"]
+    told = [value("last", [1, 1], onnx.TensorProto.INT32), value("filled", [], onnx.TensorProto.INT32)]
+    outputs = [value("out", [1, "S", heads * D]), *(value(f"present_{side}", [1, keys, "C", D]) for side in "kv")]
+    graph = onnx.helper.make_graph([node], "attention", [*flat, *buffers, *told], outputs)
+    opsets = [onnx.helper.make_opsetid("", 24), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=11))
+    if pieces:
+        ManyRows()(model)
+    options = ort.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    proto = ir.to_proto(model).SerializeToString()
+    return ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"]), model
+
+
+def fed(heads: int, keys: int, rows: int, past: int, capacity: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(rows + past)
+    feeds = {"q": rng.standard_normal((1, rows, heads * D), np.float32)}
+    feeds |= {side: rng.standard_normal((1, rows, keys * D), np.float32) for side in "kv"}
+    feeds |= {f"past_{side}": rng.standard_normal((1, keys, capacity, D), np.float32) for side in "kv"}
+    return feeds | {"last": np.array([[past + rows - 1]], np.int32), "filled": np.array(past + rows, np.int32)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pieces_are_the_formula_and_the_operator(case: str) -> None:
+    heads, keys, rows, past, capacity = CASES[case]
+    feeds = fed(heads, keys, rows, past, capacity)
+    got = session(heads, keys, pieces=True)[0].run(None, feeds)
+    theirs = session(heads, keys, pieces=False)[0].run(None, feeds)
+    q_HSD = feeds["q"][0].reshape(rows, heads, D).transpose(1, 0, 2).astype(np.float64)
+    held = []
+    for side, present in zip("kv", got[1:], strict=True):
+        whole = feeds[f"past_{side}"].copy()
+        whole[0, :, past : past + rows] = feeds[side][0].reshape(rows, keys, D).transpose(1, 0, 2)
+        np.testing.assert_array_equal(present, whole)
+        held.append(np.repeat(whole[0, :, : past + rows], heads // keys, axis=0).astype(np.float64))
+    logit_HST = q_HSD @ held[0].transpose(0, 2, 1) / D**0.5
+    logit_HST[:, np.arange(past + rows) > past + np.arange(rows)[:, None]] = -np.inf
+    share_HST = np.exp(logit_HST - logit_HST.max(-1, keepdims=True))
+    wanted = (share_HST / share_HST.sum(-1, keepdims=True) @ held[1]).transpose(1, 0, 2).reshape(1, rows, -1)
+    np.testing.assert_allclose(got[0], wanted, atol=2e-6)
+    np.testing.assert_allclose(got[0], theirs[0], atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "past", "pieces"), [(191, 0, False), (192, 0, True), (192, 384, True), (192, 385, False)]
+)
+def test_few_rows_and_a_long_past_keep_the_operator(rows: int, past: int, pieces: bool) -> None:
+    """The choice is the graph's own: what its condition says, asked for as an output."""
+    _, model = session(4, 2, pieces=True)
+    choice = next(node for node in model.graph if node.op_type == "If")
+    model.graph.outputs.append(choice.inputs[0])
+    ran = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    assert ran.run(None, fed(4, 2, rows, past, 600))[-1] == pieces
+    then = choice.attributes["then_branch"].as_graph()
+    assert any(node.op_type == "Scan" for node in then)
+
+
+def test_heads_of_their_own_and_softcaps_keep_the_operator() -> None:
+    for heads, keys, softcap in ((4, 4, 0.0), (4, 2, 30.0)):
+        _, model = session(heads, keys, pieces=True, softcap=softcap)
+        assert [node.op_type for node in model.graph] == ["GroupQueryAttention"]
+    assert many_rows.SHARED == 2
