@@ -18,7 +18,7 @@ from graphs.lowering.edit import before, constant, takes_over
 CONTRIB = "com.microsoft"
 HEAD_WIDTHS = 8
 ALL_HEADS_LAST = (0, 2, 1, 3)  # [B,H,S,D] ↔ [B,S,H,D]
-Q, K, V, PAST_K, PAST_V, LAST = range(6)  # inputs of GroupQueryAttention
+Q, K, V, PAST_K, PAST_V, LAST, FILLED = range(7)  # inputs of GroupQueryAttention
 
 
 @dataclass

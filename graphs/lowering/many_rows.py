@@ -1,76 +1,114 @@
-"""A long chunk's attention over a buffer, for ONNX Runtime's CPU: what GroupQueryAttention does for many rows, faster.
+"""A chunk's attention over a buffer, for ONNX Runtime's CPU: GroupQueryAttention's tiles only where they are the best.
 
-Legend: S rows, n pieces of R of them, V key-value heads, G query heads that share one, D head width, F = V·G·D,
-T rows of the buffer up to a piece's end.
+Legend: H query heads, S rows, T rows of the buffer up to the chunk's end, n pieces of R of them, V key-value heads,
+G query heads that share one, D head width, F = H·D.
 
-    If (long):  of each piece  softmax(scale · q [V,G·R,D] · k [V,T,D]ᵀ + hidden [R,T]) · v [V,T,D]
-    else:       GroupQueryAttention
+    If (H·S·T ≤ MAP):    GroupQueryAttention with a whole map of scores
+    else If (T ≤ 3·S):   of each piece  softmax(scale · q [V,G·R,D] · k [V,T,D]ᵀ + hidden [R,T]) · v [V,T,D]
+    else:                GroupQueryAttention in tiles
 
-The operator multiplies some rows of one query head at a time and lays out keys and values for them anew. Here the heads
-of a group are rows of one product, what lies behind a piece is not multiplied at all, and one piece's map is in memory
-at a time. Heads that share no keys gain nothing. Rows that are not filled must hold numbers, any, as in
-``graphs.lowering.one_row``. Figures: benchmarks/LOG.md. Source: ONNX If, Scan, TensorScatter-24; com.microsoft's
-FusedMatMul.
+In tiles the operator multiplies some rows of one query head at a time and lays out keys and values for them anew, and
+leaves out little of what is hidden. A map that fits into a cache is faster whole. In pieces the heads of a group are
+rows of one product, and what lies behind a piece is not multiplied; heads that share no keys would gain nothing. The
+operator makes a whole map for heads that have a sink (its notes on the CPU, "activation conditions"), so here they have
+one of no weight. Rows that are not filled must hold numbers, any, as in ``graphs.lowering.one_row``. Figures:
+benchmarks/LOG.md. Source: ONNX If, Scan, TensorScatter-24; com.microsoft's FusedMatMul and GroupQueryAttention.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from graphs.lowering.edit import Branch, before, constant, takes_over, with_else_branches
-from graphs.lowering.grouped import CONTRIB, LAST, PAST_K, PAST_V, Heads, K, Q, V, heads_of
+from graphs.lowering.grouped import CONTRIB, FILLED, LAST, PAST_K, PAST_V, Heads, K, Q, V, heads_of
 
-# From where on it gains: rows of a chunk, query heads that share their keys. And up to where: a past and a chunk of so
-# many chunks' rows, as the operator multiplies a past at twice the speed of what is hidden in part.
-LONG, SHARED, CHUNKS = 192, 2, 3
+MAP = 1 << 22  # scores of a whole map, at most: 16 MiB
+# In pieces where so many query heads share their keys, and a past and its chunk are no more than so many chunks: the
+# operator multiplies a past at twice the speed of what is hidden in part.
+SHARED, CHUNKS = 2, 3
 PIECE, PIECE_OF_FEW = 32, 64  # rows of a piece, so that some 200 rows share a layout of keys; of fewer than FEW heads
 FEW = 4
+SINK, NO_WEIGHT = 11, -1e30  # an input of GroupQueryAttention; what e to the power of is 0
 
 
 class ManyRows(ir.passes.InPlacePass):
-    """Give every GroupQueryAttention over a buffer, also in an else-branch, a form for a long chunk."""
+    """Give every GroupQueryAttention over a buffer, also in an else-branch, its forms for few rows and for many."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite in place; what stands deeper is left as it is."""
-        long: dict[ir.Value | None, ir.Value] = {}
+        shared: dict[tuple[object, ...], ir.Value] = {}
         changed = False
         for top, node in with_else_branches(model.graph):
             if node.op_type != "GroupQueryAttention" or node.domain != CONTRIB:
                 continue
             heads, softcap = heads_of(node), node.attributes.get_float("softcap", 0.0)
-            if heads.together < SHARED or softcap:
+            if softcap:
                 continue
-            if node.inputs[LAST] not in long:
-                long[node.inputs[LAST]] = _long(top, node)
-            _rewrite(node, heads, long[node.inputs[LAST]])
+            key = (node.inputs[LAST], heads.queries)
+            if key not in shared:
+                shared[key] = _small(top, node, heads)
+            _rewrite(node, heads, shared[key])
             changed = True
         return ir.passes.PassResult(model, changed)
 
 
-def _long(top: ir.Node, node: ir.Node) -> ir.Value:
-    """Whether a chunk has so many rows and not too long a past, bool []; in front of the decoder's own node."""
+def _small(top: ir.Node, node: ir.Node, heads: Heads) -> ir.Value:
+    """Whether a whole map of scores is small, bool [1]; in front of the decoder's own node."""
     rows = before(top, "Shape", [node.inputs[Q]], start=1, end=2)
-    last = before(top, "Cast", [node.inputs[LAST]], to=ir.DataType.INT64.value)
-    enough = before(top, "GreaterOrEqual", [rows, constant(top, [LONG])])
-    most = before(top, "Mul", [rows, constant(top, [CHUNKS])])
-    long = before(top, "Squeeze", [before(top, "And", [enough, before(top, "Less", [last, most])])])
-    long.type, long.shape = ir.TensorType(ir.DataType.BOOL), ir.Shape([])
-    return long
+    filled = before(top, "Cast", [node.inputs[FILLED]], to=ir.DataType.INT64.value)
+    most = constant(top, [MAP // heads.queries])
+    small = before(top, "LessOrEqual", [before(top, "Mul", [rows, filled]), most])
+    small.type, small.shape = ir.TensorType(ir.DataType.BOOL), ir.Shape([1])
+    return small
 
 
-def _rewrite(node: ir.Node, heads: Heads, long: ir.Value) -> None:
+def _rewrite(node: ir.Node, heads: Heads, small: ir.Value) -> None:
     graph, old = node.graph, list(node.outputs)
     assert graph is not None
     name = node.name or str(old[0].name)
-    choice = ir.node("If", [long], num_outputs=len(old), name=f"{name}/chunk")
+    choice = ir.node("If", [small], num_outputs=len(old), name=f"{name}/map")
     graph.insert_before(node, choice)
     for new, value in zip(choice.outputs, old, strict=True):
         takes_over(new, value)
     graph.remove(node)
-    few = ir.Graph([], old, nodes=[node], name=f"{name}/few")
-    choice.attributes["then_branch"] = ir.AttrGraph("then_branch", _in_pieces(node, heads, f"{name}/many"))
-    choice.attributes["else_branch"] = ir.AttrGraph("else_branch", few)
+    choice.attributes["then_branch"] = ir.AttrGraph("then_branch", _whole(node, heads, f"{name}/whole"))
+    if heads.together < SHARED:
+        tiles = ir.Graph([], old, nodes=[node], name=f"{name}/tiles")
+    else:
+        tiles = _pieces_or_tiles(node, heads, name)
+    choice.attributes["else_branch"] = ir.AttrGraph("else_branch", tiles)
+
+
+def _whole(node: ir.Node, heads: Heads, name: str) -> ir.Graph:
+    branch = Branch(name)
+    sink_H = branch.constant(np.full(heads.queries, NO_WEIGHT, np.float32))
+    attributes = {key: attribute.value for key, attribute in node.attributes.items()}
+    inputs = [*node.inputs, *[None] * (SINK - len(node.inputs)), sink_H]
+    whole = ir.node(node.op_type, inputs, attributes, domain=CONTRIB, num_outputs=3, name=f"{name}/attention")
+    _told_as(whole.outputs, node, name)
+    return ir.Graph([], whole.outputs, nodes=[*branch.nodes, whole], name=name)
+
+
+def _pieces_or_tiles(node: ir.Node, heads: Heads, name: str) -> ir.Graph:
+    branch = Branch(f"{name}/large")
+    rows = branch.add("Shape", [node.inputs[Q]], start=1, end=2)
+    filled = branch.add("Cast", [node.inputs[FILLED]], to=ir.DataType.INT64.value)
+    short = branch.add("LessOrEqual", [filled, branch.add("Mul", [rows, branch.ints(CHUNKS)])])
+    choice = ir.node("If", [short], num_outputs=3, name=f"{name}/past")
+    _told_as(choice.outputs, node, f"{name}/past")
+    tiles = ir.Graph([], node.outputs, nodes=[node], name=f"{name}/tiles")
+    choice.attributes["then_branch"] = ir.AttrGraph("then_branch", _in_pieces(node, heads, f"{name}/pieces"))
+    choice.attributes["else_branch"] = ir.AttrGraph("else_branch", tiles)
+    return ir.Graph([], choice.outputs, nodes=[*branch.nodes, choice], name=f"{name}/large")
+
+
+def _told_as(values: Sequence[ir.Value], node: ir.Node, name: str) -> None:
+    """Types and shapes of the operator's outputs, under names of their own."""
+    for i, (value, like) in enumerate(zip(values, node.outputs, strict=True)):
+        value.name, value.type, value.shape = f"{name}/{i}", like.type, like.shape
 
 
 def _in_pieces(node: ir.Node, heads: Heads, name: str) -> ir.Graph:
@@ -99,8 +137,7 @@ def _in_pieces(node: ir.Node, heads: Heads, name: str) -> ir.Graph:
     out_nRF = branch.add("Scan", [q_nRF, begins_n1], body=body, num_scan_inputs=2)
     flat = branch.add("Reshape", [out_nRF, branch.ints(1, -1, v * g * d)])
     outputs = [branch.add("Slice", [flat, branch.ints(0), rows, branch.ints(1)]), *presents]
-    for value, like in zip(outputs, node.outputs, strict=True):
-        value.type, value.shape = like.type, like.shape
+    _told_as(outputs, node, name)
     return ir.Graph([], outputs, nodes=branch.nodes, name=name)
 
 

@@ -11,16 +11,19 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from graphs.lowering import many_rows
 from graphs.lowering.many_rows import ManyRows
 
 D = 16
+FORMS = ("GroupQueryAttention", "Scan")
 CASES = {  # query heads, key-value heads, rows, past, rows of the buffer
     "a prompt": (14, 2, 200, 0, 300),
     "rows that fill their pieces, in a buffer that ends with them": (14, 2, 192, 0, 192),
     "the last piece ends behind the buffer": (6, 3, 195, 4, 199),
     "a past": (8, 1, 230, 100, 340),
-    "as long a past as it takes": (4, 2, 192, 384, 600),
+    "as long a past as pieces take": (4, 2, 192, 384, 600),
+    "a longer one": (4, 2, 192, 385, 600),
+    "heads of their own": (3, 3, 70, 5, 80),
+    "one row": (4, 2, 1, 90, 100),
 }
 
 
@@ -60,8 +63,11 @@ def fed(heads: int, keys: int, rows: int, past: int, capacity: int) -> dict[str,
     return feeds | {"last": np.array([[past + rows - 1]], np.int32), "filled": np.array(past + rows, np.int32)}
 
 
+@pytest.mark.parametrize("most", [0, 1 << 22])
 @pytest.mark.parametrize("case", CASES)
-def test_pieces_are_the_formula_and_the_operator(case: str) -> None:
+def test_every_form_is_the_formula_and_the_operator(case: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """most: scores of a whole map; with none, what is left is pieces, or tiles."""
+    monkeypatch.setattr("graphs.lowering.many_rows.MAP", most)
     heads, keys, rows, past, capacity = CASES[case]
     feeds = fed(heads, keys, rows, past, capacity)
     got = session(heads, keys, pieces=True)[0].run(None, feeds)
@@ -71,7 +77,7 @@ def test_pieces_are_the_formula_and_the_operator(case: str) -> None:
     for side, present in zip("kv", got[1:], strict=True):
         whole = feeds[f"past_{side}"].copy()
         whole[0, :, past : past + rows] = feeds[side][0].reshape(rows, keys, D).transpose(1, 0, 2)
-        np.testing.assert_array_equal(present, whole)
+        np.testing.assert_array_equal(present[:, :, : past + rows], whole[:, :, : past + rows])
         held.append(np.repeat(whole[0, :, : past + rows], heads // keys, axis=0).astype(np.float64))
     logit_HST = q_HSD @ held[0].transpose(0, 2, 1) / D**0.5
     logit_HST[:, np.arange(past + rows) > past + np.arange(rows)[:, None]] = -np.inf
@@ -81,22 +87,30 @@ def test_pieces_are_the_formula_and_the_operator(case: str) -> None:
     np.testing.assert_allclose(got[0], theirs[0], atol=2e-6)
 
 
+def forms(heads: int, keys: int, **more: float) -> list[str]:
+    """What each branch of the choice attends with, the deepest last."""
+    _, model = session(heads, keys, pieces=True, **more)
+    found, graph = [], model.graph
+    while choice := next((node for node in graph if node.op_type == "If"), None):
+        found.append(next(n.op_type for n in choice.attributes["then_branch"].as_graph() if n.op_type in FORMS))
+        graph = choice.attributes["else_branch"].as_graph()
+    return [*found, *(node.op_type for node in graph if node.op_type in FORMS)]
+
+
+def test_each_choice_has_its_forms() -> None:
+    assert forms(4, 2) == ["GroupQueryAttention", "Scan", "GroupQueryAttention"]
+    assert forms(4, 4) == ["GroupQueryAttention", "GroupQueryAttention"], "pieces gain nothing"
+    assert forms(4, 2, softcap=30.0) == ["GroupQueryAttention"]
+
+
 @pytest.mark.parametrize(
-    ("rows", "past", "pieces"), [(191, 0, False), (192, 0, True), (192, 384, True), (192, 385, False)]
+    ("rows", "past", "whole"),
+    [(1, 4000, True), (1024, 0, True), (1025, 0, False), (64, 16320, True), (64, 16321, False)],
 )
-def test_few_rows_and_a_long_past_keep_the_operator(rows: int, past: int, pieces: bool) -> None:
-    """The choice is the graph's own: what its condition says, asked for as an output."""
+def test_a_map_is_whole_up_to_its_size(rows: int, past: int, whole: bool) -> None:
+    """The graph's own condition, asked for as an output."""
     _, model = session(4, 2, pieces=True)
     choice = next(node for node in model.graph if node.op_type == "If")
     model.graph.outputs.append(choice.inputs[0])
     ran = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-    assert ran.run(None, fed(4, 2, rows, past, 600))[-1] == pieces
-    then = choice.attributes["then_branch"].as_graph()
-    assert any(node.op_type == "Scan" for node in then)
-
-
-def test_heads_of_their_own_and_softcaps_keep_the_operator() -> None:
-    for heads, keys, softcap in ((4, 4, 0.0), (4, 2, 30.0)):
-        _, model = session(heads, keys, pieces=True, softcap=softcap)
-        assert [node.op_type for node in model.graph] == ["GroupQueryAttention"]
-    assert many_rows.SHARED == 2
+    assert ran.run(None, fed(4, 2, rows, past, rows + past))[-1] == whole

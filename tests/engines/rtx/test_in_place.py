@@ -44,7 +44,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step and a chunk have attentions of their own in models of any size, a chunk's in pieces of three rows."""
     for name in ("SHARED", "SHARED_RECEIVED", "WIDE", "LONG"):
         monkeypatch.setattr(f"graphs.lowering.one_row.{name}", 0)
-    for name, value in {"SHARED": 1, "LONG": 2, "CHUNKS": 1000, "PIECE": 3, "PIECE_OF_FEW": 3}.items():
+    for name, value in {"MAP": 0, "SHARED": 1, "CHUNKS": 1000, "PIECE": 3, "PIECE_OF_FEW": 3}.items():
         monkeypatch.setattr(f"graphs.lowering.many_rows.{name}", value)
 
 
