@@ -116,8 +116,7 @@ def _in_pieces(node: ir.Node, heads: Heads, name: str) -> ir.Graph:
     r = PIECE_OF_FEW if g < FEW else PIECE
     branch = Branch(name)
     rows = branch.add("Shape", [node.inputs[Q]], start=1, end=2)
-    past = branch.add("Sub", [branch.add("Cast", [node.inputs[LAST]], to=ir.DataType.INT64.value), rows])
-    begin = branch.add("Add", [branch.add("Reshape", [past, branch.ints(1)]), branch.ints(1)])
+    begin = branch.add("Sub", [branch.add("Cast", [node.inputs[FILLED]], to=ir.DataType.INT64.value), rows])
     presents = []
     for buffer, chunk in ((node.inputs[PAST_K], node.inputs[K]), (node.inputs[PAST_V], node.inputs[V])):
         chunk_1SVD = branch.add("Reshape", [chunk, branch.ints(1, -1, v, d)])
