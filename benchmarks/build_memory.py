@@ -26,6 +26,7 @@ import click
 from engines.bundles.manifest import manifest_of
 from engines.trt.engine import memory_needed
 from graphs.errors import OperationFailed, SaccadeError
+from graphs.files import atomic_file
 from graphs.versions import installed_version
 
 RESULT = Path(__file__).parent / "results" / "build_memory.json"
@@ -44,9 +45,8 @@ def main(export: Path, out: Path) -> None:
         click.echo(f"benchmarks.build_memory: {e}", err=True)
         sys.exit(e.exit_code)
     text = json.dumps(document, indent=2)
-    partial = RESULT.with_suffix(".partial")
-    partial.write_text(text + "\n", "utf-8")
-    partial.replace(RESULT)
+    with atomic_file(RESULT) as partial:
+        partial.write_text(text + "\n", "utf-8")
     click.echo(text)
 
 

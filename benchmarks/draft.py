@@ -29,6 +29,7 @@ from engines.guidance import priority_of
 from glyphs.data import held_out_questions
 from glyphs.demo import PAIR
 from graphs.errors import SaccadeError
+from graphs.files import atomic_file
 from graphs.plan import keep_for_retention
 from graphs.talk import track
 
@@ -48,9 +49,8 @@ def main(questions: int, threads: int | None, beside: str) -> None:
         click.echo(f"benchmarks.draft: {e}", err=True)
         sys.exit(e.exit_code)
     text = json.dumps(document, indent=2)
-    partial = RESULTS.with_suffix(".partial")
-    partial.write_text(text + "\n", "utf-8")
-    partial.replace(RESULTS)
+    with atomic_file(RESULTS) as partial:
+        partial.write_text(text + "\n", "utf-8")
     publish()
     click.echo(text)
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from graphs.files import atomic_file
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "draft.json"
 README = ROOT / "README.md"
@@ -46,9 +48,9 @@ def filled(text: str, document: dict[str, Any]) -> str:
 
 def publish() -> None:
     """Write them into README.md."""
-    partial = README.with_suffix(".partial")
-    partial.write_text(filled(README.read_text("utf-8"), json.loads(RESULTS.read_text("utf-8"))), "utf-8")
-    partial.replace(README)
+    text = filled(README.read_text("utf-8"), json.loads(RESULTS.read_text("utf-8")))
+    with atomic_file(README) as partial:
+        partial.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

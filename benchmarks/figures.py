@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from graphs.files import atomic_file
+
 RESULTS = Path(__file__).parent / "results"
 # What decides which kernels run, the widest last: without these names two machines' figures do not compare.
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
@@ -22,12 +24,10 @@ INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "am
 
 def keep(name: str, document: dict[str, Any]) -> Path:
     """Write ``name``.json into this machine's folder, whole or not at all; the path."""
-    folder = RESULTS / machine()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-    return partial.replace(path)
+    path = RESULTS / machine() / f"{name}.json"
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    return path
 
 
 def machine() -> str:

@@ -76,12 +76,11 @@ def short_of(documents: Sequence[Document]) -> list[str]:
     keys = (("vision_ms", "vision ms"), ("first_token_ms", "first token ms"), ("decode_ms_per_token", "ms a token"))
     heads = [f"{title}, {cpu_of(document)}" for document in documents for _, title in keys]
     rows = [{row["name"]: row for row in document["systems"]} for document in documents]
-    lines = [f"| 1,000 visual tokens | {' | '.join(heads)} | peak GB |", "|---" * (len(heads) + 2) + "|"]
-    for name in rows[0]:
-        if name in README_ROWS:
+    lines = [f"| 1,000 visual tokens | {' | '.join(heads)} | highest peak GB |", "|---" * (len(heads) + 2) + "|"]
+    for name in README_ROWS:
+        if peaks := [of[name]["peak_bytes"] for of in rows if name in of]:
             values = [number(of[name][key][0]) if name in of else "" for of in rows for key, _ in keys]
-            peak = max(of[name]["peak_bytes"] for of in rows if name in of)
-            lines.append(f"| {name} | {' | '.join(values)} | {peak / 1e9:.2f} |")
+            lines.append(f"| {name} | {' | '.join(values)} | {max(peaks) / 1e9:.2f} |")
     return lines
 
 
@@ -202,13 +201,14 @@ def readme_with(block_: str) -> str:
 
 
 def machines() -> list[str]:
-    """Folders of results, in alphabetical order."""
-    return sorted(folder.name for folder in RESULTS.iterdir() if folder.is_dir())
+    """Folders with results that the page shows, in alphabetical order."""
+    return sorted(folder.name for folder in RESULTS.iterdir() if folder.is_dir() and found(folder.name))
 
 
 def found(machine: str) -> list[Document]:
-    """A machine's results of this benchmark."""
-    return [json.loads(p.read_text("utf-8")) for p in sorted((RESULTS / machine).glob("peers-*.json"))]
+    """A machine's results that say their conditions: all but the cache's, which stand for themselves."""
+    documents = [json.loads(path.read_text("utf-8")) for path in sorted((RESULTS / machine).glob("*.json"))]
+    return [document for document in documents if "conditions" in document]
 
 
 def result(machine: str, name: str) -> Document | None:

@@ -200,7 +200,7 @@ def grouped(model: ir.Model) -> bool:
     """Let a canonical decoder of fp32 write its caches in place by GroupQueryAttention; False where it is none.
 
     A decode step has a form of its own where that is cheaper (``graphs.lowering.one_row``), and so have what few guide
-    rows give (``graphs.lowering.few_guides``) and a long chunk (``graphs.lowering.many_rows``).
+    rows give (``graphs.lowering.few_guides``) and other chunks, by their size (``graphs.lowering.many_rows``).
     False too, and no change, for heads of a width that the operator does not take, and for a plan that cannot have it
     so: a layer's keys are then read before it runs.
     """

@@ -18,12 +18,13 @@ benchmarks/LOG.md. Source: ONNX If, Scan, TensorScatter-24; com.microsoft's Fuse
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from graphs.lowering.edit import Branch, before, constant, takes_over, with_else_branches
-from graphs.lowering.grouped import CONTRIB, FILLED, LAST, PAST_K, PAST_V, Heads, K, Q, V, heads_of
+from graphs.lowering.grouped import CONTRIB, FILLED, PAST_K, PAST_V, Heads, K, Q, V, heads_of
 
 MAP = 1 << 22  # scores of a whole map, at most: 16 MiB
 # In pieces where so many query heads share their keys, and a past and its chunk are no more than so many chunks: the
@@ -39,7 +40,7 @@ class ManyRows(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite in place; what stands deeper is left as it is."""
-        shared: dict[tuple[object, ...], ir.Value] = {}
+        shared: dict[tuple[object, ...], _Chunk] = {}
         changed = False
         for top, node in with_else_branches(model.graph):
             if node.op_type != "GroupQueryAttention" or node.domain != CONTRIB:
@@ -47,29 +48,41 @@ class ManyRows(ir.passes.InPlacePass):
             heads, softcap = heads_of(node), node.attributes.get_float("softcap", 0.0)
             if softcap:
                 continue
-            key = (node.inputs[LAST], heads.queries)
+            key = (node.inputs[FILLED], heads.queries)
             if key not in shared:
-                shared[key] = _small(top, node, heads)
+                shared[key] = _chunk(top, node, heads)
             _rewrite(node, heads, shared[key])
             changed = True
         return ir.passes.PassResult(model, changed)
 
 
-def _small(top: ir.Node, node: ir.Node, heads: Heads) -> ir.Value:
-    """Whether a whole map of scores is small, bool [1]; in front of the decoder's own node."""
+@dataclass(frozen=True)
+class _Chunk:
+    """What the layers of a segment share.
+
+    rows: S, int64 [1]. filled: T, int64 []. small: whether a whole map of scores is, bool [1].
+    """
+
+    rows: ir.Value
+    filled: ir.Value
+    small: ir.Value
+
+
+def _chunk(top: ir.Node, node: ir.Node, heads: Heads) -> _Chunk:
+    """In front of the decoder's own node that holds the segment's first attention."""
     rows = before(top, "Shape", [node.inputs[Q]], start=1, end=2)
     filled = before(top, "Cast", [node.inputs[FILLED]], to=ir.DataType.INT64.value)
     most = constant(top, [MAP // heads.queries])
     small = before(top, "LessOrEqual", [before(top, "Mul", [rows, filled]), most])
     small.type, small.shape = ir.TensorType(ir.DataType.BOOL), ir.Shape([1])
-    return small
+    return _Chunk(rows, filled, small)
 
 
-def _rewrite(node: ir.Node, heads: Heads, small: ir.Value) -> None:
+def _rewrite(node: ir.Node, heads: Heads, chunk: _Chunk) -> None:
     graph, old = node.graph, list(node.outputs)
     assert graph is not None
     name = node.name or str(old[0].name)
-    choice = ir.node("If", [small], num_outputs=len(old), name=f"{name}/map")
+    choice = ir.node("If", [chunk.small], num_outputs=len(old), name=f"{name}/map")
     graph.insert_before(node, choice)
     for new, value in zip(choice.outputs, old, strict=True):
         takes_over(new, value)
@@ -78,7 +91,7 @@ def _rewrite(node: ir.Node, heads: Heads, small: ir.Value) -> None:
     if heads.together < SHARED:
         tiles = ir.Graph([], old, nodes=[node], name=f"{name}/tiles")
     else:
-        tiles = _pieces_or_tiles(node, heads, name)
+        tiles = _pieces_or_tiles(node, heads, chunk, name)
     choice.attributes["else_branch"] = ir.AttrGraph("else_branch", tiles)
 
 
@@ -92,15 +105,13 @@ def _whole(node: ir.Node, heads: Heads, name: str) -> ir.Graph:
     return ir.Graph([], whole.outputs, nodes=[*branch.nodes, whole], name=name)
 
 
-def _pieces_or_tiles(node: ir.Node, heads: Heads, name: str) -> ir.Graph:
+def _pieces_or_tiles(node: ir.Node, heads: Heads, chunk: _Chunk, name: str) -> ir.Graph:
     branch = Branch(f"{name}/large")
-    rows = branch.add("Shape", [node.inputs[Q]], start=1, end=2)
-    filled = branch.add("Cast", [node.inputs[FILLED]], to=ir.DataType.INT64.value)
-    short = branch.add("LessOrEqual", [filled, branch.add("Mul", [rows, branch.ints(CHUNKS)])])
+    short = branch.add("LessOrEqual", [chunk.filled, branch.add("Mul", [chunk.rows, branch.ints(CHUNKS)])])
     choice = ir.node("If", [short], num_outputs=3, name=f"{name}/past")
     _told_as(choice.outputs, node, f"{name}/past")
     tiles = ir.Graph([], node.outputs, nodes=[node], name=f"{name}/tiles")
-    choice.attributes["then_branch"] = ir.AttrGraph("then_branch", _in_pieces(node, heads, f"{name}/pieces"))
+    choice.attributes["then_branch"] = ir.AttrGraph("then_branch", _in_pieces(node, heads, chunk, f"{name}/pieces"))
     choice.attributes["else_branch"] = ir.AttrGraph("else_branch", tiles)
     return ir.Graph([], choice.outputs, nodes=[*branch.nodes, choice], name=f"{name}/large")
 
@@ -111,15 +122,14 @@ def _told_as(values: Sequence[ir.Value], node: ir.Node, name: str) -> None:
         value.name, value.type, value.shape = f"{name}/{i}", like.type, like.shape
 
 
-def _in_pieces(node: ir.Node, heads: Heads, name: str) -> ir.Graph:
+def _in_pieces(node: ir.Node, heads: Heads, chunk: _Chunk, name: str) -> ir.Graph:
     v, g, d = heads.keys, heads.together, heads.width
     r = PIECE_OF_FEW if g < FEW else PIECE
     branch = Branch(name)
-    rows = branch.add("Shape", [node.inputs[Q]], start=1, end=2)
-    begin = branch.add("Sub", [branch.add("Cast", [node.inputs[FILLED]], to=ir.DataType.INT64.value), rows])
+    rows, begin = chunk.rows, branch.add("Sub", [chunk.filled, chunk.rows])
     presents = []
-    for buffer, chunk in ((node.inputs[PAST_K], node.inputs[K]), (node.inputs[PAST_V], node.inputs[V])):
-        chunk_1SVD = branch.add("Reshape", [chunk, branch.ints(1, -1, v, d)])
+    for buffer, added in ((node.inputs[PAST_K], node.inputs[K]), (node.inputs[PAST_V], node.inputs[V])):
+        chunk_1SVD = branch.add("Reshape", [added, branch.ints(1, -1, v, d)])
         chunk_1VSD = branch.add("Transpose", [chunk_1SVD], perm=[0, 2, 1, 3])
         presents.append(branch.add("TensorScatter", [buffer, chunk_1VSD, begin], axis=2))
     held_VCD = [branch.add("Reshape", [present, branch.ints(v, -1, d)]) for present in presents]

@@ -3,8 +3,8 @@
 Legend: N outputs, K inputs of a layer.
 
 fp32: weights stay as the checkpoint has them, [N,K]: a product lays them out while it reads along K. ONNX Runtime's own
-packed copies gain 5 % of a long product, lose a tenth and more of one row's, take as much memory again and are made at
-every open (benchmarks/LOG.md).
+packed copies gain some 5 % of a long product, lose more of one row's that comes from memory, take as much memory again
+and are made at every open (benchmarks/LOG.md).
 int8, int4: ``graphs.lowering.quantised`` for ONNX Runtime, ``graphs.lowering.weight_only`` for OpenVINO, tables
 included; norms, biases and convolutions stay fp32, and ``graphs.lowering.roles`` has what stays int8 in int4.
 """

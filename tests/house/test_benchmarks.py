@@ -11,7 +11,9 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from benchmarks import figures
 from benchmarks.peers import ortgenai, table
 from benchmarks.peers.__main__ import ready
 from benchmarks.peers.process import PEER_PACKAGES, Pythons
@@ -20,7 +22,8 @@ from benchmarks.peers.systems import MADE, QUESTIONS, SYSTEMS
 
 
 def test_the_page_is_that_of_the_results() -> None:
-    assert all(table.found(machine) for machine in table.machines()), "a folder of results without peers"
+    shown = [table.result(machine, f"peers-{shape}") for machine in table.machines() for shape in table.SHAPES]
+    assert any(shown), "no results of benchmarks.peers are committed"
     assert table.PAGE.read_text("utf-8") == table.page(), "run: python -m benchmarks.peers.table"
 
 
@@ -28,6 +31,30 @@ def test_readme_shows_them() -> None:
     readme = (table.ROOT / "README.md").read_text("utf-8")
     assert table.BEGIN in readme
     assert readme == table.readme_with(table.block()), "run: python -m benchmarks.peers.table"
+
+
+@pytest.mark.parametrize(
+    ("cpu", "flags", "folder"),
+    [
+        ("AMD EPYC", ["avx512_bf16"], "amd-epyc"),
+        ("Intel(R) Xeon(R) Processor", ["avx512_bf16", "amx_bf16"], "intel-xeon-amx"),
+        ("Intel(R) Core(TM) i7-8650U CPU @ 1.90GHz", ["avx2"], "intel-core-i7-8650u"),
+    ],
+)
+def test_a_machines_results_are_a_folder(
+    cpu: str, flags: list[str], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of the cache's figures alone is no part of the page; one of whole questions alone is."""
+    for module in (figures, table):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    told = {"model name": cpu, "flags": " ".join(["fpu", *flags])}
+    monkeypatch.setattr(figures, "told", told.get)
+    figures.keep("cache", {"cpu": cpu})
+    assert table.machines() == []
+    path = figures.keep("questions", {"conditions": {"cpu": figures.cpu(), "instructions": figures.instructions()}})
+    assert path == tmp_path / folder / "questions.json"
+    assert table.machines() == [folder]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["cache.json", "questions.json"]
 
 
 def test_every_system_can_be_made_and_opened() -> None:
