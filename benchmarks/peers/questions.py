@@ -1,7 +1,9 @@
 """``python -m benchmarks.peers.questions``: whole questions of the shipped pair, every system asked the same in turn.
 
-A system stays open in its process; each question goes to all of them before the next one, in an order that turns, so
-that what else the machine does meets all alike. The threshold is calibrated on other questions than are asked here.
+A system stays open in its process; each question goes to all of them before the next one, in an order that is drawn anew
+with a pause in front of each, so that what else the machine does meets all alike: a runtime's threads go on spinning for
+some milliseconds, and in an order that only turns it is always the same system that has them for company.
+The threshold is calibrated on other questions than are asked here.
 OpenVINO GenAI is not among them: it prepares LLaVA's images in its own way, and of the pair's answers 1 in 8 is right.
 Results: benchmarks/results/MACHINE/questions.json.
 """
@@ -9,6 +11,8 @@ Results: benchmarks/results/MACHINE/questions.json.
 from __future__ import annotations
 
 import json
+import random
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +25,7 @@ from benchmarks.peers.process import Pythons, Worker, made
 from benchmarks.peers.systems import QUESTIONS
 
 SHAPE, SCHEMA, TOKENS = "glyphs", "saccade.benchmark.questions/1", 16
+PAUSE_S = 0.02  # longer than any of these runtimes was seen to spin
 
 
 @click.command()
@@ -52,15 +57,16 @@ def main(
         for i, question in enumerate(asked):
             file = Path(images) / "asked.png"
             question.image.save(file)
-            names = list(workers)
-            for name in names[i % len(names) :] + names[: i % len(names)]:
+            for name in random.Random(i).sample(list(workers), len(workers)):
+                time.sleep(PAUSE_S)
                 row = workers[name].ask_about(file, question.question, TOKENS)
                 if i:  # the first one warms up
                     rows.setdefault(name, []).append(row | {"right": row["text"] == question.answer})
         peaks = {name: worker.peak_bytes for name, worker in workers.items()}
     document = {
         "schema": SCHEMA,
-        "conditions": conditions(SHAPE, 1, questions, TOKENS, threads, note) | {"questions": questions},
+        "conditions": conditions(SHAPE, 1, questions, TOKENS, threads, note)
+        | {"questions": questions, "pause_s": PAUSE_S},
         "systems": [
             {
                 "name": name,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
+from functools import cache
 from math import prod
 from pathlib import Path
 
@@ -22,7 +24,7 @@ WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 AS_STORED = "session.disable_prepacking"
 GIVE_BACK = "memory.enable_memory_arena_shrinkage"
 LARGE = 1 << 18  # values of one fed tensor, caches apart, from which a run's memory is given back at its end
-FIRST_CUT = "kept_0"  # asked for by a decoder's run that prunes
+ONE_ARENA = "session.use_env_allocators"
 
 
 class OrtSession:
@@ -74,6 +76,8 @@ class OrtSession:
         elif packed == "fp32":
             options.add_session_config_entry(AS_STORED, "1")
         options.add_session_config_entry(WEIGHTS_FOLDER, str(self._file.parent))
+        _one_arena()
+        options.add_session_config_entry(ONE_ARENA, "1")
         return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
     def _lowered(self, graph: bytes, options: ort.SessionOptions) -> bytes:
@@ -109,7 +113,7 @@ class OrtSession:
             bound = self._bound(feeds, returned, in_place)
             for name in returned:
                 bound.binding.bind_output(name, "cpu" if name in host else self.device)
-            self._session.run_with_iobinding(bound.binding, *self._options_of(feeds, prunes=FIRST_CUT in returned))
+            self._session.run_with_iobinding(bound.binding, *self._options_of(feeds))
             if not in_place:
                 values = dict(zip(returned, bound.binding.get_outputs(), strict=True))
                 return {name: value.numpy() if name in host else value for name, value in values.items()}
@@ -145,17 +149,12 @@ class OrtSession:
                 bound.binding.bind_ortvalue_input(name, _value_of(value))
         return bound
 
-    def _options_of(self, feeds: Mapping[str, Value], prunes: bool) -> tuple[ort.RunOptions, ...]:
-        """A large run begins on a trimmed heap and gives back what it took; a decode step keeps its memory.
-
-        So does a decoder's run that prunes: fresh pages for its few long layers would be a tenth of it.
-        """
+    def _options_of(self, feeds: Mapping[str, Value]) -> tuple[ort.RunOptions, ...]:
+        """A large run begins on a trimmed heap and gives back what it took; a decode step keeps its memory."""
         fed = (value for name, value in feeds.items() if not name.startswith("past_"))
         if self.device != "cpu" or all(_size(value) < LARGE for value in fed):
             return ()
         give_back()
-        if prunes:
-            return ()
         options = ort.RunOptions()
         options.add_run_config_entry(GIVE_BACK, "cpu:0")
         return (options,)
@@ -176,6 +175,18 @@ class OrtSession:
                 new[:, :, :held] = self.to_host(source)[:, :, :held]
         whole[:, :, :, rows:] = 0  # the next run fills the rows between
         return dict(zip(sources, lent, strict=True))
+
+
+@cache
+def _one_arena() -> None:
+    """Make the memory that all CPU sessions of this process compute in: what one run leaves, the next one takes.
+
+    Sessions take turns, and an arena of each would hold what its largest run needed. Where the program that we are part
+    of made one already, that is used.
+    """
+    info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    with suppress(Exception):  # the binding's exceptions share no base class
+        ort.create_and_register_allocator(info, ort.OrtArenaCfg({}))
 
 
 def _value_of(value: Value) -> ort.OrtValue:
