@@ -32,8 +32,15 @@ if TYPE_CHECKING:
     from engines.bundles.bundle import Engines
 
 
+FEW_WEIGHTS = 16 << 20  # bytes of a model that is done about as soon as a second thread has woken for each of its runs
+
+
 class Model:
-    """A member of a bundle, or an export folder, on one target; engines: what the bundle's manifest says of them."""
+    """A member of a bundle, or an export folder, on one target.
+
+    threads: CPU threads of a run, at most; None: the runtime's choice. engines: what the bundle's manifest says of
+    them.
+    """
 
     def __init__(
         self,
@@ -63,13 +70,22 @@ class Model:
             session = open_session(
                 file,
                 self.target,
-                self.threads,
+                self._threads,
                 self._engines,
                 in_place=stage == "decoder",
                 dtype=self.spec.dtype,
             )
             self._sessions[stage] = self.watch(stage, session) if self.watch else session
         return self._sessions[stage]
+
+    @property
+    def _threads(self) -> int | None:
+        """CPU threads of a session: as many as were asked for, one for a model of few weights on the host."""
+        target = TARGETS.get(self.target)
+        few = sum(weight.bytes for weight in self.spec.weights) < FEW_WEIGHTS
+        if not few or not target or target.memory != "host":
+            return self.threads
+        return 1 if self.threads is None else min(1, self.threads)
 
     def open(self) -> None:
         """Open every stage and load the processor now, so that no question has to wait for it.

@@ -47,7 +47,9 @@ target_option = click.option(
     "--target", metavar="NAME", help="Run on this one of the bundle's targets. [the best that this machine can run]"
 )
 preload_option = click.option("--preload", is_flag=True, help="Open every model before the first question.")
-threads_option = click.option("--threads", type=int, metavar="N", help="CPU threads of a run. [the runtime's choice]")
+threads_option = click.option(
+    "--threads", type=int, metavar="N", help="CPU threads of a run, at most. [the runtime's choice]"
+)
 tokens_option = click.option("--max-new-tokens", type=int, metavar="N", help="Longest answer. [the checkpoint's]")
 
 _WRITING = (

@@ -1,8 +1,9 @@
 """``python -m benchmarks.peers.questions``: whole questions of the shipped pair, every system asked the same in turn.
 
-A system stays open in its process; each question goes to all of them before the next one, in an order that is drawn anew
-with a pause in front of each, so that what else the machine does meets all alike: a runtime's threads go on spinning for
-some milliseconds, and in an order that only turns it is always the same system that has them for company.
+A system stays open in its process; each question goes to all of them before the next one, in an order that is drawn
+anew, with a pause in front of each: so what else the machine does meets all alike, and a question comes as it comes to
+who waits for one. Without the pause a runtime's threads, which spin on for some milliseconds, are a load for the next
+system, always the same one in an order that only turns, and every system's threads are awake already.
 The threshold is calibrated on other questions than are asked here.
 OpenVINO GenAI is not among them: it prepares LLaVA's images in its own way, and of the pair's answers 1 in 8 is right.
 Results: benchmarks/results/MACHINE/questions.json.
@@ -11,7 +12,6 @@ Results: benchmarks/results/MACHINE/questions.json.
 from __future__ import annotations
 
 import json
-import random
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,13 +19,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
+import numpy as np
 
 from benchmarks.figures import conditions, keep, spread
 from benchmarks.peers.process import Pythons, Worker, made
 from benchmarks.peers.systems import QUESTIONS
 
 SHAPE, SCHEMA, TOKENS = "glyphs", "saccade.benchmark.questions/1", 16
-PAUSE_S = 0.02  # longer than any of these runtimes was seen to spin
+PAUSE_S = 0.05  # the longest that one of these was seen to spin is some 4 ms
 
 
 @click.command()
@@ -57,7 +58,7 @@ def main(
         for i, question in enumerate(asked):
             file = Path(images) / "asked.png"
             question.image.save(file)
-            for name in random.Random(i).sample(list(workers), len(workers)):
+            for name in np.random.default_rng(i).permutation(list(workers)).tolist():
                 time.sleep(PAUSE_S)
                 row = workers[name].ask_about(file, question.question, TOKENS)
                 if i:  # the first one warms up

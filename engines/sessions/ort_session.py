@@ -44,7 +44,8 @@ class OrtSession:
         options.log_severity_level = ERRORS_ONLY
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1
-        # Six sessions take turns: one that spins after its run takes the cores of the next.
+        # Six sessions take turns: one that spins after its run takes the cores of the next. One pool for all of them
+        # would forbid every other session of this process to have threads of its own.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         # A thread spins from its start on: by default for 2**20 pauses, 48 ms or more on a core that imports could use.
         options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)

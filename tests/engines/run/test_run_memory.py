@@ -1,4 +1,4 @@
-"""What runs on ONNX Runtime's CPU compute in: one memory for all, of which large runs give back what they took."""
+"""What runs on ONNX Runtime's CPU take: one memory for all, given back by large runs, and threads by the weights."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+from engines import model as models
+from engines.model import Model
 from engines.sessions import ort_session
 from engines.sessions.ort_session import GIVE_BACK, ONE_ARENA, OrtSession
+from graphs.errors import UsageError
 from tests.engines.run.conftest import NEW_TOKENS, TinyPair, picture_of
 
 
@@ -49,3 +52,19 @@ def test_a_program_that_has_such_a_memory_already_keeps_it() -> None:
     ort_session._one_arena()
     ort_session._one_arena.cache_clear()
     ort_session._one_arena()  # a second one is refused by ONNX Runtime, and the first is used
+
+
+@pytest.mark.parametrize(("few", "asked", "told"), [(True, None, 1), (True, 2, 1), (False, 2, 2), (False, None, 0)])
+def test_a_model_of_few_weights_takes_one_thread(
+    tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch, few: bool, asked: int | None, told: int
+) -> None:
+    spec = tiny_pair.model("small").spec
+    monkeypatch.setattr(models, "FEW_WEIGHTS", sum(weight.bytes for weight in spec.weights) + few)
+    session = Model(tiny_pair.exports["small"], spec, threads=asked).session("embed")
+    assert isinstance(session, OrtSession)
+    assert session._session.get_session_options().intra_op_num_threads == told
+
+
+def test_of_no_threads_nothing_is_run_however_few_the_weights(tiny_pair: TinyPair) -> None:
+    with pytest.raises(UsageError, match="threads is 0"):
+        Model(tiny_pair.exports["small"], tiny_pair.model("small").spec, threads=0).session("embed")
