@@ -86,9 +86,10 @@ def short_of(documents: Sequence[Document]) -> list[str]:
 
 def questions_of(document: Document) -> list[str]:
     """Whole questions of the pair."""
-    count = document["conditions"]["questions"]
+    count, pause = document["conditions"]["questions"], document["conditions"].get("pause_s", 0)
+    apart = f"{1000 * pause:g} ms apart" if pause else "without a pause"
     lines = [
-        f"| {count} whole questions of the pair, {cpu_of(document)} "
+        f"| {count} whole questions of the pair, {apart}, {cpu_of(document)} "
         "| right | exits | ms, mean | ms, median | least–most | peak GB |",
         "|---|---|---|---|---|---|---|",
     ]
