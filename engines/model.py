@@ -79,11 +79,14 @@ class Model:
         return self._sessions[stage]
 
     @property
+    def _on_host(self) -> bool:
+        target = TARGETS.get(self.target)
+        return target is not None and target.memory == "host"
+
+    @property
     def _threads(self) -> int | None:
         """CPU threads of a session: as many as were asked for, one for a model of few weights on the host."""
-        target = TARGETS.get(self.target)
-        few = sum(weight.bytes for weight in self.spec.weights) < FEW_WEIGHTS
-        if not few or not target or target.memory != "host":
+        if not self._on_host or self.spec.weight_bytes >= FEW_WEIGHTS:
             return self.threads
         return 1 if self.threads is None else min(1, self.threads)
 
@@ -93,8 +96,7 @@ class Model:
         On the host this is done side by side; of what fails, what would fail first one by one is told.
         """
         if self.opened < set(self.spec.stages):
-            target = TARGETS.get(self.target)
-            if target and target.memory == "host":
+            if self._on_host:
                 self._open_at_once()
             for stage in self.spec.stages:
                 self.session(stage)

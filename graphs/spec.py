@@ -139,6 +139,11 @@ class ExportSpec(Record):
 
     model_config = {**Record.model_config, "populate_by_name": True}
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, as files."""
+        return sum(weight.bytes for weight in self.weights)
+
     def dumps(self) -> str:
         """The file's text."""
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2) + "\n"

@@ -165,7 +165,7 @@ def _target(
 ) -> TargetEntry:
     """What a model is on one target; engines, or a spec.json of its own, lie in a folder of the target's name."""
     if not _has_engines(target):
-        weight_bytes = sum(weight.bytes for weight in export.spec.weights)
+        weight_bytes = export.spec.weight_bytes
         dtype = _computed_in(target, export.spec, precision)
         at = SPEC_FILE
         if dtype != export.spec.dtype:

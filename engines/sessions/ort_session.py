@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from functools import cache
 from math import prod
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import onnxruntime as ort
@@ -25,6 +25,7 @@ AS_STORED = "session.disable_prepacking"
 GIVE_BACK = "memory.enable_memory_arena_shrinkage"
 LARGE = 1 << 18  # values of one fed tensor, caches apart, from which a run's memory is given back at its end
 ONE_ARENA = "session.use_env_allocators"
+ARENA = Lock()  # stages are opened side by side, and a second arena would take the place of the first
 
 
 class OrtSession:
@@ -178,16 +179,20 @@ class OrtSession:
         return dict(zip(sources, lent, strict=True))
 
 
-@cache
 def _one_arena() -> None:
-    """Make the memory that all CPU sessions of this process compute in: what one run leaves, the next one takes.
+    """Make the memory that all CPU sessions of this process compute in, once: what one run leaves, the next one takes.
 
-    Sessions take turns, and an arena of each would hold what its largest run needed. Where the program that we are part
-    of made one already, that is used.
+    Sessions take turns, and an arena of each would hold what its largest run needed. ONNX Runtime has one such place:
+    an arena that the program registered there before is replaced for what it opens later, never for what is open.
     """
+    with ARENA:
+        _registered()
+
+
+@cache
+def _registered() -> None:
     info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-    with suppress(Exception):  # the binding's exceptions share no base class
-        ort.create_and_register_allocator(info, ort.OrtArenaCfg({}))
+    ort.create_and_register_allocator(info, ort.OrtArenaCfg({}))
 
 
 def _value_of(value: Value) -> ort.OrtValue:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -48,10 +50,22 @@ def test_all_sessions_compute_in_one_memory(tiny_pair: TinyPair) -> None:
             assert options.get_session_config_entry(ONE_ARENA) == "1"
 
 
-def test_a_program_that_has_such_a_memory_already_keeps_it() -> None:
-    ort_session._one_arena()
-    ort_session._one_arena.cache_clear()
-    ort_session._one_arena()  # a second one is refused by ONNX Runtime, and the first is used
+def test_stages_opened_side_by_side_make_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+
+    def slowly(*given: object) -> None:
+        time.sleep(0.05)
+        made.append(given)
+
+    monkeypatch.setattr(ort_session.ort, "create_and_register_allocator", slowly)
+    ort_session._registered.cache_clear()
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            for begun in [threads.submit(ort_session._one_arena) for _ in range(4)]:
+                begun.result()
+    finally:
+        ort_session._registered.cache_clear()
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize(("few", "asked", "told"), [(True, None, 1), (True, 2, 1), (False, 2, 2), (False, None, 0)])
@@ -59,7 +73,7 @@ def test_a_model_of_few_weights_takes_one_thread(
     tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch, few: bool, asked: int | None, told: int
 ) -> None:
     spec = tiny_pair.model("small").spec
-    monkeypatch.setattr(models, "FEW_WEIGHTS", sum(weight.bytes for weight in spec.weights) + few)
+    monkeypatch.setattr(models, "FEW_WEIGHTS", spec.weight_bytes + few)
     session = Model(tiny_pair.exports["small"], spec, threads=asked).session("embed")
     assert isinstance(session, OrtSession)
     assert session._session.get_session_options().intra_op_num_threads == told
