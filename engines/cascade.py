@@ -200,10 +200,18 @@ class Cascade:
         models = {"small": self.small, "large": self.large}
         seen: Sights | None = {} if self._sees_alike else None
         return {
-            name: Memory(model, seen, model.beginnings if self.reuses_beginnings else None)
+            name: Memory(model, seen, model.beginnings if self.reuses_beginnings else None, self._sees_last(model))
             for name, model in models.items()
             if model
         }
+
+    def _sees_last(self, model: Model) -> bool:
+        """Whether an image's pixels are of no use any more once a model has seen it.
+
+        They are while the large model may see it too, or once more: a pass with another share for its vision stage.
+        """
+        waits = self._sees_alike and model is self.small
+        return not waits and not (self.small and model.spec.plan.vision)
 
     def checked(self, keep: Keep, threshold: float | None, draft: bool = True) -> float:
         """Return the threshold that holds; UsageError for an option that this bundle cannot serve."""

@@ -133,9 +133,7 @@ class _Asked:
             answer = one.cascade.ask(self._images, self.example.question, setting.keep or None, **options)  # type: ignore[arg-type]
             return _answer_row(answer, "alone", self._flops(one, "large", "alone"))
         looked = self.looked.get(setting.bundle)
-        # Another bundle's pass comes without this one's large model; what an earlier setting of the vision stage left
-        # in the memory was seen otherwise.
-        if looked is None or (one.plan and one.plan.vision):
+        if looked is None:  # another bundle's pass comes without this one's large model
             shared = self.looked[one.small]
             fresh = one.cascade.turn(shared.turn.talk, max_new_tokens=self.plan.max_new_tokens)
             looked = self.looked[setting.bundle] = replace(shared, turn=fresh, shared={})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,10 @@ class Seen:
     whole: tuple[np.ndarray, ...]
     view: Callable[[int], np.ndarray]
 
+    def without_pixels(self) -> Seen:
+        """What a conversation needs of it once the vision stage has run: places, not what the tower gets."""
+        return replace(self, feeds={}, view=_gone)
+
 
 @dataclass(frozen=True)
 class HostFamily:
@@ -50,6 +54,10 @@ class HostFamily:
         len(is_visual), start
     )
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _gone(i: int) -> np.ndarray:
+    raise LookupError(f"image {i} was seen and its pixels were dropped; let the processor look again")
 
 
 def in_line(rows: int, start: int) -> np.ndarray:

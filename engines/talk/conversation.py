@@ -73,4 +73,6 @@ class Conversation:
         for part in self._cascade.parts(turn, self._keep, self._threshold):
             if isinstance(part, Answer):
                 self._talk = (*talk, Message("assistant", (part.text,)))
+                for memory in self._memories.values():
+                    memory.settle()
             yield part

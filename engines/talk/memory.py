@@ -1,9 +1,11 @@
 """What one model holds of a conversation: its cache, brought up to what was shown whenever it is its turn.
 
-The conversation is rendered as a whole before every answer. What the cache holds and the new rendering begin
-with alike stays; the rest (another model's answer, a re-tokenised end of its own) is fed as one chunk. So an
-answer is that of a fresh run over the whole conversation in which the same visual tokens were kept.
-An image is pruned when it is first fed, by what guides that turn. Images are processed message by message.
+The conversation is rendered as a whole before every answer. What the cache holds of turns that have ended and the new
+rendering begin with alike stays; the rest (another model's answer, a re-tokenised end of its own, what a turn left that
+failed) is fed as one chunk. So an answer is that of a fresh run over the whole conversation in which the same visual
+tokens were kept.
+An image is pruned when it is first fed, by what guides that turn. Images are processed message by message, and their
+pixels dropped once nobody is to see them any more: of a pruned image they take several times the cache's memory.
 A new one may begin with what the model's last ones began with alike (``engines/talk/beginning.py``).
 Legend: L tokens of the line, S rows of the chunk, V visual tokens, D width.
 """
@@ -46,13 +48,18 @@ class Group:
 class Memory:
     """One model's side of one conversation."""
 
-    def __init__(self, model: Model, seen: Sights | None = None, beginnings: Beginnings | None = None) -> None:
+    def __init__(
+        self, model: Model, seen: Sights | None = None, beginnings: Beginnings | None = None, sees_last: bool = True
+    ) -> None:
         """Begin a conversation. seen: what its images became, shared with a model that sees them alike.
 
-        beginnings: what the model's conversations begin with alike; None: this one begins with nothing.
+        beginnings: what the model's conversations begin with alike; None: this one begins with nothing. sees_last:
+        whether nobody is to see an image once this model has.
         """
         self.model = model
+        self._sees_last = sees_last
         self._held: Held | None = beginnings.held if beginnings else None
+        self._sure = len(self._held.line) if self._held else 0  # of its line: tokens of turns that have ended
         self._beginnings = beginnings  # until this conversation has begun
         self._seen: Sights = {} if seen is None else seen
 
@@ -71,9 +78,12 @@ class Memory:
         is_visual_L = line == model.spec.tokens.image
         positions = squeezed(model.processor.family.positions(is_visual_L, joined(seen), 0))
         groups = image_groups(is_visual_L, seen)
-        begins = self._common(line, groups)
+        begins = self._sure = self._common(line, groups)
+        shown = [self._with_pixels(group) for group in groups if group.start >= begins]
         ms["prepare"] = clock.lap()
-        features = self._features(line, [group for group in groups if group.start >= begins], keep)
+        features = self._features(line, shown, keep)
+        if self._sees_last:
+            self._drop_pixels()
         ms["vision"] = clock.lap()
         rows = features.rows(is_visual_L[begins:]) + begins
         embeds, deepstack = model.embed(line[None, rows], features.values)
@@ -126,6 +136,11 @@ class Memory:
             self._beginnings.learn(self._held, text=int(images[0]) if len(images) else len(prompt.line))
         self._beginnings = None
 
+    def settle(self) -> None:
+        """The turn has ended: the next one goes on behind it. Until then every prompt begins where the turn did."""
+        if self._held:
+            self._sure = len(self._held.line)
+
     def _looked(self, talk: Talk) -> list[Seen]:
         """The images of every message that has some, each processed once; a turn that failed left another message."""
         for i, message in enumerate(talk):
@@ -133,11 +148,24 @@ class Memory:
                 self._seen[i] = message, self.model.processor.look(*message.images)
         return [self._seen[i][1] for i, message in enumerate(talk) if message.images]
 
+    def _with_pixels(self, group: Group) -> Group:
+        """The same, looked at again where its pixels were dropped: a turn failed, or the text before it has changed."""
+        if group.seen.feeds:
+            return group
+        message = next(message for message, seen in self._seen.values() if seen is group.seen)
+        return replace(group, seen=self.model.processor.look(*message.images))
+
+    def _drop_pixels(self) -> None:
+        """Keep of every image what later lines need: how many tokens it is, and where."""
+        for i, (message, seen) in self._seen.items():
+            if seen.feeds:
+                self._seen[i] = message, seen.without_pixels()
+
     def _common(self, line: np.ndarray, groups: Sequence[Group]) -> int:
         """How many tokens of the line the cache serves: one is left to feed, no message's images are cut."""
         if not self._held:
             return 0
-        common = alike(line[:-1], self._held.line)
+        common = alike(line[:-1], self._held.line[: self._sure])
         if self._beginnings and common < WORTH:
             return 0
         for group in reversed(groups):

@@ -60,5 +60,6 @@ def conversation(cascade: Cascade) -> list[tuple[object, ...]]:
         guidance = np.random.default_rng(turn).random(visual_tokens, dtype=np.float32)
         answer = Stream(cascade.parts(ready, (0.5, 0.25), 1.0, guidance)).finish()
         talk = (*talk, Message("assistant", (answer.text,)))
+        memories["large"].settle()
         said.append((answer.tokens, [kept.tolist() for kept in answer.kept], answer.cached_tokens))
     return said

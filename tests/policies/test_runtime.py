@@ -213,3 +213,17 @@ def test_two_stages_over_several_turns(exported, keep):
         if keep == (1.0, 1.0):
             fresh = cascade.turn((*before, asked(question, shown)), max_new_tokens=3)
             assert Stream(cascade.parts(fresh, keep, 1.0)).finish().tokens == answer.tokens
+
+
+def test_a_turn_answered_again_is_seen_again(exported):
+    """With other shares, and with the same: what the first pass left in the memory does not count."""
+    cascade = Cascade.from_exports(exported("star").folder)
+    talk = (asked(QUESTION, [an_image(1)]),)
+    turn = cascade.turn(talk, max_new_tokens=3)
+    for keep in [(0.5, 0.25), (1.0, 1.0), (1.0, 1.0)]:
+        again, fresh = (
+            Stream(cascade.parts(one, keep, 1.0)).finish() for one in (turn, cascade.turn(talk, max_new_tokens=3))
+        )
+        assert again.cached_tokens == 0
+        assert [kept.tolist() for kept in again.kept] == [kept.tolist() for kept in fresh.kept]
+        assert again.tokens == fresh.tokens

@@ -14,9 +14,11 @@ from PIL import Image
 
 from engines.answer import Answer
 from engines.cascade import Cascade
+from engines.generate import Generation
+from engines.model import Model
 from engines.processing import Processor
 from engines.talk.conversation import Conversation
-from graphs.errors import BadArtefact, UsageError
+from graphs.errors import BadArtefact, OperationFailed, UsageError
 from tests.engines.run.conftest import NEW_TOKENS, TinyPair, picture_of, question_of
 from tests.reference_sgl import Reference, best_visual
 
@@ -227,6 +229,48 @@ def test_an_image_is_prepared_once_for_models_that_see_alike(
     other.large.processor.image_processor.resample = 0
     other.ask(picture_of(3), "what colour is 3 ?", threshold=1, max_new_tokens=NEW_TOKENS)
     assert made[1:] == [other.small.processor, other.large.processor]
+
+
+def pixels_in(talk: Conversation, name: str = "large") -> list[bool]:
+    """Of each image's message, whether its pixels are held."""
+    return [bool(seen.feeds) for _, seen in talk._memories[name]._seen.values()]
+
+
+def test_pixels_are_dropped_once_nobody_is_to_see_them(tiny_pair: TinyPair) -> None:
+    talk = tiny_pair.cascade().chat(keep=0.25, max_new_tokens=NEW_TOKENS)
+    talk._threshold = 0.0
+    talk.ask("what colour is 3 ?", picture_of(3))
+    assert pixels_in(talk) == [True], "the large model may be asked yet"
+    talk._threshold = 1.0
+    talk.ask("which digit ?", picture_of(4))
+    assert pixels_in(talk) == [False, False]
+    assert talk._memories["small"]._seen is talk._memories["large"]._seen
+    alone = Cascade(None, tiny_pair.model("large")).chat(max_new_tokens=NEW_TOKENS, keep=1)
+    alone.ask("what colour is 3 ?", picture_of(3))
+    assert pixels_in(alone) == [False]
+
+
+def test_pixels_are_made_again_where_a_turn_failed(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    look, generate = Processor.look, Model.generate
+    monkeypatch.setattr(Processor, "look", lambda self, *images: (looks.append(1), look(self, *images))[1])
+    talk, fresh = (tiny_pair.cascade().chat(keep=0.25, max_new_tokens=NEW_TOKENS) for _ in range(2))
+
+    def fails(self: Model, *rest: Any) -> Generation:
+        if self.spec.role == "large":
+            raise OperationFailed("no memory")
+        return generate(self, *rest)
+
+    image = picture_of(3)
+    with monkeypatch.context() as broken:
+        broken.setattr(Model, "generate", fails)
+        with pytest.raises(OperationFailed):
+            talk.ask("what colour is 3 ?", image)
+    assert pixels_in(talk) == [False]
+    answer, wanted = (each.ask("what colour is 3 ?", image) for each in (talk, fresh))
+    assert np.array_equal(answer.guidance, wanted.guidance)
+    assert answer.tokens == wanted.tokens
+    assert answer.confidence == wanted.confidence
 
 
 def test_a_stop_string_ends_the_answer_before_it(cascade: Cascade) -> None:
