@@ -31,13 +31,14 @@ JOBS ?= 2
 tests: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
 
-# The set-up above brings torch for the CPU; a GPU wants its own, so the Python can be named.
+# The set-up above brings whatever torch the index has under that version; a GPU may want its own, so the Python can be named.
 PYTHON_GPU ?= $(BIN)/python
 test-gpu:
 	@$(PYTHON_GPU) -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "make test-gpu: torch " + torch.__version__ + " sees no CUDA device here; name a Python with a CUDA torch on a machine with an NVIDIA GPU: make test-gpu PYTHON_GPU=/path/to/python")'
 	$(PYTHON_GPU) -m pytest tests/gpu
 
-# torch first and by its exact version: any other range would let pip choose a build with gigabytes of CUDA.
+# torch first and by its exact version, so that no later range replaces it. An index of CPU builds saves gigabytes of CUDA:
+# PIP_EXTRA_INDEX_URL, or a torch that is in the virtual environment already.
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "saccade needs Python 3.11 or newer, got " + sys.version.split()[0] + "; run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -48,7 +48,10 @@ target_option = click.option(
 )
 preload_option = click.option("--preload", is_flag=True, help="Open every model before the first question.")
 threads_option = click.option(
-    "--threads", type=int, metavar="N", help="CPU threads of a run, at most. [the runtime's choice]"
+    "--threads",
+    type=int,
+    metavar="N",
+    help="CPU threads of a run, at most. [the runtime's choice; 1 for a small model]",
 )
 tokens_option = click.option("--max-new-tokens", type=int, metavar="N", help="Longest answer. [the checkpoint's]")
 

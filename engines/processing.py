@@ -24,6 +24,7 @@ from engines.names import read_once
 from engines.talk.messages import Talk
 from graphs.errors import BadArtefact, UsageError
 from graphs.spec import PROCESSOR_FOLDER, ExportSpec
+from graphs.versions import require_once
 
 # In an environment without torch, transformers would say so on every start.
 QUIET = ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -227,6 +228,7 @@ class Processor:
         # transformers puts another object in its own place while it is imported: two at once see the wrong one.
         while AHEAD:
             AHEAD.pop().join()
+        require_once("transformers")
         transformers = _transformers()
         try:
             return getattr(transformers, auto_class).from_pretrained(

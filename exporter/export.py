@@ -31,7 +31,7 @@ from graphs.spec import GOLDEN_FILE, PROCESSOR_FOLDER, SPEC_FILE, STAGES, Export
 from graphs.talk import say, step
 from graphs.versions import installed_version, require
 
-PINNED = ("torch", "transformers", "onnx-ir", "onnxscript")
+PINNED = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 
 def export_checkpoint(

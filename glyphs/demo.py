@@ -27,7 +27,7 @@ SCHEMA = "saccade.demo/1"
     help="Folder for the bundle and the picture; an earlier demo's is replaced.",
 )
 @click.option("--questions", type=click.IntRange(1, 1000), default=QUESTIONS, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON document.")
+@click.option("--json", "as_json", is_flag=True, help="Print one document, saccade.demo/1, and the table to stderr.")
 def demo_command(out: Path, questions: int, as_json: bool) -> None:
     """Export, build and run the shipped pair of small models on held-out questions."""
     from graphs.versions import require
@@ -36,8 +36,8 @@ def demo_command(out: Path, questions: int, as_json: bool) -> None:
     from graphs.talk import emit_json
 
     document = run_demo(out, questions)
-    click.echo(table_of(document))
-    click.echo(f"picture: {document['picture']}")
+    click.echo(table_of(document), err=as_json)
+    click.echo(f"picture: {document['picture']}", err=as_json)
     if as_json:
         emit_json(document)
 

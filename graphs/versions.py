@@ -79,6 +79,9 @@ def require(*distributions: str) -> None:
             )
 
 
+require_once = cache(require)  # for what is opened again and again
+
+
 def missing(module_or_distribution: str) -> BackendMissing:
     """Return the error for a library that is not installed, naming the extra that brings it."""
     root = module_or_distribution.partition(".")[0]

@@ -174,7 +174,13 @@ class Pythons:
         """Of the peers' packages, each in the interpreter that was given for it; those that it has."""
         found: dict[str, str] = {}
         for which, packages in PEER_PACKAGES.items():
-            if python := self.of(which):
-                asked = [python, "-c", VERSIONS, *packages]
-                found |= json.loads(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
+            found |= self.installed(which, *packages)
         return found
+
+    def installed(self, which: Python, *packages: str) -> dict[str, str]:
+        """The versions of packages that an interpreter has; none where it was not given."""
+        if not (python := self.of(which)):
+            return {}
+        asked = [python, "-c", VERSIONS, *packages]
+        versions: dict[str, str] = json.loads(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
+        return versions

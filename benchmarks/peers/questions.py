@@ -67,7 +67,7 @@ def main(
     document = {
         "schema": SCHEMA,
         "conditions": conditions(SHAPE, 1, questions, TOKENS, threads, note)
-        | {"questions": questions, "pause_s": PAUSE_S},
+        | {"questions": questions, "pause_s": PAUSE_S, "peers": pythons.installed("runtime", "openvino")},
         "systems": [
             {
                 "name": name,

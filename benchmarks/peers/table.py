@@ -38,6 +38,7 @@ README_ROWS = (
     "openvino genai f32",
     "openvino genai default",
     "openvino genai default, 50 % pruned",
+    "openvino genai default, 90 % pruned",
     "openvino genai int4",
     "onnxruntime genai fp32",
     "onnxruntime genai int4",
@@ -48,6 +49,13 @@ SHAPES = {
     "llava-1b": "Shape (b): LLaVA-1.5, 16 layers of width 2,048 behind CLIP-L, 576 visual tokens",
     "llava-3b": "Shape (b): LLaVA-1.5, 26 layers of width 3,200 behind CLIP-L, 576 visual tokens",
 }
+
+INTRODUCTION = """# Beside peers
+
+Made by `python -m benchmarks.peers.table` out of `benchmarks/results/`.
+Medians of an interleaved run, with (least–most) of as many questions as are told. Threads are what was asked for;
+models of up to 16 MiB of weights, as the pair's are, take one since 22 November 2026. Figures of two machines are
+not of one run, and the EPYC's of `cpu` are of the code before that day ([LOG](../benchmarks/LOG.md))."""
 
 MACHINERY = ("cpu-fp32", "openvino-fp32", "openvino-bf16")
 
@@ -151,8 +159,10 @@ def conditions_of(document: Document) -> str:
     note = f", {of['note']}" if of["note"] else ""
     has = f" ({', '.join(of['instructions'])})" if "instructions" in of else ""
     peers = "".join(f", {name} {version}" for name, version in of.get("peers", {}).items())
+    count = of["rounds"] * of["asks_a_round"]
     return (
         f"{cpu_of(document)}{has}, {of['threads']} threads of {of['cores']} cores{note}; {of['date_utc']}; "
+        f"{count} question{'s' if count > 1 else ''} of each; "
         f"Python {of['python']}, onnxruntime {of['onnxruntime']}, torch {of['torch']}, "
         f"transformers {of['transformers']}{peers}."
     )
@@ -160,8 +170,7 @@ def conditions_of(document: Document) -> str:
 
 def page() -> str:
     """docs/peers.md."""
-    parts = ["# Beside peers", "", "Made by `python -m benchmarks.peers.table` out of `benchmarks/results/`."]
-    parts += ["Medians of an interleaved run, with (least–most). Figures of two machines are not of one run."]
+    parts = [INTRODUCTION]
     for machine in machines():
         parts += part_of(machine)
     return "\n".join(parts) + "\n"

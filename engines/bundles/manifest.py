@@ -19,7 +19,7 @@ from engines.calibration.record import Calibration
 from graphs.errors import BadArtefact
 from graphs.files import unreadable
 from graphs.plan import PruningPlan, Record, Role
-from graphs.spec import LanguageModel, StageSpec, VisualGrid
+from graphs.spec import SPEC_FILE, LanguageModel, StageSpec, VisualGrid
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
@@ -213,6 +213,8 @@ def manifest_of(bundle: Path) -> Manifest:
         what = "is a file" if bundle.exists() else "does not exist"
         raise BadArtefact(f"bundle {bundle} {what}; give the folder that saccade build wrote")
     if not path.exists():
+        if (bundle / SPEC_FILE).is_file():
+            raise BadArtefact(f"{bundle} is an export, no bundle; make one with: saccade build {bundle} -o BUNDLE")
         raise BadArtefact(f"{bundle} is no bundle: {MANIFEST_FILE} is missing; {REBUILD} SMALL LARGE -o {bundle}")
     try:
         return manifest_from(path.read_bytes(), path)

@@ -28,7 +28,7 @@ from engines.sessions.session import NOTHING, Value
 from graphs.errors import BadArtefact, OperationFailed, SaccadeError
 from graphs.spec import CacheForm, FloatType
 from graphs.talk import warn
-from graphs.versions import require
+from graphs.versions import require_once
 
 PRECISIONS: dict[FloatType, str] = {"float32": "f32", "float16": "f32", "bfloat16": "bf16"}  # fp16 as ONNX Runtime does
 # Values of a row that share a scale where products with weights of 8 or 4 bits round their activations to 8 bits: four
@@ -84,7 +84,7 @@ class OpenVinoSession:
         self._file = Path(file)
         if not self._file.is_file():
             raise BadArtefact(f"{self._file} is missing; build the bundle again")
-        require("openvino")
+        require_once("openvino")
         core = ov.Core()
         device = chosen_device(core)
         try:

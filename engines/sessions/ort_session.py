@@ -17,6 +17,7 @@ from engines.sessions.session import NOTHING, Value
 from graphs.errors import BadArtefact, OperationFailed, SaccadeError
 from graphs.packed import packed_as
 from graphs.spec import CacheForm, form_of
+from graphs.versions import require_once
 
 ERRORS_ONLY = 3
 SPIN_US = "1000"  # how long a thread waits for the next operator before it sleeps
@@ -38,6 +39,7 @@ class OrtSession:
     device = "cpu"
 
     def __init__(self, file: Path, threads: int | None = None, in_place: bool = False) -> None:
+        require_once("onnxruntime")
         self._file, self._in_place = Path(file), in_place
         if not self._file.is_file():
             raise BadArtefact(f"{self._file} is missing; build the bundle again")

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from graphs.errors import BadArtefact
 from graphs.files import path_inside, unreadable
 from graphs.spec import ExportSpec, StageSpec, spec_from_folder
+from graphs.versions import require_once
 
 Node: TypeAlias = Any  # onnx.NodeProto
 Model: TypeAlias = Any  # onnx.ModelProto
@@ -104,6 +105,7 @@ def export_rule(code: str, title: str, next: str) -> Callable[[Callable[[Export]
 
 def export_from_folder(folder: Path, spec: ExportSpec | None = None) -> Export:
     """Read spec.json and the stages' graphs, not their weights; BadArtefact where one cannot be read."""
+    require_once("onnx", "onnx-ir")
     folder = Path(folder)
     spec = spec or spec_from_folder(folder)
     return Export(folder, spec, {name: stage_from_folder(folder, spec, name) for name in spec.stages})

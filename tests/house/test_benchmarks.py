@@ -76,7 +76,7 @@ def test_versions_are_those_of_the_python_that_was_given() -> None:
     wanted = {name: metadata.version(name) for name in PEER_PACKAGES["peers"] if name in have}
     assert Pythons(peers=Path(sys.executable)).versions() == wanted
     document = {"conditions": dict.fromkeys(("cpu", "threads", "cores", "note", "date_utc", "python"), "")}
-    document["conditions"] |= {"onnxruntime": "1", "torch": "2", "transformers": "3"}
+    document["conditions"] |= {"rounds": 1, "asks_a_round": 1, "onnxruntime": "1", "torch": "2", "transformers": "3"}
     assert table.conditions_of(document).endswith("onnxruntime 1, torch 2, transformers 3.")
     document["conditions"]["peers"] = {"onnxruntime-genai": "4"}
     assert table.conditions_of(document).endswith("transformers 3, onnxruntime-genai 4.")

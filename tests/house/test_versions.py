@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from engines.processing import Processor
+from engines.sessions.ort_session import OrtSession
 from graphs import versions
 from graphs.errors import BackendMissing, OperationFailed
+from graphs.rules import export_from_folder
+from graphs.spec import PROCESSOR_FOLDER
 
 
 @pytest.fixture
@@ -73,3 +81,28 @@ def test_both_onnxruntimes_are_refused(installed: dict[str, str]) -> None:
     with pytest.raises(OperationFailed, match="onnxruntime and onnxruntime-gpu are both installed") as refused:
         versions.require("onnxruntime")
     assert "pip uninstall onnxruntime onnxruntime-gpu" in str(refused.value)
+
+
+@pytest.fixture
+def nothing_asked_yet() -> Iterator[None]:
+    versions.require_once.cache_clear()
+    yield
+    versions.require_once.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_asked_yet")
+@pytest.mark.parametrize(
+    ("name", "opened"),
+    [
+        ("onnxruntime", lambda folder: OrtSession(folder / "decoder.onnx")),
+        ("transformers", lambda folder: Processor(folder, None).tokenizer),  # type: ignore[arg-type]
+        ("onnx-ir", export_from_folder),
+    ],
+)
+def test_what_is_used_at_run_time_is_refused_there(
+    installed: dict[str, str], tmp_path: Path, name: str, opened: Callable[[Path], Any]
+) -> None:
+    (tmp_path / PROCESSOR_FOLDER).mkdir()
+    installed.update({"onnx": pinned("onnx"), name: "0.0.1"})
+    with pytest.raises(OperationFailed, match=f"{name} 0.0.1 is installed, this release of saccade needs"):
+        opened(tmp_path)
