@@ -142,6 +142,12 @@ def answer_of(
     ratios: tuple[float, ...] = ()
     if prompt.visual_tokens:
         ratios = keep_ratios(plan, keep, prompt.visual_tokens)
+        if keep is None:  # a count is a share only of what it met: of each image's tokens, where it is per image
+            fresh = (int((visual >= prompt.visual_before).sum()) / prompt.visual_tokens for visual in kept)
+            ratios = tuple(
+                share if budget.count is None else stayed
+                for share, budget, stayed in zip(ratios, plan.budgets, fresh, strict=False)
+            )
     elif prompt.visual_before:  # no image is new: what earlier turns kept
         ratios = tuple(len(visual) / prompt.visual_before for visual in kept)
     return Answer(

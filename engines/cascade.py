@@ -164,7 +164,7 @@ class Cascade:
         The arguments are those of ``ask``. With a pair nothing is said before the small model has
         been judged, and an answer of its own comes as one piece.
         """
-        bar = self.checked(keep, threshold, options.get("draft", True))
+        bar = self.checked(keep, threshold, options.get("draft", True), guidance)
         turn = self.turn((asked(question, image),), **options)
         if threshold is None and self.promises:
             return Stream(self.promises.parts(self, turn, keep, guidance))
@@ -192,8 +192,11 @@ class Cascade:
         return self.look_at(self.turn((asked(question, image),), **options))
 
     def turn(self, talk: Talk, memories: Memories | None = None, **options: Unpack[OptionKeywords]) -> Turn:
-        """Return a conversation that waits for an answer; with empty memories where none are given."""
-        return Turn(talk, Options(**options), memories or self.memories())
+        """Return a conversation that waits for an answer; with empty memories where none are given.
+
+        Where tokens are drawn it has one seed, for both models.
+        """
+        return Turn(talk, Options(**options).seeded(), memories or self.memories())
 
     def memories(self) -> Memories:
         """Return what each model holds of a conversation that has not begun."""
@@ -213,8 +216,14 @@ class Cascade:
         waits = self._sees_alike and model is self.small
         return not waits and not (self.small and model.spec.plan.vision)
 
-    def checked(self, keep: Keep, threshold: float | None, draft: bool = True) -> float:
+    def checked(
+        self, keep: Keep, threshold: float | None, draft: bool = True, guidance: np.ndarray | None = None
+    ) -> float:
         """Return the threshold that holds; UsageError for an option that this bundle cannot serve."""
+        if threshold is not None and not (self.small and self.large):
+            raise UsageError("this bundle holds one model, so a threshold chooses nothing; leave it out")
+        if guidance is not None and not (self.large and self.large.spec.plan.uses_priority):
+            raise UsageError("no plan of this bundle prunes by guidance from outside; leave it out")
         if not draft and not self.drafts:
             raise UsageError("the large model takes no draft here, so turning drafts off does nothing; leave it out")
         if self.large:
@@ -268,7 +277,7 @@ class Cascade:
 
         options: other ones than the small pass had, where any are given.
         """
-        own = Options(**options) if options else looked.turn.options
+        own = Options(**options).seeded(looked.turn.options.seed) if options else looked.turn.options
         return Stream(self._large_parts(looked, keep, guidance, threshold, own)).finish()
 
     def parts(

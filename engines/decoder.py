@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from numbers import Real
 from typing import TypeAlias
 
 import numpy as np
@@ -226,7 +227,7 @@ def keep_ratios(plan: PruningPlan, keep: Keep, visual_tokens: int = 0) -> tuple[
     """
     if keep is None:
         return tuple(p.share_of(visual_tokens) for p in plan.budgets)
-    ratios = (float(keep),) if isinstance(keep, int | float) else tuple(float(r) for r in keep)
+    ratios = (float(keep),) if isinstance(keep, Real) else tuple(float(r) for r in keep)  # type: ignore[union-attr]
     for ratio in ratios:
         kept_count(1, ratio)
     if not plan.budgets and all(r == 1 for r in ratios):

@@ -50,7 +50,7 @@ class Generation:
         self._model, self._prompt, self.options = model, prompt, options
         self._keep, self._priority_S = keep if prompt.visual_tokens else None, priority_S
         asked = options.max_new_tokens or model.processor.max_new_tokens or DEFAULT_NEW_TOKENS
-        self._limit = min(asked, model.spec.language.max_positions - prompt.next_position)
+        self._limit = min(asked, longest_answer(model, prompt))
         self._draft = usable(model, draft, len(prompt.is_visual), self._limit) if draft else ()
         assert not (self._draft and model.spec.plan.uses_guide)
         self._sampler = Sampler(options, prompt.line.tolist(), model.processor.repetition_penalty)
@@ -141,6 +141,18 @@ class Generation:
         if self._guidance and step.received is not None:
             self._guidance.add(step.received)
         return token
+
+
+def longest_answer(model: Model, prompt: Prompt) -> int:
+    """Tokens that an answer can have: the positions left, and on an engine what it was built for.
+
+    That is the rows of its caches, and with guidance the rows of the pass that scores the answer.
+    """
+    most = model.spec.language.max_positions - prompt.next_position
+    if largest := getattr(model.session("decoder"), "largest", None):
+        most = min(most, largest("past_k_0")[2] - len(prompt) + 1)
+        most = min(most, largest("tail")[0]) if model.spec.plan.guidance else most
+    return max(1, most)
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from os import PathLike
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from graphs.errors import BadArtefact, UsageError
 
@@ -17,6 +18,16 @@ Picture: TypeAlias = str | PathLike[str] | Image.Image | np.ndarray
 MIN_SIDE = 2
 # Processors resize the shorter side to a fixed length, so a long strip would grow without bound.
 MAX_ASPECT = 200
+# EXIF 2.32, tag 0x0112: where the first row and column lie → what turns them to top and left.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def image_from(picture: Picture) -> Image.Image:
@@ -47,7 +58,14 @@ def image_from(picture: Picture) -> Image.Image:
         raise BadArtefact(
             f"{name} is {width}×{height} pixels, but one side may be at most {MAX_ASPECT} times the other; crop it"
         )
+    if image.mode in ("I", "F"):
+        raise BadArtefact(
+            f"{name} holds 32-bit numbers (mode {image.mode}), of which nobody says what is white; "
+            "save it with 8 or 16 bits a channel"
+        )
     try:
+        if image.mode.startswith("I;16"):  # Pillow would make everything from 256 on white
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB")
     except (OSError, ValueError) as e:
         raise BadArtefact(f"{name} cannot be decoded ({e}); save it again as PNG or JPEG") from None
@@ -57,10 +75,11 @@ def _image_from_file(path: Path) -> Image.Image:
     limit = Image.MAX_IMAGE_PIXELS
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of tags that nobody reads
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
                 file.load()
-                return ImageOps.exif_transpose(file)
+                return _upright(file)
     except FileNotFoundError:
         raise BadArtefact(f"there is no image at {path}; check the path") from None
     except IsADirectoryError:
@@ -72,9 +91,15 @@ def _image_from_file(path: Path) -> Image.Image:
         ) from None
     except UnidentifiedImageError:
         raise BadArtefact(f"{path} is no image that Pillow knows; give a PNG or a JPEG") from None
-    except (OSError, ValueError, SyntaxError, EOFError) as e:
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as e:
         reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
         raise BadArtefact(f"{path} is broken or cut short ({reason}); save it again as PNG or JPEG") from None
+
+
+def _upright(file: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says; of other tags, however odd they are, nothing is read."""
+    turn = TURNS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
+    return file.copy() if turn is None else file.transpose(turn)
 
 
 def _image_from_array(array: np.ndarray) -> Image.Image:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import numpy as np
@@ -48,6 +48,12 @@ class Options:
     stop: Sequence[str] = ()
     draft: bool = True
 
+    def seeded(self, seed: int | None = None) -> Options:
+        """The same with a seed where tokens are drawn and none is named: this one, or a fresh one."""
+        if not self.temperature or self.seed is not None:
+            return self
+        return replace(self, seed=secrets.randbits(32) if seed is None else seed)
+
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {self.max_new_tokens}, but an answer has at least 1 token")
@@ -61,6 +67,8 @@ class Options:
             raise UsageError(
                 f"repetition_penalty is {self.repetition_penalty:g}, but it must be a positive number; 1 is none"
             )
+        if self.seed is not None and self.seed < 0:
+            raise UsageError(f"seed is {self.seed}, but draws begin with 0 or a positive number")
         idle = [name for name in ("top_k", "top_p", "seed") if getattr(self, name) is not None]
         if not self.temperature and idle:
             raise UsageError(
@@ -78,9 +86,8 @@ class Sampler:
         self._options = options
         self._penalty = options.repetition_penalty or penalty or 1.0
         self._said = set(prompt_ids) if self._penalty != 1 else set()
-        self.seed: int | None = None
-        if options.temperature:
-            self.seed = secrets.randbits(32) if options.seed is None else options.seed
+        self.seed = options.seeded().seed
+        if self.seed is not None:
             self._draw = np.random.Generator(np.random.PCG64(self.seed))
 
     def choose(self, logits_V: np.ndarray) -> int:

@@ -136,7 +136,10 @@ def verify(bundle: Path, target: str | None, as_json: bool) -> None:
         opened = open_bundle(bundle, target=target)
     replays = {}
     for name, member in opened.members.items():
-        open_stage = partial(open_session, target=opened.target, engines=member.engines, dtype=member.spec.dtype)
+        # As ``engines.model`` opens them, so that what is replayed is what runs.
+        open_stage = partial(
+            open_session, target=opened.target, engines=member.engines, in_place=True, dtype=member.spec.dtype
+        )
         with step(f"golden replay of the {name} model"):
             losses = opened.manifest.members[name].targets[opened.target].losses  # type: ignore[index]
             replays[name] = list(

@@ -16,7 +16,7 @@ from engines.bundles.manifest import manifest_of
 from engines.calibration.learn import Walk, checked_promise, needed_questions, walk
 from engines.calibration.promise import Promises, tied_keep
 from engines.calibration.record import Baseline, Calibration
-from engines.calibration.store import write_calibration
+from engines.calibration.store import refuse_unwritable, write_calibration
 from engines.cascade import Cascade
 from engines.decoder import Keep
 from engines.evaluation.data import Data, Example
@@ -68,6 +68,7 @@ def calibrate_bundle(
     if not cascade.promises:
         raise UsageError(f"{bundle} holds one model, so there is no choice to calibrate; build a bundle of a pair")
     cascade.checked(wanted.keep, None)
+    refuse_unwritable(bundle)
     outcomes = [outcome_of(cascade, e, wanted) for e in track(data.examples, "asking both models")]
     graded = bool(wanted.metric and METRICS[wanted.metric].graded)
     score_N = np.array([o.score for o in outcomes])

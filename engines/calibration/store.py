@@ -6,8 +6,21 @@ from pathlib import Path
 
 from engines.bundles.manifest import MANIFEST_FILE, Manifest, manifest_of
 from engines.calibration.record import Calibration
-from graphs.errors import OperationFailed
+from graphs.errors import OperationFailed, UsageError
 from graphs.files import atomic_file
+
+
+def refuse_unwritable(bundle: Path) -> None:
+    """UsageError where no calibration could be written, found out by writing the manifest as it is."""
+    path = bundle.resolve() / MANIFEST_FILE
+    try:
+        with atomic_file(path, beside=path.parent) as partial:
+            partial.write_bytes(path.read_bytes())
+    except OSError as e:
+        raise UsageError(
+            f"{bundle} cannot be changed ({e.strerror}), and its manifest keeps the calibration; nothing was asked: "
+            f"calibrate a copy in a folder of your own, where files can be made beside it too"
+        ) from None
 
 
 def write_calibration(bundle: Path, calibration: Calibration, found_on: str) -> Manifest:

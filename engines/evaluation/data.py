@@ -95,7 +95,7 @@ class How:
 def data_from_file(path: Path, how: How = How()) -> Data:
     """Read a JSONL file; a file without a good line is always refused."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")  # JSON may hold what else str.splitlines() splits at
     except UnicodeDecodeError:
         raise BadArtefact(f"{path} is no text in UTF-8; {GIVE_JSONL}") from None
     except OSError as e:

@@ -71,15 +71,20 @@ def vqa(answer: str, truths: Sequence[str]) -> float:
     return float(np.mean([min(1.0, (sum(agree) - mine) / 3) for mine in agree]))
 
 
+# The letter itself is a capital: "the answer is a dog" names none.
+BEHIND = re.compile(r"\b(?i:answer|option|choice)(?i: is)?:? (?i:option )?\(?([A-Z])\b")
+
+
 def choice(answer: str, truths: Sequence[str]) -> float:
     """1 where the answer names the right option, truths[0] its letter and truths[1] its text.
 
-    A letter stands alone or first with a mark behind it ("B", "(b)", "B. a cat"), or behind "answer is" or "option".
+    A letter stands alone or first with a mark behind it ("B", "(b)", "B. a cat"), or behind "answer is", "answer:",
+    "option" or "option is", however these are written.
     """
     said = answer.strip()
     if plain(said.rstrip(".")) in {plain(truth.rstrip(".")) for truth in truths}:
         return 1.0
-    found = re.match(r"\(?([A-Za-z])(?:[).:,]|$)", said) or re.search(r"(?:answer(?: is)?:?|option) \(?([A-Z])\b", said)
+    found = re.match(r"\(?([A-Za-z])(?:[).:,]|$)", said) or BEHIND.search(said)
     return float(found is not None and found[1].upper() == truths[0])
 
 

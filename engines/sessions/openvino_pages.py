@@ -46,6 +46,17 @@ class Pages:
             for name in told:
                 self._tell(segment, name)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its cache inputs."""
+        return sum(tensor.byte_size for tensor in self._tensors.values())
+
+    def shrink(self) -> None:
+        """Give back its caches, which are made again as far as they are needed."""
+        for segment in self._segments:
+            self._blocks.pop(segment, None)
+            self._make_room(segment, 1)
+
     def hold(self, segment: str, held: int, total: int) -> None:
         """Make room for the first ``total`` rows, and say that a run appends to the first ``held``."""
         told, blocks = self._told[segment], -(-total // BLOCK)

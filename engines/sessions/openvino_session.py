@@ -34,6 +34,7 @@ PRECISIONS: dict[FloatType, str] = {"float32": "f32", "float16": "f32", "bfloat1
 # Values of a row that share a scale where products with weights of 8 or 4 bits round their activations to 8 bits: four
 # times OpenVINO's own choice, and the block of 4-bit weights (benchmarks/LOG.md). 0: they stay as they are.
 GROUPS: dict[FloatType, int] = {"float32": 0, "float16": 0, "bfloat16": 128}
+KEPT, KEPT_BYTES = 4, 64 << 20  # idle requests of a session, and the caches that one of them may keep
 PRECISION = "INFERENCE_PRECISION_HINT"
 AS_IT_IS = {PRECISION: "f32"}
 CACHES = {"f32": ov.Type.f32, "bf16": ov.Type.bf16}
@@ -181,11 +182,18 @@ class OpenVinoSession:
             if held[name].shape[2]:
                 pages.states[state].state = ov.Tensor(np.ascontiguousarray(held[name]))
         room = Room(pages)
-        weakref.finalize(room, self._idle.append, pages)
+        weakref.finalize(room, self._put, pages).atexit = False
         if self._guide and first is not None and first.shape[2]:
             past = [held[name].astype(np.float32) for name in self._guide.pasts]
             room.keys = (np.concatenate(past, axis=1),)
         return room
+
+    def _put(self, pages: Pages) -> None:
+        """Keep what a conversation that is over computed in for another one; few of them, and no large caches."""
+        if pages.nbytes > KEPT_BYTES:
+            pages.shrink()
+        self._idle.append(pages)
+        del self._idle[:-KEPT]
 
 
 def _asked(room: Room, keys: int) -> Asked:

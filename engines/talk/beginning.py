@@ -16,6 +16,7 @@ import numpy as np
 from engines.cache import Cache, on_host
 from engines.decoder import Chunk
 from engines.sessions.session import Value
+from engines.talk.messages import Message
 from graphs.spec import ExportSpec
 
 WORTH = 8  # rows; fewer are not worth a copy of every layer's
@@ -26,7 +27,8 @@ class Held:
     """A run that is over: the line whose rows the cache holds, the images in it, and what of them was kept.
 
     line: int64 [L]. there: bool [L], False where the vision stage dropped a visual token. kept: per prune point the
-    visual tokens that stayed. whole: the rows of its prompt on the host, where the model gives guidance.
+    visual tokens that stayed. whole: the rows of its prompt on the host, where the model gives guidance. shown: the
+    messages that its images are from, in order.
     """
 
     line: np.ndarray
@@ -34,6 +36,7 @@ class Held:
     cache: Cache
     kept: tuple[np.ndarray, ...] = ()
     whole: Chunk | None = None
+    shown: tuple[Message, ...] = ()
 
 
 class Beginnings:

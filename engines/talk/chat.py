@@ -67,7 +67,10 @@ def _lines() -> Iterator[str]:
     while True:
         if typed:
             click.echo("> ", nl=False, err=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as e:
+            raise UsageError(f"a line of standard input is no text in UTF-8 ({e.reason}); write it in UTF-8") from None
         if not line:
             return
         if line.strip():

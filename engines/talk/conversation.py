@@ -51,8 +51,11 @@ class Conversation:
         return self.stream(content, images).finish()
 
     def stream(self, content: Content, images: Picture | Sequence[Picture] | None = None) -> Stream:
-        """The same as ``ask``, piece by piece; the turn counts once the stream has ended."""
-        return Stream(self._recorded((*self._talk, asked(content, images))))
+        """The same as ``ask``, piece by piece; the turn counts once the stream has ended.
+
+        UsageError while it is read where another turn has ended since.
+        """
+        return Stream(self._recorded(self._talk, (*self._talk, asked(content, images))))
 
     def answer(self) -> Answer:
         """Answer the last message, where it is the user's and waits."""
@@ -62,17 +65,25 @@ class Conversation:
         """The same as ``answer``, piece by piece."""
         if not self._talk or self._talk[-1].role != "user":
             raise UsageError("the last message is not the user's, so nothing waits for an answer; ask something")
-        return Stream(self._recorded(self._talk))
+        return Stream(self._recorded(self._talk, self._talk))
 
     def reset(self, messages: int = 0) -> None:
         """Forget everything but the first ``messages``."""
         self._talk, self._memories = self._talk[:messages], self._cascade.memories()
 
-    def _recorded(self, talk: Talk) -> Iterator[str | Answer]:
+    def _recorded(self, before: Talk, talk: Talk) -> Iterator[str | Answer]:
+        self._refuse_another_past(before)
         turn = self._cascade.turn(talk, self._memories, **self._options)
         for part in self._cascade.parts(turn, self._keep, self._threshold):
             if isinstance(part, Answer):
+                self._refuse_another_past(before)
                 self._talk = (*talk, Message("assistant", (part.text,)))
                 for memory in self._memories.values():
                     memory.settle()
             yield part
+
+    def _refuse_another_past(self, before: Talk) -> None:
+        if self._talk is not before:
+            raise UsageError(
+                "the conversation went on while this answer was not finished, so it is no turn of it; ask again"
+            )

@@ -42,6 +42,7 @@ class Group:
 
     start: int
     end: int
+    message: Message
     seen: Seen
 
 
@@ -73,15 +74,16 @@ class Memory:
         clock, ms = Clock(), {}
         model.open()
         ms["open"] = clock.lap()
-        seen = self._looked(talk)
+        shown = self._looked(talk)
+        seen = [seen for _, seen in shown]
         line = model.processor.prompt(talk, seen)[0]
         is_visual_L = line == model.spec.tokens.image
         positions = squeezed(model.processor.family.positions(is_visual_L, joined(seen), 0))
-        groups = image_groups(is_visual_L, seen)
+        groups = image_groups(is_visual_L, shown)
         begins = self._sure = self._common(line, groups)
-        shown = [self._with_pixels(group) for group in groups if group.start >= begins]
+        new = [self._with_pixels(group) for group in groups if group.start >= begins]
         ms["prepare"] = clock.lap()
-        features = self._features(line, shown, keep)
+        features = self._features(line, new, keep)
         if self._sees_last:
             self._drop_pixels()
         ms["vision"] = clock.lap()
@@ -100,8 +102,9 @@ class Memory:
             ms=ms,
             visual_tokens=int(is_visual_L[begins:].sum()),
             visual_before=int(is_visual_L[:begins].sum()),
-            images=tuple(n for group in groups if group.start >= begins for n in group.seen.tokens),
+            images=tuple(n for group in new for n in group.seen.tokens),
             kept_visual=features.kept,
+            shown=tuple(group.message for group in groups),
         )
         if begins:
             prompt = self._behind_cache(prompt, is_visual_L, positions)
@@ -130,7 +133,7 @@ class Memory:
         fed = np.asarray(run.tokens[:-1], np.int64)
         line = np.concatenate([prompt.line, fed])
         there = np.concatenate([prompt.there, np.ones(len(fed), bool)])
-        self._held = Held(line, there, run.cache, kept, prompt.whole)
+        self._held = Held(line, there, run.cache, kept, prompt.whole, prompt.shown)
         if self._beginnings:
             images = np.flatnonzero(prompt.line == self.model.spec.tokens.image)
             self._beginnings.learn(self._held, text=int(images[0]) if len(images) else len(prompt.line))
@@ -141,19 +144,16 @@ class Memory:
         if self._held:
             self._sure = len(self._held.line)
 
-    def _looked(self, talk: Talk) -> list[Seen]:
+    def _looked(self, talk: Talk) -> list[tuple[Message, Seen]]:
         """The images of every message that has some, each processed once; a turn that failed left another message."""
         for i, message in enumerate(talk):
             if message.images and (i not in self._seen or self._seen[i][0] is not message):
                 self._seen[i] = message, self.model.processor.look(*message.images)
-        return [self._seen[i][1] for i, message in enumerate(talk) if message.images]
+        return [self._seen[i] for i, message in enumerate(talk) if message.images]
 
     def _with_pixels(self, group: Group) -> Group:
         """The same, looked at again where its pixels were dropped: a turn failed, or the text before it has changed."""
-        if group.seen.feeds:
-            return group
-        message = next(message for message, seen in self._seen.values() if seen is group.seen)
-        return replace(group, seen=self.model.processor.look(*message.images))
+        return group if group.seen.feeds else replace(group, seen=self.model.processor.look(*group.message.images))
 
     def _drop_pixels(self) -> None:
         """Keep of every image what later lines need: how many tokens it is, and where."""
@@ -168,8 +168,9 @@ class Memory:
         common = alike(line[:-1], self._held.line[: self._sure])
         if self._beginnings and common < WORTH:
             return 0
-        for group in reversed(groups):
-            if common < group.end:
+        for i, group in reversed(list(enumerate(groups))):
+            # Every image's placeholders are alike, so whose they are is asked of the message.
+            if common < group.end or self._held.shown[i : i + 1] != (group.message,):
                 common = min(common, group.start)
         return common
 
@@ -223,14 +224,14 @@ def joined(seen: Sequence[Seen]) -> Seen | None:
     return replace(seen[0], tokens=tokens, shapes=shapes)
 
 
-def image_groups(is_visual_L: np.ndarray, seen: Sequence[Seen]) -> list[Group]:
+def image_groups(is_visual_L: np.ndarray, shown: Sequence[tuple[Message, Seen]]) -> list[Group]:
     """Where each message's images stand in the line."""
     at = np.flatnonzero(is_visual_L)
-    ends = np.cumsum([sum(images.tokens) for images in seen])
-    starts = ends - [sum(images.tokens) for images in seen]
+    counts = [sum(seen.tokens) for _, seen in shown]
+    ends = np.cumsum(counts)
     return [
-        Group(int(at[start]), int(at[end - 1]) + 1, images)
-        for start, end, images in zip(starts, ends, seen, strict=True)
+        Group(int(at[end - count]), int(at[end - 1]) + 1, *one)
+        for end, count, one in zip(ends, counts, shown, strict=True)
     ]
 
 

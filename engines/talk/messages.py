@@ -75,6 +75,10 @@ def message_from(document: Mapping[str, Any], images: Sequence[Picture] = ()) ->
         raise UsageError(f"a message of the {role} holds an image, but only the user shows images; move it to theirs")
     if not message.text.strip():
         raise UsageError("the question is empty; write what you want to know")
+    try:
+        message.text.encode()
+    except UnicodeEncodeError as e:
+        raise UsageError(f"the question is no text in UTF-8 ({e.reason}); write it in UTF-8") from None
     return message
 
 

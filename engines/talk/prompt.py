@@ -13,6 +13,7 @@ import numpy as np
 from engines.cache import Cache
 from engines.decoder import Chunk
 from engines.sessions.session import Value
+from engines.talk.messages import Message
 from graphs.layouts.budgets import image_of
 
 
@@ -29,7 +30,8 @@ class Prompt:
     kept_visual: int64, which of the chunk's original visual tokens are there; None: all.
     past: the cache in front of the chunk; past_visual: bool [P_0]. kept_before: per prune point (vision stage
     first) the visual tokens in front of the chunk that stayed.
-    whole: every row from the first, on the host, where the model gives guidance. ms: what each step took.
+    whole: every row from the first, on the host, where the model gives guidance. shown: the messages
+    that the line's images are from, in order. ms: what each step took.
     """
 
     line: np.ndarray
@@ -48,6 +50,7 @@ class Prompt:
     past_visual: np.ndarray | None = None
     kept_before: tuple[np.ndarray, ...] = ()
     whole: Chunk | None = None
+    shown: tuple[Message, ...] = ()
 
     @property
     def chunk(self) -> Chunk:

@@ -130,7 +130,9 @@ def _cells(mark: str, one: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _said(one: dict[str, Any]) -> str:
-    where = "nothing is cut" if one["layer"] is None else f"cut before layer {one['layer']}"
+    where = "nothing is pruned"
+    if one["policy"]:
+        where = "pruned where the plan says" if one["layer"] is None else f"cut before layer {one['layer']}"
     shares = ":".join(f"{share:g}" for share in one["keep"])
     return f"{where}, keep {shares}, " + (
         "nothing exits" if one["threshold"] is None else f"exit threshold {one['threshold']:g}"

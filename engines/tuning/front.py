@@ -41,6 +41,7 @@ class Asked:
         """What the large model is worth, or with a threshold the cascade of both."""
         worth_N, ms_N, exits_N = self.chosen(threshold)
         return System(
+            policy=self.setting.policy,
             layer=self.layer if self.setting.policy else None,
             keep=self.setting.keep,
             threshold=threshold,
@@ -62,8 +63,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class System:
-    """A way to answer. layer: None where nothing is cut. threshold: None where nothing exits. ms: the mean."""
+    """A way to answer. threshold: None where nothing exits. ms: the mean.
 
+    policy: None where nothing is pruned. layer: of the one cut in the decoder, None where there is none, or several.
+    """
+
+    policy: str | None
     layer: int | None
     keep: tuple[float, ...]
     threshold: float | None

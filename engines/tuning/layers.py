@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from engines.bundles.manifest import Manifest
+from engines.bundles.manifest import Manifest, MemberEntry
 from engines.bundles.targets import TARGETS
 from engines.cascade import Cascade
 from engines.model import Model
@@ -36,7 +36,9 @@ def own_layer(plan: PruningPlan) -> int | None:
     return plan.points[0].layer if len(plan.points) == 1 else None
 
 
-def layers_to_walk(cascade: Cascade, checkpoint: Path | None, asked: Sequence[int]) -> list[int | None]:
+def layers_to_walk(
+    cascade: Cascade, manifest: Manifest, checkpoint: Path | None, asked: Sequence[int]
+) -> list[int | None]:
     """Return the layers to cut before, ascending; the bundle's own alone where there is no checkpoint.
 
     Raises UsageError where a layer cannot be had.
@@ -59,6 +61,12 @@ def layers_to_walk(cascade: Cascade, checkpoint: Path | None, asked: Sequence[in
         raise UsageError(
             f"target {cascade.large.target} runs engines, and another layer would need one built; tune on a target "
             "that runs graphs"
+        )
+    entry = large_of(manifest).targets[cascade.large.target]
+    if entry.precision or entry.dtype == "bfloat16":
+        raise UsageError(
+            f"target {cascade.large.target} of this bundle was built with --precision {entry.precision or 'bf16'}, and "
+            "an export of another layer would be timed in another one; tune on a bundle that was built without"
         )
     wanted = asked or [own, *(layer_of(share, spec.language.layers) for share in DEPTHS)]
     found: list[int | None] = []
@@ -101,6 +109,11 @@ def cut_before(
         shutil.rmtree(held, ignore_errors=True)
 
 
+def large_of(manifest: Manifest) -> MemberEntry:
+    """The large model's entry, or that of the only one."""
+    return manifest.members["large" if "large" in manifest.members else "alone"]
+
+
 def export(checkpoint: Path, out: Path, plan: PlanDocument, like: ExportSpec, file: Path) -> None:
     """Run ``saccade export`` under a plan, in role and precision of ``like``; its error is raised here as its own."""
     file.write_text(plan.dumps(), "utf-8")
@@ -122,7 +135,7 @@ def export(checkpoint: Path, out: Path, plan: PlanDocument, like: ExportSpec, fi
 def refuse_another(checkpoint: Path, folder: Path, spec: ExportSpec, own: ExportSpec, manifest: Manifest) -> None:
     """BadArtefact where a checkpoint is not what the bundle's large model was exported from: sizes, then every byte."""
     differs = [name for name in SAME if getattr(spec, name) != getattr(own, name)]
-    member = manifest.members["large" if "large" in manifest.members else "alone"]
+    member = large_of(manifest)
     known = {file.path: file.sha256 for file in manifest.files}
     for name in (weight.name for weight in spec.weights if not differs):
         differs += [f"the weights {name}"] if known.get(f"{member.folder}/{name}") != sha256_of(folder / name) else []

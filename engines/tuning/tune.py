@@ -95,7 +95,7 @@ def tune_bundle(
     cascade = Cascade.open(bundle, target, threads)
     pruned = pruned_settings(bundle, manifest, cascade, wanted.keeps)
     everything = Setting((1.0,) * len(pruned[0].keep), None)
-    layers = layers_to_walk(cascade, wanted.checkpoint, wanted.layers)
+    layers = layers_to_walk(cascade, manifest, wanted.checkpoint, wanted.layers)
     assert cascade.large
     if not wanted.checkpoint:
         say("layers are not walked, for the cut's layer is in the graph; name the large model's --checkpoint for that")
@@ -137,9 +137,11 @@ def tune_bundle(
         "plan": None,
     }
     if found:
-        setting = Setting(found.keep, None if found.layer is None else pruned[0].policy)
+        setting = Setting(found.keep, found.policy)
         document["reported"] = told = reported(search, reported_on, found, setting, everything, guided)
         document["plan"] = str(write_plan(search, found, told))
+    else:
+        (out / PLAN_FILE).unlink(missing_ok=True)  # of a search that allowed more
     with atomic_file(out / DOCUMENT) as partial:
         partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
     return document

@@ -60,7 +60,7 @@ def numbered(path: Path, found: Sequence[Any], name: str) -> Iterator[tuple[str,
 
 def lines_of(path: Path, remedy: str) -> Iterator[tuple[str, str]]:
     """The lines of a text file that say something, each with where it stands."""
-    for i, line in enumerate(text_of(path, remedy).splitlines(), 1):
+    for i, line in enumerate(text_of(path, remedy).split("\n"), 1):
         if line.strip():
             yield f"{path}, line {i}", line
 

@@ -143,3 +143,11 @@ def test_the_built_in_questions_are_examples() -> None:
     assert [len(e.images) for e in read.examples] == [1, 1, 1]
     assert read.examples[0].images[0].size == (96, 96)
     assert read.digest == data_from_records(held_out_records(3), "glyphs").digest
+
+
+def test_a_line_may_hold_what_is_a_line_break_to_others(folder: Path) -> None:
+    """JSON allows U+2028 and U+0085 inside strings; str.splitlines splits there."""
+    lines = [{"image": "red.png", "question": f"which{mark}digit ?", "answers": ["1"]} for mark in "\u2028\u0085"]
+    path = folder / "marks.jsonl"
+    path.write_text("\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines), "utf-8", newline="")
+    assert [example.question for example in data_from_file(path).examples] == [line["question"] for line in lines]

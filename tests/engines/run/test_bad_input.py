@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from engines.cascade import Cascade
+from engines.generate import longest_answer
 from engines.images import image_from
 from engines.processing import Processor
+from engines.sampling import Options
 from engines.sessions import session
 from engines.talk.messages import asked
 from graphs.errors import BackendMissing, BadArtefact, OperationFailed, SaccadeError, UsageError
@@ -105,6 +107,36 @@ def test_a_turned_photo_is_turned_upright(tmp_path: Path) -> None:
     assert image_from(path).size == (4, 8)
 
 
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_a_turn_is_that_of_pillow_whatever_else_the_tags_say(tmp_path: Path, turn: int) -> None:
+    path, exif = tmp_path / "turned.jpg", Image.Exif()
+    exif[0x0112] = turn
+    grey = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
+    Image.fromarray(grey).save(path, exif=exif, quality=100)
+    wanted = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    assert np.array_equal(np.asarray(image_from(path)), np.asarray(wanted))
+    exif[0x010E] = "said"
+    Image.fromarray(grey).save(path, exif=exif, quality=100)
+    data = path.read_bytes()
+    tag = data.index(b"Exif") + 17  # ImageDescription becomes XResolution, which Pillow cannot write as a text
+    assert data[tag - 1 : tag + 1] == b"\x01\x0e"
+    path.write_bytes(data[:tag] + b"\x1a" + data[tag + 1 :])
+    assert np.array_equal(np.asarray(image_from(path)), np.asarray(wanted))
+
+
+def test_sixteen_bits_of_grey_are_eight(tmp_path: Path) -> None:
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.array([[0, 300], [40_000, 65_535]], np.uint16)).save(path)
+    for picture in (path, Image.open(path)):
+        assert np.asarray(image_from(picture))[:, :, 0].tolist() == [[0, 1], [156, 255]]
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_numbers_without_a_white_are_refused(mode: str) -> None:
+    with pytest.raises(BadArtefact, match=f"mode {mode}"):
+        image_from(Image.new(mode, (5, 7)))
+
+
 @pytest.mark.parametrize(
     "picture", [np.zeros((5, 7), np.uint8), np.zeros((5, 7, 3), np.uint8), np.zeros((5, 7, 4), np.uint8)]
 )
@@ -118,6 +150,7 @@ def test_arrays_are_pictures(picture: np.ndarray) -> None:
         ("", "empty"),
         (" \n\t", "empty"),
         ("what is <image> ?", "stands for the image"),
+        ("caf\udce9 ?", "no text in UTF-8"),
         ("red " * 300, r"3\d\d tokens long \(64 of images\).* 256 positions"),
     ],
 )
@@ -136,6 +169,38 @@ def test_a_bad_keep_is_refused_before_the_small_model_runs(tiny_pair: TinyPair, 
         pair.ask(picture_of(0), QUESTION, keep=keep)  # type: ignore[arg-type]
     assert pair.small
     assert pair.small.opened == frozenset()
+
+
+def test_what_would_do_nothing_is_refused(tiny_pair: TinyPair) -> None:
+    pair, alone = tiny_pair.cascade(), Cascade(None, tiny_pair.model("alone"))
+    with pytest.raises(UsageError, match="a threshold chooses nothing"):
+        alone.ask(picture_of(0), QUESTION, threshold=0.5)
+    with pytest.raises(UsageError, match="guidance from outside"):
+        alone.ask(picture_of(0), QUESTION, guidance=np.zeros(64, np.float32))
+    with pytest.raises(UsageError, match="seed is -1"):
+        pair.ask(picture_of(0), QUESTION, temperature=1.0, seed=-1)
+    assert alone.large
+    assert alone.large.opened == frozenset()
+
+
+def test_a_numpy_share_is_a_share(cascade: Cascade) -> None:
+    given, wanted = (
+        cascade.ask(picture_of(0), QUESTION, keep=keep, threshold=1, max_new_tokens=1)
+        for keep in (np.float32(0.5), 0.5)
+    )
+    assert given.keep == wanted.keep == (0.5,)
+
+
+def test_an_answer_ends_where_an_engine_does(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of its caches, and of the pass that scores the answer."""
+    model = tiny_pair.model("small")
+    prompt = model.prompt((asked(QUESTION, picture_of(0)),))
+    bounds = {"past_k_0": (1, 1, len(prompt) + 6, 8), "tail": (9,)}
+    monkeypatch.setattr(type(model.session("decoder")), "largest", lambda _, name: bounds[name], raising=False)
+    assert longest_answer(model, prompt) == 7
+    bounds["tail"] = (4,)
+    assert longest_answer(model, prompt) == 4
+    assert len(model.generate(prompt, Options(max_new_tokens=20)).finish().tokens) <= 4
 
 
 @pytest.mark.parametrize("guidance", [np.zeros(63, np.float32), np.zeros((8, 8), np.float32), np.full(64, np.nan)])

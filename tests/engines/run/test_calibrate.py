@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -284,6 +286,24 @@ def test_refusals_ask_nothing_and_write_nothing(
     assert words in told.stderr
     assert (bundle / MANIFEST_FILE).read_bytes() == before
     assert calls == []
+
+
+def test_a_bundle_that_cannot_be_changed_is_refused_before_anything_is_asked(
+    saccade_cli: Cli, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "outcome_of", lambda *_: pytest.fail("a question was asked"))
+    was = (bundle / MANIFEST_FILE).read_bytes()
+
+    def refuses(self: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    with monkeypatch.context() as mounted:
+        mounted.setattr(Path, "replace", refuses)
+        told = saccade_cli("calibrate", bundle, data_of(tmp_path, ["x"] * QUESTIONS), *PROMISE)
+    assert told.code == 2
+    assert "cannot be changed" in told.stderr
+    assert (bundle / MANIFEST_FILE).read_bytes() == was
+    assert not list(tmp_path.glob(".*partial*"))
 
 
 def test_a_bundle_of_one_model_has_no_choice(saccade_cli: Cli, tiny_pair: TinyPair, tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from engines.cascade import Cascade
 from engines.generate import Generation
 from engines.model import Model
 from engines.processing import Processor
+from engines.stream import Stream
 from engines.talk.conversation import Conversation
+from engines.talk.messages import asked
 from graphs.errors import BadArtefact, OperationFailed, UsageError
 from tests.engines.run.conftest import NEW_TOKENS, TinyPair, picture_of, question_of
 from tests.reference_sgl import Reference, best_visual
@@ -273,6 +275,30 @@ def test_pixels_are_made_again_where_a_turn_failed(tiny_pair: TinyPair, monkeypa
     assert answer.confidence == wanted.confidence
 
 
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_a_turn_beside_another_is_no_turn(tiny_pair: TinyPair, threshold: float) -> None:
+    talk = tiny_pair.cascade().chat(threshold=threshold, max_new_tokens=NEW_TOKENS)
+    one, other = (talk.stream("what colour is 3 ?", picture_of(i)) for i in (1, 2))
+    first = one.finish()
+    with pytest.raises(UsageError, match="the conversation went on"):
+        other.finish()
+    assert [message.text for message in talk.talk] == ["what colour is 3 ?", first.text]
+
+
+def test_an_image_is_never_taken_for_another_one(tiny_pair: TinyPair) -> None:
+    """Their placeholders are alike, and here what was held before is another talk's."""
+    cascade = tiny_pair.cascade()
+    memories = cascade.memories()
+    talks = [(asked("what colour is 3 ?", picture_of(i)),) for i in (1, 2)]
+    for talk in talks:
+        answer = Stream(cascade.parts(cascade.turn(talk, memories, max_new_tokens=NEW_TOKENS), 0.25, 1.0)).finish()
+        fresh = Stream(cascade.parts(cascade.turn(talk, max_new_tokens=NEW_TOKENS), 0.25, 1.0)).finish()
+        assert answer.cached_tokens < 64
+        assert (answer.tokens, answer.confidence) == (fresh.tokens, fresh.confidence)
+        for memory in memories.values():
+            memory.settle()
+
+
 def test_a_stop_string_ends_the_answer_before_it(cascade: Cascade) -> None:
     whole = cascade.ask(picture_of(4), question_of(4), threshold=0, max_new_tokens=NEW_TOKENS)
     words = whole.text.split()
@@ -292,6 +318,12 @@ def test_a_seed_writes_the_same_answer_again(cascade: Cascade) -> None:
     first = ask(temperature=2.0)
     assert ask(temperature=2.0, seed=first.seed).tokens == first.tokens
     assert len({ask(temperature=2.0, seed=seed).tokens for seed in range(5)}) > 1
+    both = cascade.ask(picture_of(0), question_of(0), threshold=1, max_new_tokens=NEW_TOKENS, temperature=2.0)
+    again = cascade.ask(
+        picture_of(0), question_of(0), threshold=1, max_new_tokens=NEW_TOKENS, temperature=2.0, seed=both.seed
+    )
+    assert (again.tokens, again.confidence) == (both.tokens, both.confidence)
+    assert np.array_equal(again.guidance, both.guidance)
     assert ask(temperature=1.0, top_k=1, seed=0).tokens == ask().tokens
 
 

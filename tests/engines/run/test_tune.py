@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.bundles.manifest import manifest_of
+from engines.bundles.manifest import Manifest, manifest_of
 from engines.cascade import Cascade
 from engines.evaluation import sweep
 from engines.evaluation.data import data_from_file
 from engines.evaluation.settings import Setting
 from engines.model import Model
 from engines.tuning import layers
+from engines.tuning.commands import _said
 from engines.tuning.front import BARS, Asked, cheapest, front_of, systems_of
 from engines.tuning.tune import doubts, halves
 from graphs.errors import BackendMissing, BadArtefact, SaccadeError, UsageError
@@ -256,17 +257,49 @@ def test_data_without_answers_is_refused(saccade_cli: Cli, tiny_bundle: Path, tm
     assert (told.code, "has no answers" in told.stderr) == (2, True)
 
 
-def test_plans_whose_layers_cannot_be_walked(tiny_pair: TinyPair, tmp_path: Path) -> None:
+def test_plans_whose_layers_cannot_be_walked(tiny_pair: TinyPair, tiny_bundle: Path, tmp_path: Path) -> None:
     folder = tiny_pair.exports["large"]
     spec = spec_from_folder(folder)
     points = tuple(PrunePoint(layer=i, score="priority", keep=0.5) for i in (1, 2))
     twice = spec.model_copy(update={"plan": PruningPlan(name="twice", points=points)})
+    manifest = manifest_of(tiny_bundle)
+
+    def walk(cascade: Cascade, of: Manifest = manifest) -> list[int | None]:
+        return layers.layers_to_walk(cascade, of, tmp_path, ())
+
     with pytest.raises(UsageError, match="2 prune points"):
-        layers.layers_to_walk(Cascade(None, Model(folder, twice)), tmp_path, ())
+        walk(Cascade(None, Model(folder, twice)))
     with pytest.raises(UsageError, match="runs engines"):
-        layers.layers_to_walk(Cascade(None, Model(folder, spec, "rtx")), tmp_path, ())
-    assert layers.layers_to_walk(tiny_pair.cascade(), tmp_path, ()) == [0, 1]
-    assert layers.layers_to_walk(Cascade(None, tiny_pair.model("alone")), tmp_path, ()) == [1]
+        walk(Cascade(None, Model(folder, spec, "rtx")))
+    for told, changed in (("int8", {"precision": "int8"}), ("bf16", {"dtype": "bfloat16"})):
+        large = manifest.members["large"]
+        entry = large.targets["cpu"].model_copy(update=changed)
+        large = large.model_copy(update={"targets": {"cpu": entry}})
+        with pytest.raises(UsageError, match=f"--precision {told}"):
+            walk(tiny_pair.cascade(), manifest.model_copy(update={"members": {**manifest.members, "large": large}}))
+    assert walk(tiny_pair.cascade()) == [0, 1]
+    assert walk(Cascade(None, tiny_pair.model("alone"))) == [1]
+
+
+@pytest.mark.usefixtures("steady")
+def test_a_plan_of_a_search_that_allowed_more_goes(
+    saccade_cli: Cli, tiny_bundle: Path, tmp_path: Path, truths: list[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "plan.toml").write_text("of a looser bound")
+    data = data_of(tmp_path, ["what no model says"] * QUESTIONS)
+    told = saccade_cli("tune", tiny_bundle, data, "-o", out, "--keep", "1,0.99", *COMMON, "--json")
+    assert told.code == 0, told.stderr
+    document = json.loads(told.stdout)
+    assert (out / "plan.toml").exists() is (document["chosen"] is not None)
+
+
+def test_what_is_pruned_elsewhere_than_before_one_layer_is_told() -> None:
+    one = {"policy": "star", "layer": None, "keep": [0.5, 0.2], "threshold": None}
+    assert _said(one) == "pruned where the plan says, keep 0.5:0.2, nothing exits"
+    assert _said({**one, "policy": "sgl", "layer": 2}).startswith("cut before layer 2, ")
+    assert _said({**one, "policy": None}).startswith("nothing is pruned, ")
 
 
 def test_another_checkpoint_is_refused(tiny_pair: TinyPair, tiny_bundle: Path, tmp_path: Path) -> None:
