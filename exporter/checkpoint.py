@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from exporter import attention, norm
+from exporter.decoders import make_static, positions_of, refuse_unknown
 from exporter.families import FAMILIES
 from exporter.family import Family, family_of
-from graphs.errors import BadArtefact, UsageError
+from graphs.errors import BadArtefact
 from graphs.files import unreadable
 from graphs.spec import LanguageModel
 from graphs.weights import TensorSlice, tensors_from_checkpoint
@@ -73,11 +74,7 @@ def language_of(checkpoint: Checkpoint) -> LanguageModel:
     """The decoder's sizes."""
     text = checkpoint.text
     heads = text.num_attention_heads
-    if odd := sorted({kind for kind in getattr(text, "layer_types", None) or () if kind != "full_attention"}):
-        raise UsageError(
-            f"{checkpoint.folder} has decoder layers of {', '.join(odd)}, and pruned tokens would shift their windows; "
-            "only full attention is exported"
-        )
+    refuse_unknown(text, checkpoint.folder)
     return LanguageModel(
         layers=text.num_hidden_layers,
         width=text.hidden_size,
@@ -85,7 +82,7 @@ def language_of(checkpoint: Checkpoint) -> LanguageModel:
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         vocab=text.vocab_size,
-        max_positions=text.max_position_embeddings,
+        max_positions=positions_of(text, checkpoint.folder),
         position_axes=checkpoint.family.position_axes,
         deepstack=checkpoint.family.deepstack(checkpoint.config),
     )
@@ -104,7 +101,9 @@ def skeleton_of(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             f"({e}); download the checkpoint again"
         ) from None
     model.tie_weights()
-    checkpoint.family.language(model).config._attn_implementation = attention.register()
+    language = checkpoint.family.language(model)
+    language.config._attn_implementation = attention.register()
+    make_static(language.rotary_emb, checkpoint.folder)
     norm.use_one_op(model)
     checkpoint.family.prepare(model)
     return model.eval().requires_grad_(False)

@@ -105,6 +105,7 @@ class DecoderProgram(nn.Module):
         language = family.language(model)
         self.layers, self.norm, self.rotary_emb = language.layers, language.norm, language.rotary_emb
         self.lm_head, self.plan = model.lm_head, plan
+        self.multiplier = getattr(language, "embedding_multiplier", 1.0)  # granite's
         self.deepstack = deepstack_names(sizes)
         self.segments = plan.segments(len(self.layers))
 
@@ -132,6 +133,7 @@ class DecoderProgram(nn.Module):
 
     def forward(self, feed: Tensors) -> Tensors:
         hidden, position = feed["inputs_embeds"], feed["position_ids"]
+        hidden = hidden if self.multiplier == 1 else hidden * self.multiplier
         is_visual, priority, image = feed.get("is_visual"), feed.get("priority"), feed.get("image_index")
         deepstack = [feed[name] for name in self.deepstack]
         out: Tensors = {}

@@ -42,10 +42,12 @@ def write_processor(folder: Path, image_size: int, patch_size: int) -> None:
     del LlavaProcessor
 
 
-def tiny_llava(folder: Path, *, seed: int = 0, dtype: str = "float32", tie: bool = False, **sizes: Any) -> Path:
+def tiny_llava(
+    folder: Path, *, seed: int = 0, dtype: str = "float32", tie: bool = False, text_type: str = "llama", **sizes: Any
+) -> Path:
     """Save a random LLaVA of a few thousand parameters, with its processor, into ``folder``."""
     import torch
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
     text = {
         "hidden_size": 32,
@@ -70,7 +72,10 @@ def tiny_llava(folder: Path, *, seed: int = 0, dtype: str = "float32", tie: bool
         patch_size=patch_size,
     )
     config = LlavaConfig(
-        vision_config=vision, text_config=LlamaConfig(**text), image_token_index=4, tie_word_embeddings=tie
+        vision_config=vision,
+        text_config=AutoConfig.for_model(text_type, **text),
+        image_token_index=4,
+        tie_word_embeddings=tie,
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config).eval()
