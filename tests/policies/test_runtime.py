@@ -186,6 +186,25 @@ def test_a_count_is_a_count(exported):
     assert answer.keep == (5 / 16,)
 
 
+def test_a_count_per_image_is_one_for_each(exported):
+    plan = """
+schema = "saccade.plan/1"
+name = "each"
+
+[[point]]
+where = 1
+score = "attention"
+rows = "text"
+count = 5
+per_image = true
+"""
+    cascade = Cascade.from_exports(exported(plan).folder)
+    answer = cascade.ask([an_image(1), an_image(2)], QUESTION, max_new_tokens=1)
+    assert len(answer.kept[0]) == 10
+    assert answer.keep == (10 / 32,)
+    assert answer.average_retention == pytest.approx((1 + 3 * 10 / 32) / 4)
+
+
 def test_keeps_that_cannot_be(exported):
     cascade = Cascade.from_exports(exported("star").folder)
     with pytest.raises(UsageError, match="1 keep ratios were given, but plan star has 2 prune points"):

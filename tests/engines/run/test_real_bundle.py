@@ -38,3 +38,21 @@ def test_a_bundle_answers_like_its_exports(tiny_pair, tmp_path, saccade_cli):
     from_bundle = Cascade.open(tmp_path / "b", threads=1).ask(image, "which digit ?", max_new_tokens=3)
     from_exports = tiny_pair.cascade().ask(image, "which digit ?", max_new_tokens=3)
     assert from_bundle.text == from_exports.text
+
+
+def test_verify_replays_the_decoder_that_runs(tiny_bundle, saccade_cli, monkeypatch):
+    """Its caches in place, as a canonical decoder is rewritten when it is opened to run."""
+    from engines.sessions import session
+
+    forms, real = [], session.open_session
+
+    def opened(file, *rest, **options):
+        made = real(file, *rest, **options)
+        if file.name.startswith("decoder"):
+            forms.append(made.form)
+        return made
+
+    monkeypatch.setattr(session, "open_session", opened)
+    told = saccade_cli("verify", tiny_bundle)
+    assert told.code == 0, told.stderr
+    assert forms == ["in-place", "in-place"]
