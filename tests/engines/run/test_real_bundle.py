@@ -41,8 +41,11 @@ def test_a_bundle_answers_like_its_exports(tiny_pair, tmp_path, saccade_cli):
 
 
 def test_verify_replays_the_decoder_that_runs(tiny_bundle, saccade_cli, monkeypatch):
-    """Its caches in place, as a canonical decoder is rewritten when it is opened to run."""
+    """A canonical decoder is rewritten when it is opened to run, its caches in place where its heads allow."""
     from engines.sessions import session
+
+    cascade = Cascade.open(tiny_bundle, threads=1)
+    run = [cascade.small.session("decoder").form, cascade.large.session("decoder").form]
 
     forms, real = [], session.open_session
 
@@ -55,4 +58,5 @@ def test_verify_replays_the_decoder_that_runs(tiny_bundle, saccade_cli, monkeypa
     monkeypatch.setattr(session, "open_session", opened)
     told = saccade_cli("verify", tiny_bundle)
     assert told.code == 0, told.stderr
-    assert forms == ["in-place", "in-place"]
+    assert forms == run
+    assert "in-place" in forms
