@@ -56,7 +56,7 @@ def conversation(cascade: Cascade) -> list[tuple[object, ...]]:
     for turn, (question, shapes) in enumerate([("which digit ?", [(40, 64)]), ("and ?", []), ("red ?", [(50, 50)])]):
         talk = (*talk, asked(question, pictures(shapes)))
         ready = cascade.turn(talk, memories, max_new_tokens=5)
-        visual_tokens = sum(sum(seen.tokens) for seen in memories["large"]._looked(talk))
+        visual_tokens = sum(sum(seen.tokens) for _, seen in memories["large"]._looked(talk))
         guidance = np.random.default_rng(turn).random(visual_tokens, dtype=np.float32)
         answer = Stream(cascade.parts(ready, (0.5, 0.25), 1.0, guidance)).finish()
         talk = (*talk, Message("assistant", (answer.text,)))
