@@ -125,7 +125,8 @@ def _register_one(trt: Any, trtp: Any, sm: int, plugin: AheadOfTime) -> None:
         ptx, metadata = ptx_from_variant(variant, sm)
         if metadata.shared > NARROW_SHARED:
             raise UsageError(
-                f"{plugin.name} wants {metadata.shared} bytes of shared memory, 49152 is what PTX may have"
+                f"{plugin.name} wants {metadata.shared} bytes of shared memory and PTX may have {NARROW_SHARED}: "
+                "use --plugins python"
             )
         sizes = dict(SERVED[plugin.op].sizes(variant, types, [_expressions(desc) for desc in descs])) | bits
         launch = trtp.KernelLaunchParams()

@@ -144,12 +144,8 @@ def plugin_class_of(trt: Any) -> Any:
 
         def get_fields_to_serialize(self) -> Any:
             """The attributes, and the cubins for every wanted SM as one field of bytes."""
-            if not self.cubins:
-                from plugins.cubins import cubins_from_variants
-
-                self.cubins = cubins_from_variants(self.variants, self.sms)
             floats = {name: np.array([value], np.float32) for name, value in self.attributes.items()}
-            packed = np.frombuffer(pack(self.cubins), np.int8).copy()
+            packed = np.frombuffer(pack(self.compiled()), np.int8).copy()
             kinds = trt.PluginFieldType
             fields = [
                 *(trt.PluginField(name, value, kinds.FLOAT32) for name, value in floats.items()),
@@ -159,6 +155,14 @@ def plugin_class_of(trt: Any) -> Any:
             # TensorRT reads through bare pointers after this returns: whatever they point into lives as long as we do.
             self.serialized = floats, packed, fields, collection
             return collection
+
+        def compiled(self) -> Any:
+            """The cubins: the engine's, or made now at the build, which may run a plugin before it writes it."""
+            if not self.cubins:
+                from plugins.cubins import cubins_from_variants
+
+                self.cubins = cubins_from_variants(self.variants, self.sms)
+            return self.cubins
 
         def attach_to_context(self, context: Any) -> Any:
             """Each execution context has its own plugin."""
@@ -180,7 +184,7 @@ def plugin_class_of(trt: Any) -> Any:
             """Launch the op's kernels on TensorRT's stream."""
             types, shapes = [type_name(t.type) for t in inputs], [tuple(t.dims) for t in inputs]
             if self.launcher is None:
-                self.launcher = Launcher(self.cubins)
+                self.launcher = Launcher(self.compiled())
             values = dict(zip(self.served.inputs, pointers_in, strict=True)) | {self.served.output: pointers_out[0]}
             values |= {f"{name}_bits": bits_of(value) for name, value in self.attributes.items()}
             values["weight"] = values.get("weight", pointers_in[2 if len(pointers_in) > 2 else -1])

@@ -63,6 +63,7 @@ class Device:
         stream = self.ask("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
         weakref.finalize(self, self._cuda.cudaStreamDestroy, stream).atexit = False
         self._stream, self.stream = stream, int(stream)
+        self._read: list[np.ndarray] = []  # arrays of the host that the stream may not have read yet
         pool = self.ask("cudaDeviceGetDefaultMemPool", self.ask("cudaGetDevice"))
         threshold = self._cuda.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
         self.ask("cudaMemPoolSetAttribute", pool, threshold, self._cuda.cuuint64_t(KEEP_ALL))
@@ -74,15 +75,9 @@ class Device:
         return DeviceTensor(self, shape, dtype)
 
     def from_host(self, array: np.ndarray) -> DeviceTensor:
-        """A copy of an array on the device.
-
-        Pageable memory is staged before cudaMemcpyAsync returns, so the array may go at once.
-        """
-        array = np.ascontiguousarray(array)
+        """A copy of an array on the device, in stream order; the array must not be written to before the next wait."""
         tensor = self.empty(array.shape, array.dtype)
-        if tensor.nbytes:
-            kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-            self.ask("cudaMemcpyAsync", tensor.pointer, array.ctypes.data, tensor.nbytes, kind, self._stream)
+        self.copy(array, tensor)
         return tensor
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceTensor:
@@ -99,6 +94,8 @@ class Device:
         else:
             source = np.ascontiguousarray(source)
             kind, address = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice, source.ctypes.data
+            # CUDA may stage pageable memory before the call returns, and promises it only for cudaMemcpy.
+            self._read += [source] if to.nbytes else []
         if to.nbytes:
             self.ask("cudaMemcpyAsync", to.pointer, address, to.nbytes, kind, self._stream)
 
@@ -158,6 +155,7 @@ class Device:
     def wait(self) -> None:
         """Until everything on the stream is done; OperationFailed for what failed there."""
         self.ask("cudaStreamSynchronize", self._stream)
+        self._read.clear()
 
     def allocated(self, size: int) -> int:
         """The address of ``size`` new bytes, in stream order."""

@@ -25,7 +25,7 @@ VARIABLE = "SACCADE_JIT_CACHE"
 
 
 class JitCache:
-    """One engine's. how: what its contexts are created by, a runtime configuration or an allocation strategy.
+    """One engine's. ``how`` says what its contexts are created by, a runtime configuration or an allocation strategy.
 
     Saved when asked, and once more when the session goes, for shapes that were met on the way; a file that cannot be
     written is warned of, and the engine runs all the same.
@@ -33,21 +33,32 @@ class JitCache:
 
     def __init__(self, trt: Any, engine: Any, said: EngineFile | None) -> None:
         # The memory of a context is that of its profile, not of the largest.
-        self.how: Any = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        self._allocation: Any = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         self._state: tuple[Any, Path, list[bytes]] | None = None
-        folder = cache_folder()
-        if folder is None or said is None or not hasattr(trt, "IRuntimeCache"):
+        self._configs: dict[bool, Any] = {}
+        if not hasattr(trt, "IRuntimeCache"):
             return
-        config = engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(self.how)
+        for steady in (False, True):
+            config = self._configs[steady] = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(self._allocation)
+        # Else the first steps, and what is captured of them, run fallback kernels until others are compiled beside.
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        folder = cache_folder()
+        if folder is None or said is None:
+            return
         cache, file = config.create_runtime_cache(), folder / f"{said.sha256}.cache"
         held = _read(file)
         if held and not cache.deserialize(held):
             held = b""  # another GPU's or driver's: it is replaced
-        config.set_runtime_cache(cache)
-        self.how, self._state = config, (cache, file, [held])
-        # With the configuration, and so the engine, alive: what is compiled belongs to them.
-        weakref.finalize(self, lambda config, *state: _save(*state), config, *self._state)
+        for config in self._configs.values():
+            config.set_runtime_cache(cache)
+        self._state = (cache, file, [held])
+        # With the configurations, and so the engine, alive: what is compiled belongs to them.
+        weakref.finalize(self, lambda configs, *state: _save(*state), self._configs, *self._state)
+
+    def how(self, *, steady: bool = False) -> Any:
+        """What a context is created by. steady: one of few shapes, each of which is worth its own kernels at once."""
+        return self._configs.get(steady, self._allocation)
 
     def save(self) -> None:
         """Write what is new, if anything is."""

@@ -253,8 +253,12 @@ def _refuse_misread(lowered: LoweredExport, stage: str, reading: Reading, parser
 
 
 def _most_rows(lowered: LoweredExport, ops: str) -> int | None:
-    """The longest chunk that what serves the ranking ops takes, None where nothing is ranked in the decoder."""
+    """The longest chunk that what serves the ranking ops takes, None where nothing is ranked.
+
+    A vision stage ranks what one chunk may hold of images; its KeepTopK ranks them all and is bound by what stays.
+    """
     ranking = RANKING & set(lowered.ops["decoder"].values())
+    ranking |= (RANKING - {"KeepTopK"}) & set(lowered.ops["vision"].values())
     if not ranking:
         return None
     if ops == "body" or ranking != {"KeepTopK"}:

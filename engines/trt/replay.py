@@ -2,7 +2,8 @@
 
 A step may be captured when the next one has the same shapes and the same buffers: then its inputs and outputs live at
 addresses that stay, and each step copies its few inputs there, launches, and copies its few outputs away. TensorRT
-wants one ordinary run at these shapes and addresses first. Nothing that changes from step to step may be on the host
+wants one ordinary run at these shapes and addresses first, and the context as it was then: where others were run in it
+since, the step is recorded anew. Nothing that changes from step to step may be on the host
 while capturing: how many rows of the cache are filled is an input like any other.
 Legend: none; names are the engine's inputs and outputs.
 """
@@ -43,7 +44,7 @@ class Step:
         outputs: Collection[str],
         shared: Mapping[str, str],
     ) -> None:
-        self._device, self._context = device, context
+        self._device, self.context = device, context
         self._graph: DeviceGraph | None = None
         buffers = set(shared.values())
         self._shapes = {name: tuple(value.shape) for name, value in inputs.items()}
@@ -69,15 +70,19 @@ class Step:
         """Run once, kernel by kernel, at the fixed addresses."""
         self._bind_shapes()
         for name, address in self._addresses.items():
-            self._ask(self._context.set_tensor_address(name, address), f"the address of {name}")
-        self._ask(self._context.execute_async_v3(self._device.stream), "the run")
+            self._ask(self.context.set_tensor_address(name, address), f"the address of {name}")
+        self._ask(self.context.execute_async_v3(self._device.stream), "the run")
 
     def capture(self) -> None:
         """Record the run that was just done; OperationFailed, with nothing recorded, where it cannot be."""
-        capturable = getattr(self._context, "is_stream_capturable", None)
+        capturable = getattr(self.context, "is_stream_capturable", None)
         if capturable is not None and not capturable(self._device.stream):
             raise OperationFailed("TensorRT says that this engine's run cannot be captured")
-        self._graph = self._device.captured(lambda: self._context.execute_async_v3(self._device.stream))
+        self._graph = self._device.captured(lambda: self.context.execute_async_v3(self._device.stream))
+
+    def forget(self) -> None:
+        """Drop what was recorded: its context was given other shapes or addresses since."""
+        self._graph = None
 
     @property
     def captured(self) -> bool:
@@ -91,7 +96,7 @@ class Step:
 
     def _bind_shapes(self) -> None:
         for name, shape in self._shapes.items():
-            self._ask(self._context.set_input_shape(name, shape), f"the shape {shape} of {name}")
+            self._ask(self.context.set_input_shape(name, shape), f"the shape {shape} of {name}")
 
     def _ask(self, took: bool, what: str) -> None:
         if not took:

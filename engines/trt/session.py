@@ -114,6 +114,7 @@ class TrtSession:
         if in_place and buffered and self._replays and profile == len(self._bounds) - 1 > 0:
             held = self._stepped(profile, feeds, in_place)
         else:
+            self._rebinds(context)
             held = self._run(context, feeds, in_place)
             self._warm = None
         copied = dict(zip(host, self._device.to_host(*(held[name] for name in host)), strict=True)) if host else {}
@@ -149,6 +150,7 @@ class TrtSession:
             while len(self._steps) >= MOST_STEPS:
                 del self._steps[next(iter(self._steps))]
             context = self._context(profile)
+            self._rebinds(context)
             step = self._steps[key] = Step(self._device, context, feeds, self._dtype, self._outputs, in_place)
             self._warm = None
         step.take({n: None if n in self._carriers else value for n, value in given.items()})
@@ -157,6 +159,7 @@ class TrtSession:
         if step.captured:
             step.launch()
         else:
+            self._rebinds(self._context(profile), step)
             step.run()
         self._warm = step
         held = {output: given[buffer] for output, buffer in in_place.items()}
@@ -164,6 +167,12 @@ class TrtSession:
             held[name] = self._device.empty(step.tensors[name].shape, self._dtype[name])
             self._device.copy(step.tensors[name], held[name])
         return held
+
+    def _rebinds(self, context: Any, step: Step | None = None) -> None:
+        """A context is about to get other shapes and addresses than the other steps of it were captured with."""
+        for other in self._steps.values():
+            if other is not step and other.context is context:
+                other.forget()
 
     def _capture(self, step: Step) -> None:
         """Capture a step that has just run; where it cannot be, say so once and never try again."""
@@ -232,7 +241,10 @@ class TrtSession:
 
     def _context(self, profile: int) -> Any:
         if profile not in self._contexts:
-            context = self._engine.create_execution_context(self._jit.how)
+            steady = (
+                self.form == "in-place" and profile == len(self._bounds) - 1 > 0
+            )  # a decode step, over full buffers
+            context = self._engine.create_execution_context(self._jit.how(steady=steady))
             if context is None:
                 raise OperationFailed(f"TensorRT has no memory for running {self._file.name}; end what else runs there")
             self._ask(context.set_optimization_profile_async(profile, self._device.stream), f"profile {profile}")

@@ -120,12 +120,18 @@ def attention_shares(
 
 
 @triton.jit
+def _filled(length, S, T):
+    """Keys that are there with this chunk's; no more than T, whatever a builder times the kernel with."""
+    return tl.minimum(tl.maximum(tl.load(length), 0), T - S).to(tl.int32) + S
+
+
+@triton.jit
 def cached_row_sums(
     q, k, weight, length, scale_bits, S, T, G, H, V, D, peak, total,
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``attention_row_sums`` over the filled keys; length int64 [1] on the device, so a captured launch follows it."""
-    filled = tl.load(length).to(tl.int32) + S
+    filled = _filled(length, S, T)
     _row_sums(q, k, scale_bits, filled, S, T, G, H, V, D, peak, total, BLOCK_R, BLOCK_T, BLOCK_D)
 
 
@@ -135,7 +141,7 @@ def cached_shares(
     WEIGHTED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``attention_shares`` over the filled keys; zero for the others."""
-    filled = tl.load(length).to(tl.int32) + S
+    filled = _filled(length, S, T)
     _shares(
         q, k, weight, peak, total, scale_bits, filled, S, T, G, H, V, D, received, WEIGHTED, BLOCK_R, BLOCK_T, BLOCK_D
     )

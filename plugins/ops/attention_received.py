@@ -39,7 +39,9 @@ def _variants_of(weighted: bool, kernels: tuple[str, str], types: Types, shapes:
         )
     block_d, narrow, weight = power_above(width, 16), types[0] == "fp32", types[2]
     sums = (("BLOCK_R", 16), ("BLOCK_T", 32 if narrow else 64), ("BLOCK_D", block_d))
-    shares = (("WEIGHTED", int(weighted)), ("BLOCK_R", 32 if narrow else 64), ("BLOCK_T", 32), ("BLOCK_D", block_d))
+    # In fp32 with heads of 128 fewer rows keep within the 48 KiB that a plugin ahead of time may have.
+    block_r = 64 if not narrow else 32 if block_d < 128 else 16
+    shares = (("WEIGHTED", int(weighted)), ("BLOCK_R", block_r), ("BLOCK_T", 32), ("BLOCK_D", block_d))
     return (
         Variant(kernels[0], sums, 4, types[0], weight),
         Variant(kernels[1], shares, 4, types[0], weight),

@@ -175,3 +175,14 @@ def test_an_attention_node_becomes_the_two_plugins_nodes(op, given):
 
 def test_every_op_with_a_kernel_has_one_ahead_of_time():
     assert {plugin.op for plugin in aot.PLUGINS} == set(SERVED)
+
+
+@pytest.mark.parametrize("kind", ["fp16", "fp32"])
+@pytest.mark.parametrize("width", [64, 128])
+def test_received_attention_fits_what_ptx_may_have(kind: str, width: int) -> None:
+    """In every type and in both widths that models have."""
+    for op, last in (("AttentionReceived", ()), ("ReceivedInCache", ((1,),))):
+        shapes = [(1, 8, 64, width), (1, 2, 1024, width), (16,), *last]
+        types = [kind, kind, "i64", "i64"][: len(shapes)]
+        for variant in SERVED[op].variants(types, shapes):
+            assert aot.ptx_from_variant(variant, 89)[1].shared <= aot.NARROW_SHARED

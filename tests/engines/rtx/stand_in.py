@@ -1,7 +1,7 @@
 """CUDA and TensorRT by stand-ins: device memory is the host's, an engine is a lowered file run by ONNX Runtime.
 
 What the session does with them is real: addresses, shapes, profiles, copies and frees, and so the numbers. A captured
-run reads and writes the addresses that it was captured with, which must still be live, and sees no later binding; what
+run reads and writes the addresses that it was captured with, which must still be live and bound in its context; what
 may not be done while capturing (allocating, freeing, copying from pageable memory, waiting) breaks the capture.
 """
 
@@ -196,8 +196,12 @@ class Context:
         if cuda.recorded is None:
             self._run(shapes, addresses)
         else:
-            cuda.recorded.append(lambda: self._run(shapes, addresses))
+            cuda.recorded.append(lambda: self._replayed(shapes, addresses))
         return True
+
+    def _replayed(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        assert (self.shapes, self.addresses) == (shapes, addresses), "the context was bound anew since the capture"
+        self._run(shapes, addresses)
 
     def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         feeds = {name: self._read(name, shapes[name], addresses[name]) for name in self.engine.inputs}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,7 @@ from engines.cascade import Cascade
 from engines.trt import engine as builder
 from engines.trt.bounds import BODY_ROWS, Bounds, profiles_of
 from engines.trt.engine import engine_from_onnx
-from engines.trt.member import build_member
+from engines.trt.member import _most_rows, build_member
 from engines.trt.options import EngineOptions
 from engines.trt.reading import reading_from
 from graphs.errors import BackendMissing, BadArtefact, OperationFailed, UsageError
@@ -244,3 +245,14 @@ def test_a_missing_library_is_exit_code_4(exports: Exports, tmp_path: Path, monk
 def test_a_cpu_bundle_has_no_engines(exports: Exports, tmp_path: Path) -> None:
     manifest: Manifest = build_bundle(list(exports.values()), tmp_path / "b", target="cpu")
     assert [member.targets["cpu"].engines for member in manifest.members.values()] == [{}, {}]
+
+
+@pytest.mark.parametrize(
+    ("decoder", "vision", "most"),
+    [([], [], None), ([], ["KeepTopK"], None), ([], ["KeepPerImage"], BODY_ROWS), (["KeepTopK"], [], BODY_ROWS)],
+)
+def test_what_ranks_in_the_vision_stage_bounds_the_chunk_too(
+    decoder: list[str], vision: list[str], most: int | None
+) -> None:
+    ops = {"decoder": dict(enumerate(decoder)), "vision": dict(enumerate(vision)), "embed": {}}
+    assert _most_rows(SimpleNamespace(ops=ops), "body") == most  # type: ignore[arg-type]
