@@ -19,6 +19,8 @@ from graphs.errors import UsageError
 from graphs.layouts.anyres import anyres_feeds, tile_count
 from graphs.spec import VisualGrid
 
+SHRINKS = 1.1**2  # of OneVision's most tiles, as an area: transformers shrinks maps whose sides are beyond 1.1
+
 
 def visual(model: Any, feed: Tensors) -> Tensors:
     """Tower and projector on tiles [T,3,H,W], a newline row before their features, and the gather: → [V,D]."""
@@ -52,8 +54,15 @@ def counts(grid: VisualGrid, images: int) -> list[int]:
 
 
 def sizes_of(grid: VisualGrid, images: int) -> list[tuple[int, int]]:
-    """The (height, width) of one or two images: the first and last pinpoint, so that tile counts differ."""
-    return [(h - 1, w) for h, w in [grid.pinpoints[0], grid.pinpoints[-1]][:images]]
+    """The (height, width) of one or two images of few tiles: of counts that differ, and the second is shrunk if any is.
+
+    OneVision's largest pinpoint makes 37 tiles, which the golden tensors would be computed on.
+    """
+    by_tiles = sorted(grid.pinpoints, key=lambda size: tile_count(size, grid))
+    few, most = by_tiles[0], by_tiles[-1]
+    shrunk = [size for size in by_tiles if grid.max_tiles and tile_count(size, grid) - 1 > grid.max_tiles * SHRINKS]
+    more = [size for size in by_tiles if tile_count(size, grid) > tile_count(few, grid)]
+    return [(h - 1, w) for h, w in [few, next(iter(shrunk or more), most)][:images]]
 
 
 def grid(config: Any) -> VisualGrid:

@@ -16,6 +16,7 @@ from exporter import attention, norm
 from exporter.decoders import make_static, positions_of, refuse_unknown
 from exporter.families import FAMILIES
 from exporter.family import Family, family_of
+from exporter.parameters import stored_parameters, tie_as_stored
 from graphs.errors import BadArtefact
 from graphs.files import unreadable
 from graphs.spec import LanguageModel
@@ -61,6 +62,13 @@ def checkpoint_from_folder(folder: Path) -> Checkpoint:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:
         raise BadArtefact(f"{path} is no configuration of {family.architecture}: {e}; download it again") from None
+    of_text = getattr(config.get_text_config(), "quantization_config", None)
+    if how := getattr(config, "quantization_config", None) or of_text:
+        method = how.get("quant_method", "") if isinstance(how, dict) else getattr(how, "quant_method", "")
+        raise BadArtefact(
+            f"{folder} is quantised ({getattr(method, 'value', method) or 'by a method without a name'}); quantised "
+            f"checkpoints are not exported, give one in {', '.join(DTYPES)}"
+        )
     wanted = family.model_class().config_class
     if not isinstance(config, wanted):
         raise BadArtefact(
@@ -100,7 +108,7 @@ def skeleton_of(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             f"{checkpoint.folder / 'config.json'} describes no {checkpoint.family.architecture} that can be built "
             f"({e}); download the checkpoint again"
         ) from None
-    model.tie_weights()
+    tie_as_stored(model, checkpoint.tensors, checkpoint.folder)
     language = checkpoint.family.language(model)
     language.config._attn_implementation = attention.register()
     make_static(language.rotary_emb, checkpoint.folder)
@@ -114,22 +122,7 @@ def slices_of_parameters(model: Any, checkpoint: Checkpoint) -> dict[str, Tensor
 
     BadArtefact names a parameter that no tensor fills, or whose shape differs.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    state = model.state_dict()
-    by_name: dict[str, TensorSlice] = {}
-    for key, where in checkpoint.tensors.items():
-        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if converted is not None:
-            raise BadArtefact(
-                f"{checkpoint.folder}: tensor {key} is stored in a layout that transformers converts at load; "
-                "load and save the checkpoint once with transformers, then export that"
-            )
-        by_name[name] = where
+    by_name = stored_parameters(model, checkpoint.tensors, checkpoint.folder)
     for name, tied_to in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if name not in by_name and tied_to in by_name:
             by_name[name] = by_name[tied_to]

@@ -56,13 +56,14 @@ def merging(model: Any) -> MergingTower:
 
 
 def grid(config: Any) -> VisualGrid:
-    """A square grid of patches; strategy "full" adds the class token, which has no place on a grid."""
-    if config.vision_feature_select_strategy != "default":
-        raise UsageError(
-            f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}, but only 'default' "
-            "gives a grid of visual tokens; export a checkpoint with that strategy"
-        )
+    """A square grid of patches; CLIP's class token, which strategy "full" keeps, has no place on it."""
     vision = config.vision_config
+    wanted = "default" if "clip" in vision.model_type else "full"
+    if config.vision_feature_select_strategy != wanted:
+        raise UsageError(
+            f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}, but with a tower of type "
+            f"{vision.model_type} only {wanted!r} gives a grid of visual tokens; export a checkpoint with that strategy"
+        )
     side = vision.image_size // vision.patch_size
     return VisualGrid(image_height=vision.image_size, image_width=vision.image_size, rows=side, columns=side)
 

@@ -52,12 +52,25 @@ def tokens_of(source: Checkpoint) -> Tokens:
 
 
 def processor_files(folder: Path) -> list[Path]:
-    """Tokenizer, image processor and chat template, as far as there; BadArtefact where no image can be prepared."""
+    """Tokenizer, image processor and chat template, as far as there; BadArtefact where no image can be prepared.
+
+    The image processor is loaded once, as a run will, so that what is unknown to transformers is found here.
+    """
     found = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
     if not {"preprocessor_config.json", "processor_config.json"} & {path.name for path in found}:
         raise BadArtefact(
             f"{folder} has no preprocessor_config.json, so images cannot be prepared; download the whole checkpoint"
         )
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    try:
+        AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False, backend="pil")
+    except Exception as e:
+        said = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+        raise BadArtefact(
+            f"{folder}: transformers cannot load its image processor ({said}); name one that it knows in "
+            "preprocessor_config.json, or take a newer revision of the checkpoint"
+        ) from None
     return found
 
 

@@ -89,7 +89,7 @@ KNOWN = (
     FamilyNote(
         "smolvlm",
         "SmolVLMForConditionalGeneration",
-        "HuggingFaceTB/SmolVLM2-500M-Instruct",
+        "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
         "named tiles and a whole view",
         refuses={"cls": NO_CLASS},
     ),

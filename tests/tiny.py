@@ -43,11 +43,18 @@ def write_processor(folder: Path, image_size: int, patch_size: int) -> None:
 
 
 def tiny_llava(
-    folder: Path, *, seed: int = 0, dtype: str = "float32", tie: bool = False, text_type: str = "llama", **sizes: Any
+    folder: Path,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    tie: bool = False,
+    text_type: str = "llama",
+    tower: str = "clip_vision_model",
+    **sizes: Any,
 ) -> Path:
     """Save a random LLaVA of a few thousand parameters, with its processor, into ``folder``."""
     import torch
-    from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
     text = {
         "hidden_size": 32,
@@ -63,7 +70,8 @@ def tiny_llava(
         "tie_word_embeddings": tie,
     } | {k: v for k, v in sizes.items() if k not in ("image_size", "patch_size")}
     image_size, patch_size = sizes.get("image_size", 32), sizes.get("patch_size", 8)
-    vision = CLIPVisionConfig(
+    vision = AutoConfig.for_model(
+        tower,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=3,
@@ -71,11 +79,10 @@ def tiny_llava(
         image_size=image_size,
         patch_size=patch_size,
     )
+    whole = {} if tower.startswith("clip") else {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    text_config = AutoConfig.for_model(text_type, **text)
     config = LlavaConfig(
-        vision_config=vision,
-        text_config=AutoConfig.for_model(text_type, **text),
-        image_token_index=4,
-        tie_word_embeddings=tie,
+        vision_config=vision, text_config=text_config, image_token_index=4, tie_word_embeddings=tie, **whole
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config).eval()

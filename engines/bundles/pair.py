@@ -88,6 +88,8 @@ def _check_grids(small: Source, large: Source) -> None:
     if a.kind == "fixed":
         return
     made_small, made_large = (image_settings(source) for source in (small, large))
+    if made_small != made_large:  # as they are written; what one leaves out may be what the other says
+        made_small, made_large = (loaded_settings(source) for source in (small, large))
     if made_small != made_large:
         keys = sorted(made_small.keys() | made_large.keys(), key=str)
         name = next(k for k in keys if made_small.get(k) != made_large.get(k))
@@ -98,7 +100,14 @@ def _check_grids(small: Source, large: Source) -> None:
 
 
 # What the image processor's settings say that does not move a visual token.
-NO_MATTER = {"image_processor_type", "processor_class", "image_mean", "image_std", "feature_extractor_type"}
+NO_MATTER = {
+    "image_processor_type",
+    "processor_class",
+    "image_mean",
+    "image_std",
+    "feature_extractor_type",
+    "video_sampling",
+}
 
 
 def image_settings(source: Source) -> dict[str, Any]:
@@ -107,6 +116,14 @@ def image_settings(source: Source) -> dict[str, Any]:
     path = folder / "preprocessor_config.json"
     document = _json_of(path if path.is_file() else folder / "processor_config.json")
     settings = document.get("image_processor", document) if isinstance(document, dict) else {}
+    return {key: value for key, value in settings.items() if key not in NO_MATTER}
+
+
+def loaded_settings(source: Source) -> dict[str, Any]:
+    """The same with every default, as transformers loads it."""
+    from engines.processing import Processor
+
+    settings = Processor(source.folder, source.spec).image_processor.to_dict()
     return {key: value for key, value in settings.items() if key not in NO_MATTER}
 
 
@@ -145,7 +162,7 @@ def chat_template(folder: Path) -> Any:
     plain = folder / "chat_template.jinja"
     if plain.is_file():
         return plain.read_text("utf-8")
-    for name in ("chat_template.json", "tokenizer_config.json"):
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             document = _json_of(folder / name)
             if isinstance(document, dict) and document.get("chat_template"):

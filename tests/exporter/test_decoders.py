@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import AutoConfig
 
 from engines.cascade import Cascade
 from engines.talk.messages import asked
 from exporter.decoders import DECODERS
 from exporter.export import export_checkpoint
 from exporter.reference import Reference
-from graphs.errors import UsageError
+from graphs.errors import BadArtefact, UsageError
 from tests.conftest import Outcome
 from tests.tiny import tiny_llava
+from tests.tiny_families import tiny_internvl
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
 QUESTION = "which digit is red ? how many ?"
@@ -113,3 +116,54 @@ def test_a_decoder_that_would_lose_something_is_refused(
     assert told.code == 2
     assert told.stderr.strip().splitlines()[-1].startswith("saccade: ")
     assert not (tmp_path / "export").exists()
+
+
+def test_two_weights_that_are_stored_and_differ_are_not_tied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """InternVL's published configurations do not say that its head is its own, and the class has it tied by default."""
+    checkpoint = tiny_internvl(tmp_path / "checkpoint")
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert AutoConfig.from_pretrained(checkpoint).tie_word_embeddings
+    assert_answers_as_transformers(checkpoint, tmp_path / "export")
+    assert "config.json ties lm_head.weight" in capsys.readouterr().err
+
+
+def test_one_weight_that_is_stored_twice_is_one(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    checkpoint = tiny_llava(tmp_path / "checkpoint", tie=True)
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    [embedding] = [name for name in tensors if name.endswith("embed_tokens.weight")]
+    save_file(tensors | {"lm_head.weight": tensors[embedding].copy()}, path, metadata={"format": "pt"})
+    assert_answers_as_transformers(checkpoint, tmp_path / "export")
+
+
+@pytest.mark.parametrize("place", ["whole", "text_config"])
+def test_a_quantised_checkpoint_is_called_one(tmp_path: Path, place: str) -> None:
+    checkpoint = tiny_llava(tmp_path / "checkpoint")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (config if place == "whole" else config[place])["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadArtefact, match=r"is quantised \(awq\)"):
+        export_checkpoint(checkpoint, tmp_path / "export", policy="none", role="alone")
+
+
+def test_a_tower_without_a_class_token_gives_all_it_has(tmp_path: Path) -> None:
+    """llava-interleave: SigLIP behind strategy "full"; what needs a class token says so."""
+    checkpoint = tiny_llava(tmp_path / "checkpoint", tower="siglip_vision_model")
+    assert_answers_as_transformers(checkpoint, tmp_path / "export")
+    with pytest.raises(UsageError, match="a vision tower with a class token"):
+        export_checkpoint(checkpoint, tmp_path / "tome", policy="tome", role="alone")
+
+
+def test_an_image_processor_that_transformers_does_not_know_is_found_at_the_export(tmp_path: Path) -> None:
+    checkpoint = tiny_llava(tmp_path / "checkpoint")
+    path = checkpoint / "preprocessor_config.json"
+    settings = json.loads(path.read_text()) | {"image_processor_type": "Qwen2_5_VLImageProcessor"}
+    path.write_text(json.dumps(settings))
+    with pytest.raises(BadArtefact, match="cannot load its image processor"):
+        export_checkpoint(checkpoint, tmp_path / "export", policy="none", role="alone")

@@ -184,6 +184,9 @@ def test_unequal_grids_are_refused(pair: dict[str, Any], tmp_path: Path) -> None
     path.write_text(json.dumps(settings | {"size": {"height": 8, "width": 8}}))
     with pytest.raises(UsageError, match="cuts images differently: size"):
         Cascade.from_exports(other, pair["large_export"])
+    assert settings.pop("do_resize"), "as the class has it by default, and published files leave it out"
+    path.write_text(json.dumps(settings))
+    Cascade.from_exports(other, pair["large_export"])
     shutil.copy(pair["small_export"] / "processor" / "preprocessor_config.json", path)
     spec = json.loads((other / "spec.json").read_text())
     spec["grid"]["merge"] += 1
