@@ -15,6 +15,7 @@ from engines.trt.engine import engine_from_onnx, refuse_too_large
 from engines.trt.flavour import FLAVOURS, RTX, Flavour
 from engines.trt.full import TensorrtOptions, refuse_for_parser
 from engines.trt.options import EngineOptions
+from engines.trt.photos import photos_in_words
 from engines.trt.reading import Reading, reading_from
 from graphs.errors import OperationFailed, UsageError
 from graphs.files import atomic_folder
@@ -110,6 +111,8 @@ def build_member(
             say(f"{name} in {options.precision} on {flavour.target}, golden tensors, by ONNX Runtime: {line}")
     bounds = options.bounds.fitted(lowered.spec, _most_rows(plainer, options.ops))
     say(f"{name}: {bounds.in_words()}")
+    for line in photos_in_words(source, spec, bounds):
+        warn(f"{name}: {line}")
     if _most_rows(plainer, options.ops) == BODY_ROWS:
         say(f"{name}: a body ranks at most {BODY_ROWS} rows, and breaks ties as TensorRT likes")
     if flavour is not RTX and options.full.form(options.ops) == "aot":

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from engines.bundles.golden import cases_of, fed, told
+from engines.processing import Processor
 from engines.sessions.session import open_session
 from engines.trt.bounds import Bounds, profiles_of
 from engines.trt.engine import engine_from_onnx
+from engines.trt.photos import PHOTOS, TEXT_ROWS, photos_in_words
 from engines.trt.reading import reading_from
 from graphs.compare import compare
 from graphs.lowering import Lowering
@@ -62,3 +66,17 @@ def build(lowered: LoweredExport, stage: str) -> dict[str, object]:
     profiles = profiles_of(stage, lowered.spec, BOUNDS.fitted(lowered.spec, None))
     file = lowered.file(stage)
     return engine_from_onnx(file, file.with_suffix(".engine"), sms=[89], profiles=profiles, ops=lowered.ops[stage])
+
+
+def test_photos_that_do_not_fit_are_told(sample: Sample) -> None:
+    spec, folder = sample.onnx.spec, sample.onnx.folder
+    wide = Bounds(256, 256, 16, 4, 100)
+    seen = Processor(folder, spec).look(Image.new("RGB", PHOTOS[0]))
+    tokens, fits = sum(seen.tokens), sum(seen.tokens) + TEXT_ROWS <= 256
+    lines = photos_in_words(folder, spec, wide)
+    assert any(f"640×480 makes {tokens} visual tokens" in line for line in lines) is not fits
+    tiles = len(seen.feeds["pixel_values"])
+    if spec.grid.kind in ("tiles", "anyres") and tiles > 1:
+        few = photos_in_words(folder, spec, replace(wide, max_images=tiles - 1))
+        assert f"in {tiles} tiles" in few[0]
+        assert "--max-images" in few[0]
