@@ -13,7 +13,7 @@ from graphs.errors import UsageError
 from graphs.talk import say
 
 # model_type of the text config. granite multiplies its embeddings (``embedding_multiplier``); the others only replay.
-# Its ``logits_scaling`` is its own causal model's, which transformers' LLaVA classes leave out, and so do we: tokens are
+# Its ``logits_scaling`` is its causal model's, which transformers' LLaVA classes leave out, and so do we: tokens are
 # the same, probabilities sharper than that model was trained to give.
 DECODERS = frozenset(
     ("granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
