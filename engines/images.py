@@ -61,7 +61,7 @@ def image_from(picture: Picture) -> Image.Image:
     if image.mode in ("I", "F"):
         raise BadArtefact(
             f"{name} holds 32-bit numbers (mode {image.mode}), of which nobody says what is white; "
-            "save it with 8 or 16 bits a channel"
+            "save it as PNG, with 8 or 16 bits a channel"
         )
     try:
         if image.mode.startswith("I;16"):  # Pillow would make everything from 256 on white

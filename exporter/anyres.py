@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from exporter.family import Dims, Family, Tensors, class_of, tiles, tower_features
+from exporter.family import Dims, Family, Tensors, class_of, refuse_no_grid, tiles, tower_features
 from exporter.looking import Look, clip_like
-from graphs.errors import UsageError
 from graphs.layouts.anyres import anyres_feeds, tile_count
 from graphs.spec import VisualGrid
 
@@ -67,13 +66,8 @@ def sizes_of(grid: VisualGrid, images: int) -> list[tuple[int, int]]:
 
 def grid(config: Any) -> VisualGrid:
     """Square tiles on the configuration's pinpoints; OneVision shrinks maps of more than some tiles."""
+    refuse_no_grid(config)
     vision = config.vision_config
-    wanted = "default" if "clip" in vision.model_type else "full"
-    if config.vision_feature_select_strategy != wanted:
-        raise UsageError(
-            f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}, but with a tower of type "
-            f"{vision.model_type} only {wanted!r} gives a grid of visual tokens; export a checkpoint with that strategy"
-        )
     side = vision.image_size // vision.patch_size
     aspect = getattr(config, "vision_aspect_ratio", "")
     return VisualGrid(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from exporter.looking import Look, MergingTower, Tensors
-from graphs.errors import BadArtefact
+from graphs.errors import BadArtefact, UsageError
 from graphs.families import REFUSED
 from graphs.spec import VisualGrid
 
@@ -67,6 +67,25 @@ def tiles(grid: VisualGrid, count: int) -> torch.Tensor:
     """Random pixels, fp32 [count,3,H,W]."""
     draw = torch.Generator().manual_seed(SEED)
     return torch.randn(count, 3, grid.image_height, grid.image_width, generator=draw)
+
+
+# Tower → the strategy under which its features are a grid: CLIP has a class token, which "default" drops, SigLIP none.
+GRIDS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
+
+
+def refuse_no_grid(config: Any) -> None:
+    """UsageError for a CLIP-like tower, or a choice of its features, that gives another number of them than patches."""
+    tower, chosen = config.vision_config.model_type, config.vision_feature_select_strategy
+    if tower not in GRIDS:
+        raise UsageError(
+            f"the vision tower is of type {tower}, and which of its features are a grid is not known here; known are "
+            f"{', '.join(GRIDS)}"
+        )
+    if chosen != GRIDS[tower]:
+        raise UsageError(
+            f"vision_feature_select_strategy is {chosen!r}, but with a tower of type {tower} only {GRIDS[tower]!r} "
+            "gives a grid of visual tokens; export a checkpoint with that strategy"
+        )
 
 
 def tower_features(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from exporter.family import Family, Tensors, tower_features
+from exporter.family import Family, Tensors, refuse_no_grid, tower_features
 from exporter.looking import Look, MergingTower, clip_like, feature_layers, in_heads
 from graphs.errors import UsageError
 from graphs.spec import VisualGrid
@@ -56,14 +56,9 @@ def merging(model: Any) -> MergingTower:
 
 
 def grid(config: Any) -> VisualGrid:
-    """A square grid of patches; CLIP's class token, which strategy "full" keeps, has no place on it."""
+    """A square grid of patches; UsageError for a tower whose features are none."""
+    refuse_no_grid(config)
     vision = config.vision_config
-    wanted = "default" if "clip" in vision.model_type else "full"
-    if config.vision_feature_select_strategy != wanted:
-        raise UsageError(
-            f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}, but with a tower of type "
-            f"{vision.model_type} only {wanted!r} gives a grid of visual tokens; export a checkpoint with that strategy"
-        )
     side = vision.image_size // vision.patch_size
     return VisualGrid(image_height=vision.image_size, image_width=vision.image_size, rows=side, columns=side)
 

@@ -153,16 +153,17 @@ def cpu_of(document: Document) -> str:
     return name + (" with AMX" if "amx_bf16" in of.get("instructions", ()) else "")
 
 
-def conditions_of(document: Document) -> str:
-    """One sentence."""
+def conditions_of(document: Document, asked: str = "") -> str:
+    """One sentence. asked: how often, where that is more than one number."""
     of = document["conditions"]
     note = f", {of['note']}" if of["note"] else ""
     has = f" ({', '.join(of['instructions'])})" if "instructions" in of else ""
     peers = "".join(f", {name} {version}" for name, version in of.get("peers", {}).items())
     count = of["rounds"] * of["asks_a_round"]
+    asked = asked or f"{count} question{'s' if count > 1 else ''} of each"
     return (
         f"{cpu_of(document)}{has}, {of['threads']} threads of {of['cores']} cores{note}; {of['date_utc']}; "
-        f"{count} question{'s' if count > 1 else ''} of each; "
+        f"{asked}; "
         f"Python {of['python']}, onnxruntime {of['onnxruntime']}, torch {of['torch']}, "
         f"transformers {of['transformers']}{peers}."
     )
@@ -188,7 +189,13 @@ def part_of(machine: str) -> list[str]:
         parts += ["", "### Growth", "", conditions_of(document), "", *growth_of(document), "", *towers_of(document)]
         parts += ["", f"![growth]({plot_of(machine).name})"]
     if documents := [d for name in MACHINERY if (d := result(machine, f"machinery-{name}"))]:
-        parts += ["", "### Pruning, guidance and the cache", "", conditions_of(documents[0])]
+        rounds = ", ".join(str(document["conditions"]["rounds"]) for document in documents)
+        parts += [
+            "",
+            "### Pruning, guidance and the cache",
+            "",
+            conditions_of(documents[0], f"{rounds} rounds, by column"),
+        ]
         parts += ["What each line is: `benchmarks/machinery.py`.", "", *machinery_of(documents)]
     return parts
 

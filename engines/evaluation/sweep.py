@@ -133,7 +133,9 @@ class _Asked:
             answer = one.cascade.ask(self._images, self.example.question, setting.keep or None, **options)  # type: ignore[arg-type]
             return _answer_row(answer, "alone", self._flops(one, "large", "alone"))
         looked = self.looked.get(setting.bundle)
-        if looked is None:  # another bundle's pass comes without this one's large model
+        # Another bundle's pass comes without this one's large model; and each setting of a vision stage, whose result
+        # none shares with another, pays for the image alike.
+        if looked is None or (one.plan and one.plan.vision):
             shared = self.looked[one.small]
             fresh = one.cascade.turn(shared.turn.talk, max_new_tokens=self.plan.max_new_tokens)
             looked = self.looked[setting.bundle] = replace(shared, turn=fresh, shared={})

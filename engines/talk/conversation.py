@@ -79,7 +79,7 @@ class Conversation:
                 self._refuse_another_past(before)
                 self._talk = (*talk, Message("assistant", (part.text,)))
                 for memory in self._memories.values():
-                    memory.settle()
+                    memory.settle(talk)
             yield part
 
     def _refuse_another_past(self, before: Talk) -> None:

@@ -63,6 +63,7 @@ class Memory:
         self._sure = len(self._held.line) if self._held else 0  # of its line: tokens of turns that have ended
         self._beginnings = beginnings  # until this conversation has begun
         self._seen: Sights = {} if seen is None else seen
+        self._asked: Talk | None = None  # what the last prompt was of
 
     def prompt(self, talk: Talk, keep: Keep = None) -> Prompt:
         """See new images and lay out what is to be fed before the talk's last message can be answered.
@@ -70,6 +71,7 @@ class Memory:
         keep: as for ``Model.generate``; the vision stage's share is its first, where the plan prunes there.
         """
         model = self.model
+        self._asked = talk
         model.processor.checked(talk)
         clock, ms = Clock(), {}
         model.open()
@@ -139,9 +141,12 @@ class Memory:
             self._beginnings.learn(self._held, text=int(images[0]) if len(images) else len(prompt.line))
         self._beginnings = None
 
-    def settle(self) -> None:
-        """The turn has ended: the next one goes on behind it. Until then every prompt begins where the turn did."""
-        if self._held:
+    def settle(self, talk: Talk) -> None:
+        """A turn has ended: the next one goes on behind it, where this model was asked in it.
+
+        Until then every prompt begins where the turn did.
+        """
+        if self._held and self._asked is talk:
             self._sure = len(self._held.line)
 
     def _looked(self, talk: Talk) -> list[tuple[Message, Seen]]:
@@ -153,7 +158,11 @@ class Memory:
 
     def _with_pixels(self, group: Group) -> Group:
         """The same, looked at again where its pixels were dropped: a turn failed, or the text before it has changed."""
-        return group if group.seen.feeds else replace(group, seen=self.model.processor.look(*group.message.images))
+        if group.seen.feeds:
+            return group
+        place = next(i for i, (message, _) in self._seen.items() if message is group.message)
+        self._seen[place] = group.message, self.model.processor.look(*group.message.images)
+        return replace(group, seen=self._seen[place][1])
 
     def _drop_pixels(self) -> None:
         """Keep of every image what later lines need: how many tokens it is, and where."""

@@ -66,7 +66,7 @@ def layers_to_walk(
     if entry.precision or entry.dtype == "bfloat16":
         raise UsageError(
             f"target {cascade.large.target} of this bundle was built with --precision {entry.precision or 'bf16'}, and "
-            "an export of another layer would be timed in another one; tune on a bundle that was built without"
+            "an export of another layer would be timed without; tune on a bundle that was built without"
         )
     wanted = asked or [own, *(layer_of(share, spec.language.layers) for share in DEPTHS)]
     found: list[int | None] = []

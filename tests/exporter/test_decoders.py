@@ -160,6 +160,12 @@ def test_a_tower_without_a_class_token_gives_all_it_has(tmp_path: Path) -> None:
         export_checkpoint(checkpoint, tmp_path / "tome", policy="tome", role="alone")
 
 
+def test_a_tower_whose_features_are_not_known_is_refused(tmp_path: Path) -> None:
+    checkpoint = tiny_llava(tmp_path / "checkpoint", tower="dinov2")
+    with pytest.raises(UsageError, match="the vision tower is of type dinov2"):
+        export_checkpoint(checkpoint, tmp_path / "export", policy="none", role="alone")
+
+
 def test_an_image_processor_that_transformers_does_not_know_is_found_at_the_export(tmp_path: Path) -> None:
     checkpoint = tiny_llava(tmp_path / "checkpoint")
     path = checkpoint / "preprocessor_config.json"

@@ -43,8 +43,8 @@ def test_follow_ups_are_those_of_one_sequence(sample: Sample, keep: tuple[float,
         guidance = np.random.default_rng(turn).random(visual_tokens, dtype=np.float32)
         ready = cascade.turn(talk, memories, max_new_tokens=NEW_TOKENS)
         answer = Stream(cascade.parts(ready, keep, 1.0, guidance)).finish()
+        memories["large"].settle(talk)
         talk = (*talk, Message("assistant", (answer.text,)))
-        memories["large"].settle()
         ids = inputs["input_ids"]
         assert (answer.cached_tokens > 0) is (turn > 0)
         assert answer.prompt_tokens == ids.shape[1]

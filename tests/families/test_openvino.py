@@ -59,7 +59,7 @@ def conversation(cascade: Cascade) -> list[tuple[object, ...]]:
         visual_tokens = sum(sum(seen.tokens) for _, seen in memories["large"]._looked(talk))
         guidance = np.random.default_rng(turn).random(visual_tokens, dtype=np.float32)
         answer = Stream(cascade.parts(ready, (0.5, 0.25), 1.0, guidance)).finish()
+        memories["large"].settle(talk)
         talk = (*talk, Message("assistant", (answer.text,)))
-        memories["large"].settle()
         said.append((answer.tokens, [kept.tolist() for kept in answer.kept], answer.cached_tokens))
     return said

@@ -296,7 +296,7 @@ def test_an_image_is_never_taken_for_another_one(tiny_pair: TinyPair) -> None:
         assert answer.cached_tokens < 64
         assert (answer.tokens, answer.confidence) == (fresh.tokens, fresh.confidence)
         for memory in memories.values():
-            memory.settle()
+            memory.settle(talk)
 
 
 def test_a_stop_string_ends_the_answer_before_it(cascade: Cascade) -> None:

@@ -20,8 +20,9 @@ from engines.evaluation.data import data_from_file
 from engines.evaluation.settings import Setting
 from engines.model import Model
 from engines.tuning import layers
+from engines.tuning import tune as search
 from engines.tuning.commands import _said
-from engines.tuning.front import BARS, Asked, cheapest, front_of, systems_of
+from engines.tuning.front import BARS, Asked, System, cheapest, front_of, systems_of
 from engines.tuning.tune import doubts, halves
 from graphs.errors import BackendMissing, BadArtefact, SaccadeError, UsageError
 from graphs.plan import PrunePoint, PruningPlan
@@ -283,16 +284,20 @@ def test_plans_whose_layers_cannot_be_walked(tiny_pair: TinyPair, tiny_bundle: P
 
 @pytest.mark.usefixtures("steady")
 def test_a_plan_of_a_search_that_allowed_more_goes(
-    saccade_cli: Cli, tiny_bundle: Path, tmp_path: Path, truths: list[str]
+    saccade_cli: Cli, tiny_bundle: Path, tmp_path: Path, truths: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def unpruned(systems: list[System], accuracy: float) -> System:
+        return next(one for one in systems if one.policy is None and one.threshold is None)
+
+    monkeypatch.setattr(search, "cheapest", unpruned)
     out = tmp_path / "out"
     out.mkdir()
     (out / "plan.toml").write_text("of a looser bound")
-    data = data_of(tmp_path, ["what no model says"] * QUESTIONS)
-    told = saccade_cli("tune", tiny_bundle, data, "-o", out, "--keep", "1,0.99", *COMMON, "--json")
+    data = data_of(tmp_path, truths)
+    told = saccade_cli("tune", tiny_bundle, data, "-o", out, "--keep", "0.5", *COMMON, "--json")
     assert told.code == 0, told.stderr
-    document = json.loads(told.stdout)
-    assert (out / "plan.toml").exists() is (document["chosen"] is not None)
+    assert json.loads(told.stdout)["chosen"] is None
+    assert not (out / "plan.toml").exists()
 
 
 def test_what_is_pruned_elsewhere_than_before_one_layer_is_told() -> None:
