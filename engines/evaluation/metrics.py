@@ -50,7 +50,7 @@ def contains(answer: str, truths: Sequence[str]) -> float:
 
 
 def anls(answer: str, truths: Sequence[str]) -> float:
-    """Best similarity 1 − distance / longer length, 0 where it is below a half."""
+    """Best similarity 1 − distance / longer length, 0 unless it is above a half (ST-VQA: NL < τ = 0.5)."""
     return max(_similarity(plain(answer), plain(truth)) for truth in truths)
 
 
@@ -62,11 +62,10 @@ def relaxed(answer: str, truths: Sequence[str]) -> float:
 def vqa(answer: str, truths: Sequence[str]) -> float:
     """Mean over all people of min(1, agreeing others / 3), both sides normalised as the official code does.
 
-    Where all people agree the official code compares as it stands, so "Yes" is not "yes".
+    Always, as TextVQA's evaluator does: one variant of VQA's compares as it stands where all people agree, so that
+    "Yes" would not be "yes".
     """
-    said, known = _one_line(answer), [_one_line(truth) for truth in truths]
-    if len(set(known)) > 1:
-        said, known = spoken(said), [spoken(truth) for truth in known]
+    said, known = spoken(_one_line(answer)), [spoken(_one_line(truth)) for truth in truths]
     agree = [said == truth for truth in known]
     return float(np.mean([min(1.0, (sum(agree) - mine) / 3) for mine in agree]))
 
@@ -82,6 +81,8 @@ def choice(answer: str, truths: Sequence[str]) -> float:
     "option" or "option is", however these are written.
     """
     said = answer.strip()
+    if alone := re.fullmatch(r"\(?([A-Za-z])\)?[.:,]?", said):
+        return float(alone[1].upper() == truths[0])
     if plain(said.rstrip(".")) in {plain(truth.rstrip(".")) for truth in truths}:
         return 1.0
     found = re.match(r"\(?([A-Za-z])(?:[).:,]|$)", said) or BEHIND.search(said)
@@ -105,7 +106,7 @@ METRICS = {
     "exact": Metric(exact, "the answer is a truth, case and white space aside", "GQA, arXiv 1902.09506 §4"),
     "contains": Metric(contains, "a truth is a part of the answer", "OCRBench, arXiv 2305.07895 §3"),
     "vqa": Metric(vqa, "min(1, agreeing people / 3), on average", "VQA, arXiv 1505.00468 §5", True, PEOPLE),
-    "anls": Metric(anls, "normalised edit similarity, from a half on", "ST-VQA, arXiv 1905.13648 §4", True),
+    "anls": Metric(anls, "normalised edit similarity, above a half", "ST-VQA, arXiv 1905.13648 §4", True),
     "relaxed": Metric(relaxed, "a number within 5 %, other answers exact", "ChartQA, arXiv 2203.10244 §5"),
     "choice": Metric(
         choice,

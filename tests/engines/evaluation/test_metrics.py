@@ -42,14 +42,18 @@ TEN = ["yes"] * 6 + ["no"] * 3 + ["maybe"]
         ("vqa", "two\ndogs", ["2 dogs"] * 9 + ["dogs"], 1),
         # two agree of ten: 8 · 2/3 and 2 · 1/3
         ("vqa", "no", ["yes"] * 8 + ["no"] * 2, (8 * 2 / 3 + 2 / 3) / 10),
-        # no preparation where all agree, as in the official code
-        ("vqa", "Yes", ["yes"] * 10, 0),
+        # normalised where all agree too
+        ("vqa", "Yes.", ["yes"] * 10, 1),
+        ("vqa", "nokia", ["Nokia"] * 10, 1),
         # one edit in four letters; two in four are a half, which counts nothing
         ("anls", "Rest", ["best"], 0.75),
         ("anls", "robt", ["best"], 0),
         ("anls", "bet", ["worst", "best"], 0.75),
         ("choice", "B", ["B", "a cat"], 1),
         ("choice", "(b)", ["B", "a cat"], 1),
+        # a letter alone is a letter, whatever the options say
+        ("choice", "A", ["B", "a"], 0),
+        ("choice", "(B).", ["B", "a"], 1),
         ("choice", "B. a dog", ["B", "a cat"], 1),
         ("choice", "A cat.", ["B", "a cat"], 1),
         ("choice", "A cat and a dog", ["A", "two cats"], 0),
