@@ -46,15 +46,11 @@ def tie_as_stored(model: Any, tensors: Mapping[str, TensorSlice], folder: object
     stored = stored_parameters(model, tensors, folder) if tied else {}
     for target, source in list(tied.items()):
         if target in stored and source in stored and not _equal(stored[target], stored[source]):
-            module, _, name = target.rpartition(".")
-            weight = getattr(model.get_submodule(module), name)
-            setattr(
-                model.get_submodule(module), name, torch.nn.Parameter(torch.empty_like(weight), requires_grad=False)
-            )
+            parent, _, name = target.rpartition(".")
+            module = model.get_submodule(parent)
+            setattr(module, name, torch.nn.Parameter(torch.empty_like(getattr(module, name)), requires_grad=False))
             del tied[target]
-            say(
-                f"{folder}: config.json ties {target} to {source}, but both are stored and differ, so they are not tied"
-            )
+            say(f"{folder}: config.json ties {target} to {source}, but both are stored and differ: they are not tied")
 
 
 def _equal(one: TensorSlice, other: TensorSlice) -> bool:

@@ -1,8 +1,8 @@
 """Is the installed version of a library the one this release was written against?
 
 The pins stand in one place, ``pyproject.toml``; here they are read back from the installed
-distribution. ``require("torch", "transformers")`` is called at the start of a verb, so that a
-wrong or missing library is one sentence and an exit code, never a stack trace half-way through.
+distribution. ``require("torch", "transformers")`` is called at the start of a verb, ``require_once`` where a
+library is first used, so that a wrong or missing one is one sentence and an exit code, never a stack trace half-way.
 """
 
 from __future__ import annotations

@@ -115,15 +115,17 @@ def image_settings(source: Source) -> dict[str, Any]:
     folder = source.folder / PROCESSOR_FOLDER
     path = folder / "preprocessor_config.json"
     document = _json_of(path if path.is_file() else folder / "processor_config.json")
-    settings = document.get("image_processor", document) if isinstance(document, dict) else {}
-    return {key: value for key, value in settings.items() if key not in NO_MATTER}
+    return _that_matter(document.get("image_processor", document) if isinstance(document, dict) else {})
 
 
 def loaded_settings(source: Source) -> dict[str, Any]:
     """The same with every default, as transformers loads it."""
     from engines.processing import Processor
 
-    settings = Processor(source.folder, source.spec).image_processor.to_dict()
+    return _that_matter(Processor(source.folder, source.spec).image_processor.to_dict())
+
+
+def _that_matter(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in NO_MATTER}
 
 

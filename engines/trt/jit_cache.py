@@ -38,15 +38,16 @@ class JitCache:
         self._configs: dict[bool, Any] = {}
         if not hasattr(trt, "IRuntimeCache"):
             return
-        for steady in (False, True):
-            config = self._configs[steady] = engine.create_runtime_config()
+        self._configs = {steady: engine.create_runtime_config() for steady in (False, True)}
+        for config in self._configs.values():
             config.set_execution_context_allocation_strategy(self._allocation)
         # Else the first steps, and what is captured of them, run fallback kernels until others are compiled beside.
-        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        self._configs[True].dynamic_shapes_kernel_specialization_strategy = eager
         folder = cache_folder()
         if folder is None or said is None:
             return
-        cache, file = config.create_runtime_cache(), folder / f"{said.sha256}.cache"
+        cache, file = self._configs[False].create_runtime_cache(), folder / f"{said.sha256}.cache"
         held = _read(file)
         if held and not cache.deserialize(held):
             held = b""  # another GPU's or driver's: it is replaced

@@ -21,24 +21,26 @@ def photos_in_words(folder: Path, spec: ExportSpec, bounds: Bounds) -> list[str]
     folder: an export, whose ``processor/`` is read. bounds: fitted.
     """
     largest = {name: shapes[2] for name, shapes in profiles_of("vision", spec, bounds)["any"].items()}
+    try:
+        processor = Processor(folder, spec)
+        photos = {size: processor.look(Image.new("RGB", size)) for size in PHOTOS}
+    except SaccadeError:
+        return []  # told where images are prepared
     lines = []
-    for size in PHOTOS:
-        try:
-            seen = Processor(folder, spec).look(Image.new("RGB", size))
-        except SaccadeError:
-            return []  # told where images are prepared
-        rows, most = sum(seen.tokens) + TEXT_ROWS, bounds.max_prompt or 0
-        wide = [
-            name
+    for (width, height), seen in photos.items():
+        tokens, tiles = sum(seen.tokens), 0
+        if spec.grid.kind in ("anyres", "tiles"):
+            tiles = len(seen.feeds["pixel_values"])
+        wide = any(
+            have > fits
             for name, array in seen.feeds.items()
-            if any(have > fits for have, fits in zip(array.shape, largest[name], strict=True))
-        ]
-        if rows > most or wide:
-            parts = next((len(array) for name, array in seen.feeds.items() if name == "pixel_values"), 0)
-            tiles = f" in {parts} tiles" if spec.grid.kind in ("anyres", "tiles") else ""
+            for have, fits in zip(array.shape, largest[name], strict=True)
+        )
+        if wide or tokens + TEXT_ROWS > (bounds.max_prompt or 0):
             lines.append(
-                f"a photo of {size[0]}×{size[1]} makes {rows - TEXT_ROWS} visual tokens{tiles}, more than these "
-                "engines take; for such ones give a larger --max-prompt"
-                + (" and --max-images" if tiles and parts > (bounds.max_images or 0) else "")
+                f"a photo of {width}×{height} makes {tokens} visual tokens"
+                + (f" in {tiles} tiles" if tiles else "")
+                + ", more than these engines take; for such ones give a larger --max-prompt"
+                + (" and --max-images" if tiles > (bounds.max_images or 0) else "")
             )
     return lines

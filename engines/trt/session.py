@@ -111,7 +111,7 @@ class TrtSession:
         profile = self._profile({name: tuple(value.shape) for name, value in feeds.items()})
         context = self._context(profile)
         buffered = all(isinstance(feeds[name], DeviceTensor) for name in in_place.values())
-        if in_place and buffered and self._replays and profile == len(self._bounds) - 1 > 0:
+        if in_place and buffered and self._replays and self._decodes(profile):
             held = self._stepped(profile, feeds, in_place)
         else:
             self._rebinds(context)
@@ -145,12 +145,12 @@ class TrtSession:
         buffers = set(in_place.values())
         given = {name: self._given(name, value) for name, value in feeds.items()}
         key = tuple((n, given[n].pointer) if n in buffers else tuple(v.shape) for n, v in feeds.items())
-        step = self._steps.get(key)
+        step, context = self._steps.get(key), self._context(profile)
+        if step is None or not step.captured:
+            self._rebinds(context, step)
         if step is None:
             while len(self._steps) >= MOST_STEPS:
                 del self._steps[next(iter(self._steps))]
-            context = self._context(profile)
-            self._rebinds(context)
             step = self._steps[key] = Step(self._device, context, feeds, self._dtype, self._outputs, in_place)
             self._warm = None
         step.take({n: None if n in self._carriers else value for n, value in given.items()})
@@ -159,7 +159,6 @@ class TrtSession:
         if step.captured:
             step.launch()
         else:
-            self._rebinds(self._context(profile), step)
             step.run()
         self._warm = step
         held = {output: given[buffer] for output, buffer in in_place.items()}
@@ -239,11 +238,13 @@ class TrtSession:
             "ask less, or build with other bounds (--max-prompt, --max-length, --max-guide, --max-tail, --max-images)"
         )
 
+    def _decodes(self, profile: int) -> bool:
+        """Whether a profile is the decoder's of decode steps."""
+        return profile == len(self._bounds) - 1 > 0
+
     def _context(self, profile: int) -> Any:
         if profile not in self._contexts:
-            steady = (
-                self.form == "in-place" and profile == len(self._bounds) - 1 > 0
-            )  # a decode step, over full buffers
+            steady = self.form == "in-place" and self._decodes(profile)  # over whole buffers, so of one shape
             context = self._engine.create_execution_context(self._jit.how(steady=steady))
             if context is None:
                 raise OperationFailed(f"TensorRT has no memory for running {self._file.name}; end what else runs there")
