@@ -22,11 +22,13 @@ _OF_ENGINES = (
     click.option("--ops", metavar="HOW", help="plugin or body, what serves the ops that have a kernel. [body]"),
 )
 _BOUNDS = (
-    click.option("--max-prompt", type=int, metavar="N", help="rows of one chunk. [2048, or the model's]"),
-    click.option("--max-length", type=int, metavar="N", help="rows of a cache. [4096, or the model's]"),
+    click.option(
+        "--max-prompt", type=int, metavar="N", help="rows of one chunk. [2048, more for a photo of 1920×1080]"
+    ),
+    click.option("--max-length", type=int, metavar="N", help="rows of a cache. [4096, or a chunk and 1024]"),
     click.option("--max-guide", type=int, metavar="N", help="rows that guide the pruning. [512]"),
     click.option("--max-tail", type=int, metavar="N", help="rows with logits, as of a scored answer. [128]"),
-    click.option("--max-images", type=int, metavar="N", help="images or tiles seen at once. [8]"),
+    click.option("--max-images", type=int, metavar="N", help="images or tiles seen at once. [8, or a photo's]"),
 )
 # For full TensorRT alone.
 _OF_TENSORRT = (

@@ -14,10 +14,20 @@ from graphs.spec import ExportSpec, StageSpec
 
 BODY_ROWS = 3840  # TensorRT's own TopK ends here, so a KeepTopK that is served by its body does
 DEFAULT_PROMPT, DEFAULT_LENGTH, DEFAULT_GUIDE, DEFAULT_TAIL, DEFAULT_IMAGES = 2048, 4096, 512, 128, 8
+ANSWER_ROWS = 1024  # a cache has these behind the longest chunk, unless told otherwise
+STEP = 256  # defaults are multiples of it
 
 Range = tuple[int, int, int]  # least, best served, largest
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 Profile = dict[str, Shapes]  # input → its least, best served and largest shape
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the defaults of max_prompt and max_images are to hold at least: rows of a chunk, and tiles."""
+
+    rows: int = 0
+    tiles: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,20 +44,22 @@ class Bounds:
     max_tail: int | None = None
     max_images: int | None = None
 
-    def fitted(self, spec: ExportSpec, most_rows: int | None) -> Bounds:
+    def fitted(self, spec: ExportSpec, most_rows: int | None, room: Room = Room()) -> Bounds:
         """The same with defaults filled in; UsageError for a bound that the model or an op cannot have.
 
         most_rows: the longest chunk that what serves the ranking ops takes, None where the plan has no prune point.
+        The length of the caches does not depend on it. room: what the defaults make room for, as far as it goes.
         """
         positions = spec.language.max_positions
-        prompt = self.max_prompt or min(DEFAULT_PROMPT, positions, most_rows or positions)
-        length = self.max_length or max(prompt, min(DEFAULT_LENGTH, positions))
+        wanted = self.max_prompt or min(max(DEFAULT_PROMPT, -(-room.rows // STEP) * STEP), positions)
+        prompt = self.max_prompt or min(wanted, most_rows or wanted)
+        length = self.max_length or max(wanted, min(positions, max(DEFAULT_LENGTH, wanted + ANSWER_ROWS)))
         given = {
             "max-prompt": prompt,
             "max-length": length,
             "max-guide": self.max_guide or min(DEFAULT_GUIDE, prompt),
             "max-tail": self.max_tail or min(DEFAULT_TAIL, prompt),
-            "max-images": self.max_images or DEFAULT_IMAGES,
+            "max-images": self.max_images or max(DEFAULT_IMAGES, room.tiles),
         }
         for name, value in given.items():
             if value < (2 if name in ("max-prompt", "max-length") else 1):

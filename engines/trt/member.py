@@ -10,12 +10,12 @@ from engines.bundles.losses import losses_in_words, losses_of
 from engines.bundles.manifest import Compatibility, EngineEntry, Loss, Served
 from engines.bundles.overflow import guard_against_overflow
 from engines.sessions.session import open_session
-from engines.trt.bounds import BODY_ROWS, Bounds, profiles_of
+from engines.trt.bounds import BODY_ROWS, Bounds, Room, profiles_of
 from engines.trt.engine import engine_from_onnx, refuse_too_large
 from engines.trt.flavour import FLAVOURS, RTX, Flavour
 from engines.trt.full import TensorrtOptions, refuse_for_parser
 from engines.trt.options import EngineOptions
-from engines.trt.photos import photos_in_words
+from engines.trt.photos import misfits_in_words, photos_seen, room_for
 from engines.trt.reading import Reading, reading_from
 from graphs.errors import OperationFailed, UsageError
 from graphs.files import atomic_folder
@@ -89,7 +89,9 @@ def build_member(
     OperationFailed where memory is short, fp16 overflows, or TensorRT refuses.
     """
     lowering = options.lowering(spec, flavour)
-    lowering = replace(lowering, capacity=_capacity(name, spec, options.bounds, lowering.parser))
+    photos = photos_seen(source, spec)
+    room = room_for(photos)
+    lowering = replace(lowering, capacity=_capacity(name, spec, options.bounds, room, lowering.parser))
     _refuse_width(name, spec, lowering, flavour)
     sms = options.sms_for(flavour)
     out.mkdir()
@@ -109,9 +111,9 @@ def build_member(
             losses = losses_of(source, plainer.spec, plainer.folder, open_session)
         for line in losses_in_words(losses):
             say(f"{name} in {options.precision} on {flavour.target}, golden tensors, by ONNX Runtime: {line}")
-    bounds = options.bounds.fitted(lowered.spec, _most_rows(plainer, options.ops))
+    bounds = options.bounds.fitted(lowered.spec, _most_rows(plainer, options.ops), room)
     say(f"{name}: {bounds.in_words()}")
-    for line in photos_in_words(source, spec, bounds):
+    for line in misfits_in_words(photos, spec, bounds):
         warn(f"{name}: {line}")
     if _most_rows(plainer, options.ops) == BODY_ROWS:
         say(f"{name}: a body ranks at most {BODY_ROWS} rows, and breaks ties as TensorRT likes")
@@ -151,13 +153,13 @@ def _split(lowered: LoweredExport) -> LoweredExport:
     return replace(lowered, ops=ops)
 
 
-def _capacity(name: str, spec: ExportSpec, bounds: Bounds, parser: Parser) -> int | None:
+def _capacity(name: str, spec: ExportSpec, bounds: Bounds, room: Room, parser: Parser) -> int | None:
     """Rows of the caches that an engine writes in place; None, and said, where a plan or a parser cannot have it so."""
     older = f"TensorRT {parser} knows no layer that writes in place" if parser != "current" else ""
     if why := older or refusal(spec.plan):
         say(f"{name}: each step copies its caches, and no step is captured as a CUDA graph, for {why}")
         return None
-    return bounds.fitted(spec, None).max_length
+    return bounds.fitted(spec, None, room).max_length
 
 
 def _refuse_width(name: str, spec: ExportSpec, lowering: Lowering, flavour: Flavour) -> None:

@@ -13,7 +13,7 @@ from engines.processing import Processor
 from engines.sessions.session import open_session
 from engines.trt.bounds import Bounds, profiles_of
 from engines.trt.engine import engine_from_onnx
-from engines.trt.photos import PHOTOS, TEXT_ROWS, photos_in_words
+from engines.trt.photos import MOST_ROWS, PHOTOS, TEXT_ROWS, misfits_in_words, photos_seen, room_for
 from engines.trt.reading import reading_from
 from graphs.compare import compare
 from graphs.lowering import Lowering
@@ -73,10 +73,26 @@ def test_photos_that_do_not_fit_are_told(sample: Sample) -> None:
     wide = Bounds(256, 256, 16, 4, 100)
     seen = Processor(folder, spec).look(Image.new("RGB", PHOTOS[0]))
     tokens, fits = sum(seen.tokens), sum(seen.tokens) + TEXT_ROWS <= 256
-    lines = photos_in_words(folder, spec, wide)
+    photos = photos_seen(folder, spec)
+    lines = misfits_in_words(photos, spec, wide)
     assert any(f"640×480 makes {tokens} visual tokens" in line for line in lines) is not fits
     tiles = len(seen.feeds["pixel_values"])
     if spec.grid.kind in ("tiles", "anyres") and tiles > 1:
-        few = photos_in_words(folder, spec, replace(wide, max_images=tiles - 1))
+        few = misfits_in_words(photos, spec, replace(wide, max_images=tiles - 1))
         assert f"in {tiles} tiles" in few[0]
         assert "--max-images" in few[0]
+
+
+def test_a_photo_fits_unasked(sample: Sample) -> None:
+    spec, folder = sample.onnx.spec, sample.onnx.folder
+    long = spec.model_copy(update={"language": spec.language.model_copy(update={"max_positions": 32768})})
+    photos = photos_seen(folder, long)
+    room = room_for(photos)
+    bounds = Bounds().fitted(long, None, room)
+    misfits = misfits_in_words(photos, long, bounds)
+    fitting = [photo for photo in photos if photo.rows <= MOST_ROWS]
+    assert fitting
+    assert len(misfits) == len(photos) - len(fitting)
+    assert (bounds.max_length or 0) >= (bounds.max_prompt or 0) + 1024
+    short = Bounds().fitted(long, 1024, room)
+    assert (short.max_prompt, short.max_length) == (1024, bounds.max_length), "caches have one length, whatever ranks"
