@@ -38,7 +38,7 @@ def atomic_folder(target: Path, overwrite: bool = False, *, holds: str | None = 
     _check_target(target, overwrite, holds)
     with _partial_of(target) as partial, _disk_full_in_words(target), _signals_raise():
         partial.mkdir()
-        with _locked(partial):
+        with locked(partial):
             yield partial
             _sync_tree(partial)
             if target.exists():
@@ -60,7 +60,7 @@ def atomic_file(target: Path, *, beside: Path | None = None) -> Iterator[Path]:
     near = Path(os.path.abspath(beside)) if beside else target  # noqa: PTH100
     with _partial_of(near) as partial, _disk_full_in_words(target), _signals_raise():
         partial.touch()
-        with _locked(partial):
+        with locked(partial):
             yield partial
             _sync(partial)
             partial.replace(target)
@@ -116,7 +116,7 @@ def _check_target(target: Path, overwrite: bool, holds: str | None) -> None:
 def _remove_stale(target: Path) -> None:
     """Remove the partials of ``target`` whose writer is dead: their lock can be had."""
     for left in target.parent.glob(f".{_escaped(target.name)}.partial-*"):
-        with suppress(OSError), _locked(left):
+        with suppress(OSError), locked(left):
             _remove(left)
 
 
@@ -133,7 +133,7 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold the advisory lock of a file or folder; OSError where another process has it."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -40,6 +40,11 @@ def warn(message: str) -> None:
     say(f"warning: {message}")
 
 
+def percent(share: float) -> str:
+    """A share that was asked for or promised, with every digit that it has: 0.0125 is 1.25%."""
+    return f"{100 * share:g}%"
+
+
 @contextmanager
 def step(title: str, total: int | None = None) -> Iterator[Step]:
     """Show that ``title`` is under way until the block ends; ``total`` is the number of units."""
@@ -66,6 +71,7 @@ def track(items: Iterable[Item], title: str, total: int | None = None) -> Iterat
 def emit_json(document: dict[str, Any]) -> None:
     """Write one document as the last line of stdout; a number that JSON does not know is an error."""
     text = json.dumps(document, ensure_ascii=False, allow_nan=False, default=_plain)
+    text = text.encode("utf-8", "replace").decode("utf-8")  # a file name may hold bytes that are no UTF-8
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 

@@ -181,6 +181,11 @@ class Manifest(Record):
         """The same manifest with the digest of its own content filled in."""
         return self.model_copy(update={"sha256": digest_of(self.model_dump(mode="json", by_alias=True))})
 
+    @property
+    def models_sha256(self) -> str:
+        """A digest of all but the calibrations, which change no answer of a model."""
+        return digest_of(self.model_copy(update={"calibrations": ()}).model_dump(mode="json", by_alias=True))
+
     def engines(self, target: str) -> list[EngineEntry]:
         """The engines of all models for a target; none for one that runs graphs."""
         return [engine for member in self.members.values() for engine in member.targets[target].engines.values()]

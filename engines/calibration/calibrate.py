@@ -22,7 +22,7 @@ from engines.decoder import Keep
 from engines.evaluation.data import Data, Example
 from engines.evaluation.metrics import METRICS
 from graphs.errors import UsageError
-from graphs.talk import track
+from graphs.talk import say, track
 
 SCHEMA = "saccade.calibration/1"
 AGREEMENT = "agreement"
@@ -57,10 +57,15 @@ def calibrate_bundle(
 ) -> dict[str, Any]:
     """Ask, walk, write into the manifest; return the document ``saccade.calibration/1``.
 
+    A question that stands there twice counts once, for the promise is about independent ones.
+
     Raises UsageError for a promise that cannot be made (a bound outside (0, 1), too few questions, a bundle of one
     model), before any question is asked; and what ``Cascade.open`` raises.
     """
     checked_promise(wanted.max_loss, wanted.confidence)
+    given, data = len(data.examples), data.once()
+    if again := given - len(data.examples):
+        say(f"{again} of {given} questions stand there more than once and count once")
     _refuse_too_few(data, wanted)
     found_on = manifest_of(bundle).sha256
     cascade = Cascade.open(bundle, target, threads)
@@ -69,6 +74,7 @@ def calibrate_bundle(
         raise UsageError(f"{bundle} holds one model, so there is no choice to calibrate; build a bundle of a pair")
     cascade.checked(wanted.keep, None)
     refuse_unwritable(bundle)
+    outcome_of(cascade, data.examples[0], wanted)  # so that no question pays for what is done once
     outcomes = [outcome_of(cascade, e, wanted) for e in track(data.examples, "asking both models")]
     graded = bool(wanted.metric and METRICS[wanted.metric].graded)
     score_N = np.array([o.score for o in outcomes])
@@ -165,9 +171,9 @@ def _refuse_too_few(data: Data, wanted: Wanted) -> None:
     least = needed_questions(wanted.max_loss, wanted.confidence)
     if len(data.examples) < least:
         raise UsageError(
-            f"{len(data.examples)} questions are too few to promise a loss of at most {wanted.max_loss:g} with "
-            f"confidence {wanted.confidence:g}: even without a single loss it takes {least}; nothing was asked and "
-            "nothing written; give more questions or promise less"
+            f"{len(data.examples)} distinct questions are too few to promise a loss of at most {wanted.max_loss:g} "
+            f"with confidence {wanted.confidence:g}: even without a single loss it takes {least}; nothing was asked "
+            "and nothing written; give more questions or promise less"
         )
 
 

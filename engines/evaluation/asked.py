@@ -17,11 +17,11 @@ from graphs.errors import UsageError
 if TYPE_CHECKING:
     from engines.evaluation.data import Data
 
-METRIC_NAMES = ("exact", "contains", "vqa", "anls", "relaxed", "choice", "yesno", "iou")
+METRIC_NAMES = ("exact", "gqa", "contains", "vqa", "anls", "relaxed", "choice", "yesno", "iou")
 # format → its metric; mmvet is refused with the reason
 FORMAT_METRICS = {
     "vqav2": "vqa",
-    "gqa": "exact",
+    "gqa": "gqa",
     "textvqa": "vqa",
     "chartqa": "relaxed",
     "docvqa": "anls",

@@ -9,7 +9,7 @@ import click
 
 from engines.evaluation.asked import FORMATS_HELP, Layers, Questions, Several, data_options
 from engines.options import KeepRatios, bundle_argument, keep_option, target_option, threads_option, tokens_option
-from graphs.talk import emit_json, warn
+from graphs.talk import emit_json, percent, warn
 
 if TYPE_CHECKING:
     from engines.calibration.record import Baseline
@@ -88,8 +88,8 @@ def in_words(document: dict[str, Any]) -> list[str]:
         ]
     lost = "answers that differ" if found["metric"] == "agreement" else "answers that the large model had right"
     lines = [
-        f"threshold {found['threshold']:g}: {lost} are at most {found['max_loss']:.1%} of questions like these, with "
-        f"confidence {found['confidence']:g} ({found['losses']:g} lost of {found['questions']}, "
+        f"threshold {found['threshold']:g}: {lost} are at most {percent(found['max_loss'])} of questions like these, "
+        f"with confidence {found['confidence']:g} ({found['losses']:g} lost of {found['questions']}, "
         f"p {found['p_value']:.3g})",
         f"exits {found['exit_rate']:.1%}; {ms['cascade']:.1f} ms a question instead of {ms['never_exit']:.1f}, "
         f"{document['saved']:.0%} saved, sessions open",
@@ -137,7 +137,7 @@ def in_words(document: dict[str, Any]) -> list[str]:
     type=Several(click.FloatRange(0, 1), "S"),
     default=None,
     metavar="S[,S…]",
-    help="Exit thresholds to try. [each bundle's own]",
+    help="Exit thresholds to try. [what each bundle would be run with, a calibrated one where it holds]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the random tokens.")
 @tokens_option

@@ -3,7 +3,8 @@
 A line is {"image": …, "question": "…", "answers": ["…", …]}. image: a file's path, relative ones from the file's
 folder, a data URI (data:image/png;base64,…), or a list of these; left out for text alone. answers: texts that are
 right, or "answer" for one; left out where nobody knows. category, a text: results are told for each category too.
-Other keys are the user's own. Nothing is ever downloaded.
+Other keys are the user's own. Several answers by metric ``vqa`` are of as many people, one of whom may have said
+nothing. Nothing is ever downloaded.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import io
 import json
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,10 @@ class Data:
         """Whether right answers are known."""
         return bool(self.examples[0].answers)
 
+    def once(self) -> Data:
+        """The same with each distinct example once, at its first place."""
+        return replace(self, examples=tuple({e.digest: e for e in reversed(self.examples)}.values())[::-1])
+
     @property
     def digest(self) -> str:
         """SHA-256 over the examples in their order; where the files lie does not matter."""
@@ -95,7 +100,7 @@ class How:
 def data_from_file(path: Path, how: How = How()) -> Data:
     """Read a JSONL file; a file without a good line is always refused."""
     try:
-        lines = path.read_text("utf-8").split("\n")  # JSON may hold what else str.splitlines() splits at
+        lines = path.read_text("utf-8-sig").split("\n")  # JSON may hold what else str.splitlines() splits at
     except UnicodeDecodeError:
         raise BadArtefact(f"{path} is no text in UTF-8; {GIVE_JSONL}") from None
     except OSError as e:
@@ -119,7 +124,7 @@ def data_from_items(
     pixels: dict[Path, bytes] = {}  # an image of several questions is decoded once
     for where, line in islice(items, how.limit):
         try:
-            example = _example(where, line, folder, how.prompt, pixels)
+            example = _example(where, line, folder, how, pixels)
             if examples and bool(example.answers) != bool(examples[0].answers):
                 known, other = ("no answers", "has") if examples[0].answers else ("answers", "has none")
                 raise BadArtefact(
@@ -138,7 +143,7 @@ def data_from_items(
 
 
 def _example(
-    where: str, line: str | Mapping[str, Any] | SaccadeError, folder: Path, prompt: str, pixels: dict[Path, bytes]
+    where: str, line: str | Mapping[str, Any] | SaccadeError, folder: Path, how: How, pixels: dict[Path, bytes]
 ) -> Example:
     if isinstance(line, SaccadeError):
         raise BadArtefact(f"{where}: {line}")
@@ -146,11 +151,11 @@ def _example(
     question = record.get("question")
     if not isinstance(question, str) or not question.strip():
         raise BadArtefact(f'{where}: there is no question; write "question": "…"')
-    answers = _answers(where, record)
+    answers = _answers(where, record, silent=how.metric == "vqa")
     given = record.get("image")
     several = given if isinstance(given, list) else [] if given is None else [given]
     sources = tuple(_source(where, image, folder) for image in several)
-    asked = prompt.replace(PLACE, question.strip())
+    asked = how.prompt.replace(PLACE, question.strip())
     digest = hashlib.sha256(json.dumps([asked, answers]).encode())
     for source in sources:
         known = pixels.get(source) if isinstance(source, Path) else None
@@ -158,7 +163,10 @@ def _example(
         if isinstance(source, Path):
             pixels[source] = checked
         digest.update(checked)
-    category, group = (value if isinstance(value := record.get(key), str) else "" for key in ("category", "group"))
+    category = record.get("category") or ""
+    if not isinstance(category, str):
+        raise BadArtefact(f"{where}: category must be a text, got {category!r:.60}; quote numbers too")
+    group = "" if isinstance(line, str) else str(record.get("group", ""))  # readers say it, a JSONL line's is its own
     return Example(where, sources, asked, answers, digest.hexdigest(), category, group)
 
 
@@ -174,14 +182,16 @@ def _record(where: str, line: str | Mapping[str, Any]) -> Mapping[str, Any]:
     return record
 
 
-def _answers(where: str, record: Mapping[str, Any]) -> tuple[str, ...]:
+def _answers(where: str, record: Mapping[str, Any], silent: bool) -> tuple[str, ...]:
+    """silent: whether some of several may be empty."""
     if "answer" in record and "answers" in record:
         raise BadArtefact(f"{where}: there are both answer and answers; keep one of them")
     given = record.get("answers", record.get("answer"))
     if given is None:
         return ()
     answers = given if isinstance(given, list) else [given]
-    if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+    some = any if silent else all
+    if not answers or not all(isinstance(a, str) for a in answers) or not some(a.strip() for a in answers):
         raise BadArtefact(f"{where}: answers must be texts that are not empty, got {given!r:.60}; quote numbers too")
     return tuple(a.strip() for a in answers)
 

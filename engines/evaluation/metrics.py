@@ -6,6 +6,7 @@ Each metric says where it is from; ``METRICS`` is the table of all. A graded one
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import numpy as np
 from engines.evaluation.boxes import ENOUGH, box_in, overlap
 from engines.evaluation.spoken import spoken
 
+PUNCTUATION = str.maketrans("", "", string.punctuation)
 PEOPLE = 4  # with fewer answers VQA accuracy cannot reach 1
 
 
@@ -44,13 +46,22 @@ def exact(answer: str, truths: Sequence[str]) -> float:
     return float(plain(answer) in map(plain, truths))
 
 
+def gqa(answer: str, truths: Sequence[str]) -> float:
+    """1 where the answer is one of the truths, case, white space and ASCII punctuation aside, as lmms-eval counts."""
+    bare = [plain(text.translate(PUNCTUATION)) for text in (answer, *truths)]
+    return float(bare[0] in bare[1:])
+
+
 def contains(answer: str, truths: Sequence[str]) -> float:
     """1 where one of the truths is a part of the answer, case and white space aside."""
     return float(any(plain(truth) in plain(answer) for truth in truths))
 
 
 def anls(answer: str, truths: Sequence[str]) -> float:
-    """Best similarity 1 − distance / longer length, 0 unless it is above a half (ST-VQA: NL < τ = 0.5)."""
+    """Best similarity 1 − distance / longer length, 0 where it is below a half.
+
+    ST-VQA's formula has 0 at a half too; the evaluators whose figures are published (DocVQA's, lmms-eval's) do not.
+    """
     return max(_similarity(plain(answer), plain(truth)) for truth in truths)
 
 
@@ -71,21 +82,28 @@ def vqa(answer: str, truths: Sequence[str]) -> float:
 
 
 # The letter itself is a capital: "the answer is a dog" names none.
-BEHIND = re.compile(r"\b(?i:answer|option|choice)(?i: is)?:? (?i:option )?\(?([A-Z])\b")
+BEHIND = re.compile(r"\b(?i:answer|option|choice)(?i: is)?:?\s+(?i:option )?\(?([A-Z])\b")
+MARKS = re.compile(r"[*#\[\]{}$]|\\boxed|\\text")  # of Markdown and LaTeX
+LONE = re.compile(r"(?<![\w'’-])([A-H])(?![\w'’-])")
+ARTICLE = re.compile(r"A (?!is\b|and\b|or\b)[a-z]")
 
 
 def choice(answer: str, truths: Sequence[str]) -> float:
     """1 where the answer names the right option, truths[0] its letter and truths[1] its text.
 
     A letter stands alone or first with a mark behind it ("B", "(b)", "B. a cat"), or behind "answer is", "answer:",
-    "option" or "option is", however these are written.
+    "option" or "option is", however these are written; else it is the only capital of A to H that stands alone and is
+    no article ("B is correct", "I choose B."). Marks of Markdown and LaTeX do not count ("**B**").
     """
-    said = answer.strip()
+    said = MARKS.sub("", answer).strip()
     if alone := re.fullmatch(r"\(?([A-Za-z])\)?[.:,]?", said):
         return float(alone[1].upper() == truths[0])
     if plain(said.rstrip(".")) in {plain(truth.rstrip(".")) for truth in truths}:
         return 1.0
     found = re.match(r"\(?([A-Za-z])(?:[).:,]|$)", said) or BEHIND.search(said)
+    if not found:
+        lone = [m for m in LONE.finditer(said) if not ARTICLE.match(said, m.start())]
+        found = lone[0] if len({m[1] for m in lone}) == 1 else None
     return float(found is not None and found[1].upper() == truths[0])
 
 
@@ -103,10 +121,13 @@ def iou(answer: str, truths: Sequence[str]) -> float:
 
 
 METRICS = {
-    "exact": Metric(exact, "the answer is a truth, case and white space aside", "GQA, arXiv 1902.09506 §4"),
+    "exact": Metric(exact, "the answer is a truth, case and white space aside", "string equality"),
+    "gqa": Metric(
+        gqa, "the answer is a truth, case and punctuation aside", "GQA, arXiv 1902.09506 §4, as lmms-eval counts it"
+    ),
     "contains": Metric(contains, "a truth is a part of the answer", "OCRBench, arXiv 2305.07895 §3"),
     "vqa": Metric(vqa, "min(1, agreeing people / 3), on average", "VQA, arXiv 1505.00468 §5", True, PEOPLE),
-    "anls": Metric(anls, "normalised edit similarity, above a half", "ST-VQA, arXiv 1905.13648 §4", True),
+    "anls": Metric(anls, "normalised edit similarity, from a half up", "ST-VQA, arXiv 1905.13648 §4", True),
     "relaxed": Metric(relaxed, "a number within 5 %, other answers exact", "ChartQA, arXiv 2203.10244 §5"),
     "choice": Metric(
         choice,
@@ -144,13 +165,13 @@ def distance(a: str, b: str) -> int:
 
 def _similarity(a: str, b: str) -> float:
     far = distance(a, b) / max(len(a), len(b), 1)
-    return 1 - far if far < 0.5 else 0.0
+    return 1 - far if far <= 0.5 else 0.0
 
 
 def _close(answer: str, truth: str) -> bool:
     said, known = _number(answer), _number(truth)
     if said is not None and known:
-        return abs(said - known) <= 0.05 * abs(known)
+        return abs(said - known) / abs(known) <= 0.05
     return plain(answer) == plain(truth)
 
 

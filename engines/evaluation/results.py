@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from engines.evaluation.contenders import Contender, opened
 from engines.evaluation.data import Data
 from engines.evaluation.report import write_report
 from engines.evaluation.settings import settings_of
-from engines.evaluation.sweep import Plan, Row, opened_journal, rows_of
-from engines.evaluation.systems import Worths, bars_of, curves_of, reliability_of, systems_of
+from engines.evaluation.sweep import Plan, Row, asked_before, rows_of
+from engines.evaluation.systems import Worths, curves_of, reliability_of, systems_of
 from engines.words import columns
 from graphs.errors import UsageError
 from graphs.files import atomic_file
@@ -26,6 +27,7 @@ from graphs.talk import say, track
 
 SCHEMA = "saccade.eval/2"
 JOURNAL = "answers.jsonl"
+ODD_NAMES = "replace"  # of files whose bytes are no UTF-8
 FIELDS = (
     "system",
     "bundle",
@@ -36,6 +38,8 @@ FIELDS = (
     "questions",
     "accuracy",
     "accuracy_standard_error",
+    "accuracy_plus",
+    "score",
     "exit_rate",
     "average_retention",
     "visual_tokens",
@@ -75,9 +79,10 @@ def evaluate_bundles(
     if thresholds and not any(one.pair for one in contenders):
         raise UsageError("this bundle holds one model, so --threshold does nothing; leave it out")
     wanted = [checked_threshold(threshold) for threshold in thresholds or []]
-    digests = tuple(one.manifest.sha256 for one in contenders)
+    digests = tuple(one.manifest.models_sha256 for one in contenders)
     targets = tuple(one.target for one in contenders)
     plan = Plan(digests, data.digest, targets, settings, max_new_tokens, seed, threads)
+    _say_cut_groups(data)
     rows = _asked(contenders, data, plan, out / JOURNAL)
     worths = Worths.of(rows, data.examples, metric)
     document: dict[str, Any] = {
@@ -92,12 +97,12 @@ def evaluate_bundles(
         "threads": threads,
         "flops_are": "estimated from the products of the graphs at the lengths that were fed",
         "bad": list(data.bad),
-        "systems": systems_of(contenders, rows, worths, settings, wanted),
+        "systems": systems_of(contenders, rows, worths, settings, wanted, max_new_tokens),
         "reliability": reliability_of(contenders, rows, worths),
         "over_threshold": curves_of(contenders, rows, worths, settings),
     }
     with atomic_file(out / "results.json") as partial:
-        partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8", ODD_NAMES)
     _write_csv(out / "results.csv", document["systems"])
     write_report(out / "report.html", document, contenders, rows, data, worths, settings)
     say(f"written: {out / 'report.html'}, {out / 'results.json'}, {out / 'results.csv'}")
@@ -106,12 +111,19 @@ def evaluate_bundles(
 
 def _asked(contenders: Sequence[Contender], data: Data, plan: Plan, journal: Path) -> list[Row]:
     """The rows of the journal and new ones; what was asked before says nothing about how much time is left."""
-    done = opened_journal(journal, plan)
+    done = asked_before(journal, plan, data.examples)
     if done:
         say(f"{journal} holds {len(done)} of {len(data.examples)} questions")
     left = len(data.examples) - len(done)
     fresh = rows_of(contenders, data.examples, plan, journal, len(done))
     return [*done, *(track(fresh, "asking every setting", left) if left else ())]
+
+
+def _say_cut_groups(data: Data) -> None:
+    """Say where a group has fewer questions than the others, for it is right more easily."""
+    sizes = Counter(example.group for example in data.examples if example.group)
+    if cut := sum(size < max(sizes.values()) for size in sizes.values()):
+        say(f"{cut} of {len(sizes)} pictures have not all of their questions here, which makes accuracy+ too good")
 
 
 def _described(one: Contender) -> dict[str, Any]:
@@ -124,7 +136,7 @@ def _described(one: Contender) -> dict[str, Any]:
         "precision": one.manifest.members[one.member].targets[one.target].computed_in,
         "architecture": model.spec.architecture,
         "policy": one.plan.name if one.plan else None,
-        "default_threshold": bars_of(one, [])[0] if one.pair else None,
+        "default_threshold": one.cascade.threshold if one.pair else None,
     }
 
 
@@ -134,7 +146,7 @@ def _write_csv(path: Path, systems: Sequence[dict[str, Any]]) -> None:
         for group, prefix in BY_STAGE
         for stage in dict.fromkeys(stage for system in systems for stage in system[group] or ())
     ]
-    with atomic_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+    with atomic_file(path) as partial, partial.open("w", encoding="utf-8", errors=ODD_NAMES, newline="") as file:
         table = csv.DictWriter(file, (*FIELDS, *(name for *_, name in stages)), extrasaction="ignore")
         table.writeheader()
         for system in systems:
@@ -156,7 +168,7 @@ def table_of(document: dict[str, Any]) -> list[str]:
                 one["policy"] or "",
                 joined(one["layers"]),
                 "" if one["threshold"] is None else f"{one['threshold']:g}",
-                f"{one['accuracy']:.1%} ± {one['accuracy_standard_error']:.1%}",
+                _accuracy(one),
                 "" if one["exit_rate"] is None else f"{one['exit_rate']:.0%}",
                 "" if one["average_retention"] is None else f"{one['average_retention']:.1%}",
                 f"{one['ms_per_question']:.1f}",
@@ -165,6 +177,13 @@ def table_of(document: dict[str, Any]) -> list[str]:
             )
         )
     return columns(rows)
+
+
+def _accuracy(one: dict[str, Any]) -> str:
+    """With its standard error, which says nothing where all answers are worth the same; and MME's score."""
+    error, score = one["accuracy_standard_error"], one.get("score")
+    told = f"{one['accuracy']:.1%}" + (f" ± {error:.1%}" if error else "")
+    return told if score is None else f"{told}, score {score:.1f}"
 
 
 def shares(keep: Sequence[float] | None) -> str:

@@ -32,7 +32,7 @@ class Setting:
     @property
     def name(self) -> str:
         """A key that tells settings apart."""
-        shares = ":".join(f"{share:g}" for share in self.keep) or "1"
+        shares = ":".join(_short(share) for share in self.keep) or "1"
         named = f"{shares} {self.policy}" if self.policy else shares
         return f"{named} #{self.bundle + 1}" if self.bundle else named
 
@@ -159,3 +159,8 @@ def _makes(how: str) -> str:
         f"make one and give it beside these: saccade export CHECKPOINT -o LARGE --role large {how}, then "
         "saccade build SMALL LARGE -o OTHER.bundle"
     )
+
+
+def _short(share: float) -> str:
+    """As few digits as tell it from every other share."""
+    return short if float(short := f"{share:g}") == share else repr(share)

@@ -1,14 +1,11 @@
-"""Every question under every setting, each distinct computation once; what is done is on disk, so a run can go on.
+"""Every question under every setting, each distinct computation once.
 
 The small model's pass is shared by all settings of the large one, in all bundles that hold the same small model, and
-thresholds cost nothing: they only choose between answers that are there. The journal is a JSONL file: a header that
-names bundles, data and settings, then a line for each question.
+thresholds cost nothing: they only choose between answers that are there.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,13 +17,9 @@ from engines.answer import Answer, SmallPass
 from engines.evaluation.contenders import Contender
 from engines.evaluation.data import Example
 from engines.evaluation.flops import stage_flops
+from engines.evaluation.journal import Row, appending, opened_journal
 from engines.evaluation.settings import RANDOM, Setting
 from engines.guidance import random_guidance
-from graphs.errors import BadArtefact, UsageError
-from graphs.files import unreadable
-
-SCHEMA = "saccade.eval-journal/3"
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -45,48 +38,30 @@ class Plan:
     threads: int | None = None
 
     def header(self) -> Row:
-        """The journal's first line."""
+        """What a journal names in its first line."""
         listed = {"manifests": list(self.manifests), "targets": list(self.targets)}
         settings = [setting.name for setting in self.settings]
-        return {"schema": SCHEMA, **vars(self), **listed, "settings": settings}
+        return {**vars(self), **listed, "settings": settings}
+
+
+def asked_before(journal: Path, plan: Plan, examples: Sequence[Example]) -> list[Row]:
+    """The rows that a journal of the same plan holds; raises what ``opened_journal`` raises."""
+    return opened_journal(journal, plan.header(), examples)
 
 
 def rows_of(
     contenders: Sequence[Contender], examples: Sequence[Example], plan: Plan, journal: Path, done: int
 ) -> Iterator[Row]:
-    """Yield a row for each question behind the ``done`` first, each written to the journal when it is done."""
-    with journal.open("a", encoding="utf-8") as file:
+    """Yield a row for each question behind the ``done`` first, each written to the journal when it is done.
+
+    The first of them is asked once before that, so that no question pays for what is done once.
+    """
+    with appending(journal, done) as add:
+        row_of(contenders, examples[done], plan, done)
         for i, example in enumerate(examples[done:], done):
             row = row_of(contenders, example, plan, i)
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
+            add(row)
             yield row
-
-
-def opened_journal(path: Path, plan: Plan) -> list[Row]:
-    """The rows of a journal of the same plan, made where there is none; a line that was cut short is dropped.
-
-    Raises UsageError for the journal of another plan, BadArtefact for a file that is none.
-    """
-    header = json.dumps(plan.header()) + "\n"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(header, "utf-8")
-        return []
-    try:
-        content = path.read_bytes()
-    except OSError as e:
-        raise unreadable(path, e, "give another folder") from None
-    whole = content.rfind(b"\n") + 1
-    lines = content[:whole].splitlines()
-    try:
-        first, *rows = [json.loads(line) for line in lines] or [None]
-    except ValueError:
-        raise BadArtefact(f"{path} is no journal of an evaluation; remove it or give another folder") from None
-    if first != plan.header():
-        raise UsageError(f"{path} is of another bundle, data or settings; give another folder, or remove that one")
-    os.truncate(path, whole)
-    return list(rows)
 
 
 def row_of(contenders: Sequence[Contender], example: Example, plan: Plan, i: int) -> Row:

@@ -16,6 +16,7 @@ from engines.evaluation.data import Example
 from engines.evaluation.metrics import METRICS
 from engines.evaluation.settings import RANDOM, Setting
 from engines.evaluation.sweep import Row
+from engines.sampling import Options
 
 BINS = 10
 POINTS = 101  # thresholds of a curve, at most
@@ -51,9 +52,16 @@ class Worths:
         )
 
 
-def bars_of(one: Contender, thresholds: Sequence[float]) -> list[float]:
-    """The thresholds that a pair is tried with."""
-    return list(thresholds) or [one.cascade.threshold]
+def bars_of(
+    one: Contender, thresholds: Sequence[float], setting: Setting, max_new_tokens: int | None = None
+) -> list[float]:
+    """The thresholds that a pair is tried with: without any what ``run`` would use, a calibrated one where it holds."""
+    if thresholds:
+        return list(thresholds)
+    held = one.cascade.promises and one.cascade.promises.that_holds(
+        setting.keep or None, Options(max_new_tokens=max_new_tokens), guided=setting.policy == RANDOM
+    )
+    return [held.threshold if held else one.cascade.threshold]
 
 
 def looks(one: Contender, setting: Setting) -> bool:
@@ -67,6 +75,7 @@ def systems_of(
     worths: Worths,
     settings: Sequence[Setting],
     thresholds: Sequence[float],
+    max_new_tokens: int | None = None,
 ) -> list[dict[str, Any]]:
     """One entry a system: every distinct small model, then each setting's large one and cascades."""
     found = []
@@ -86,7 +95,7 @@ def systems_of(
         guided = looks(one, setting)
         found.append(_system("large", str(one.path), both if guided else large, worth_N, worths) | shown)
         score_N = np.array([row["score"] for row in small])
-        for bar in bars_of(one, thresholds):
+        for bar in bars_of(one, thresholds, setting, max_new_tokens):
             exits_N = score_N > bar
             chosen = [s if gone else b for s, b, gone in zip(small, both, exits_N, strict=True)]
             mixed_N = np.where(exits_N, worths.small[at], worth_N)

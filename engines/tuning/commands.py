@@ -10,7 +10,7 @@ import click
 
 from engines.evaluation.asked import FORMATS_HELP, Questions, Several, data_options
 from engines.options import KeepRatios, bundle_argument, target_option, threads_option, tokens_option
-from graphs.talk import emit_json, warn
+from graphs.talk import emit_json, percent, warn
 
 
 @click.command(epilog=FORMATS_HELP)
@@ -106,7 +106,7 @@ def in_words(document: dict[str, Any]) -> list[str]:
     if not told:
         return [
             *lines,
-            f"nothing that loses at most {bound:.1%} is faster than the large model alone; no plan is written",
+            f"nothing that loses at most {percent(bound)} is faster than the large model alone; no plan is written",
         ]
     return [
         *lines,

@@ -20,17 +20,18 @@ from engines.cascade import Cascade
 from engines.evaluation.contenders import unmetered
 from engines.evaluation.data import Data
 from engines.evaluation.settings import Setting, settings_of
-from engines.evaluation.sweep import Plan, Row, opened_journal, row_of, rows_of
+from engines.evaluation.sweep import Plan, Row, asked_before, rows_of
 from engines.tuning.front import Asked, System, asked_of, cheapest, front_of, systems_of
 from engines.tuning.layers import cut_before, layers_to_walk, own_layer
 from graphs.errors import UsageError
 from graphs.files import atomic_file
 from graphs.plan_file import document_of
-from graphs.talk import say, track
+from graphs.talk import percent, say, track
 
 SCHEMA = "saccade.tune/1"
 PLAN_FILE, DOCUMENT = "plan.toml", "tune.json"
 STEADY = 1.15  # the most that one computation's median time may differ between layers' searches
+CHANCE = 0.05  # that what is not seen in a sample is there all the same
 KEEPS = (0.8, 0.64, 0.35, 0.2, 0.1, 0.05)
 
 
@@ -61,7 +62,7 @@ class Search:
         """Ask, going on where the journal ends; nothing is exported where it is complete."""
         assert self.cascade.large
         plan = Plan(
-            manifests=(f"{self.manifest.sha256}, cut before layer {layer}",),
+            manifests=(f"{self.manifest.models_sha256}, cut before layer {layer}",),
             data=data.digest,
             targets=(self.cascade.large.target,),
             settings=settings,
@@ -70,12 +71,11 @@ class Search:
             threads=self.cascade.large.threads,
         )
         journal = self.out / f"{name}.jsonl"
-        done = opened_journal(journal, plan)
+        done = asked_before(journal, plan, data.examples)
         if len(done) == len(data.examples):
             return done
         with cut_before(self.cascade, self.manifest, self.wanted.checkpoint, layer, self.out) as cascade:
             contenders = [unmetered(self.bundle, self.manifest, cascade)]
-            row_of(contenders, data.examples[0], plan, 0)  # so that no question pays for what is done once
             where = "" if layer is None else f", cut before layer {layer}"
             fresh = rows_of(contenders, data.examples, plan, journal, len(done))
             return [*done, *track(fresh, f"asking{where}", len(data.examples) - len(done))]
@@ -238,11 +238,20 @@ def doubts(document: dict[str, Any]) -> list[str]:
     if told is None:
         return found
     loss, error = told["loss"], told["loss_standard_error"]
+    unseen = 1 - CHANCE ** (1 / document["reported_on"])  # the largest loss that shows in none of so many by chance
     if loss > bound:
-        found.append(f"on the questions to report on {loss:.1%} are lost, more than the {bound:.1%} that were allowed")
+        found.append(
+            f"on the questions to report on {loss:.1%} are lost, more than the {percent(bound)} that were allowed"
+        )
     elif loss + 2 * error > bound:
         found.append(
             f"{document['reported_on']} questions to report on tell the loss only to ± {2 * error:.1%}, so it may be "
-            f"more than {bound:.1%}"
+            f"more than {percent(bound)}"
+        )
+    elif not error and unseen > bound:
+        found.append(
+            f"on the {document['reported_on']} questions to report on every answer was worth the same, which it may be "
+            f"by chance where up to {unseen:.1%} are lost; {math.ceil(math.log(CHANCE) / math.log(1 - bound))} would "
+            f"tell that from {percent(bound)}"
         )
     return found

@@ -64,7 +64,7 @@ TABLE = (
         "DATA: testdev_balanced_questions.json, --images: the folder of 2405722.jpg and the like",
         "GQA, arXiv 1902.09506",
         gqa.read,
-        "exact",
+        "gqa",
         WORD,
     ),
     Format(

@@ -100,7 +100,10 @@ def texts_at(entry: Record, key: str) -> list[str]:
 
 def image_named(folder: Path, *names: str) -> str:
     """The first of these files that is there, below the folder; the first name where none is."""
-    found = next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
+    try:
+        found = next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
+    except (OSError, ValueError) as e:  # too long, or NUL
+        raise BadArtefact(f"{names[0]!r:.60} cannot be a file's name ({e.__class__.__name__}); correct it") from None
     return str(found)
 
 

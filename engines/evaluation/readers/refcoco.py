@@ -43,10 +43,14 @@ def _shares(entry: Record) -> tuple[float, ...]:
     """The box as shares of width and height."""
     width, height, box = (entry.get(key) for key in ("width", "height", "bbox"))
     numbers = [width, height, *(box if isinstance(box, list) else [])]
-    if len(numbers) != 6 or not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
+    if len(numbers) != 6 or not all(_is_pixels(n) for n in numbers):
         raise BadArtefact(f"bbox must be four numbers, with width and height, got {box!r:.60}; correct it")
     across, down, left, top, right, bottom = (float(n) for n in numbers)
-    if not (0 <= left < right <= across + 1 and 0 <= top < bottom <= down + 1):
+    if not (across and down and 0 <= left < right <= across + 1 and 0 <= top < bottom <= down + 1):
         raise BadArtefact(f"the box {box} does not lie in an image of {width}×{height} pixels; correct it")
     sides = (across, down, across, down)
     return tuple(min(1.0, value / side) for value, side in zip((left, top, right, bottom), sides, strict=True))
+
+
+def _is_pixels(number: object) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool) and abs(number) < 1e9

@@ -31,12 +31,12 @@ def read(files: Files) -> Iterator[Item]:
     """Yield the questions, each with its type's name as category."""
     document = json_of(files.data, REMEDY)
     named = document.get("question_type") if isinstance(document, dict) else None
-    types = {number: name for name, number in named.items()} if isinstance(named, dict) else {}
+    types = {str(number): name for name, number in named.items()} if isinstance(named, dict) else {}
     found = numbered(files.data, listed(files.data, document, "questions", REMEDY), "question_id")
     yield from items(found, lambda entry: _record(files, an_object(entry), types))
 
 
-def _record(files: Files, entry: Record, types: Mapping[object, str]) -> Record:
+def _record(files: Files, entry: Record, types: Mapping[str, str]) -> Record:
     if (kind := entry.get("data_type", "image")) != "image":
         raise BadArtefact(f"this is about a {kind}, and pictures are read only; leave it out")
     options = {
@@ -46,4 +46,9 @@ def _record(files: Files, entry: Record, types: Mapping[object, str]) -> Record:
     name = text_at(entry, "data_id")
     image = image_named(files.images, name, f"{name}.jpg", f"{name}.png", f"SEED-Bench-image/{name}")
     number = entry.get("question_type_id")
-    return {"image": image, "question": question, "answers": answers, "category": types.get(number, str(number or ""))}
+    return {
+        "image": image,
+        "question": question,
+        "answers": answers,
+        "category": types.get(str(number), str(number or "")),
+    }

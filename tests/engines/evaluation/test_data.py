@@ -89,6 +89,7 @@ BAD: list[tuple[object, str]] = [
     ({**GOOD, "question": " "}, "no question"),
     ({"image": "red.png", "answers": ["red"]}, "no question"),
     ({**GOOD, "answers": []}, "answers must be texts"),
+    ({**GOOD, "category": 3}, "category must be a text"),
     ({**GOOD, "answers": [3]}, "quote numbers"),
     ({**GOOD, "answer": "red"}, "both answer and answers"),
     ({"image": "red.png", "question": "what ?"}, "no answers, but"),
@@ -151,3 +152,22 @@ def test_a_line_may_hold_what_is_a_line_break_to_others(folder: Path) -> None:
     path = folder / "marks.jsonl"
     path.write_text("\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines), "utf-8", newline="")
     assert [example.question for example in data_from_file(path).examples] == [line["question"] for line in lines]
+
+
+def test_a_mark_of_unicode_and_keys_of_ones_own_do_not_matter(folder: Path) -> None:
+    plain = written(folder, {**GOOD, "category": "colour"})
+    marked = folder / "marked.jsonl"
+    marked.write_text("\ufeff" + json.dumps({**GOOD, "category": "colour", "group": "mine"}))
+    [one], [other] = (data_from_file(path).examples for path in (plain, marked))
+    assert (one.digest, one.category, one.group) == (other.digest, other.category, "")
+
+
+def test_a_person_who_said_nothing_agrees_with_nobody(folder: Path) -> None:
+    path = written(folder, {**GOOD, "answers": ["yes"] * 9 + [""]})
+    [example] = data_from_file(path, How("vqa")).examples
+    assert example.answers == ("yes",) * 9 + ("",)
+    for how in (How("exact"), How()):
+        with pytest.raises(BadArtefact, match="texts that are not empty"):
+            data_from_file(path, how)
+    with pytest.raises(BadArtefact, match="texts that are not empty"):
+        data_from_file(written(folder, {**GOOD, "answers": [""] * 10}), How("vqa"))

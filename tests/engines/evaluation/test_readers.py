@@ -218,6 +218,10 @@ BAD: list[tuple[str, Callable[[str], str], str]] = [
     ("refcoco", lambda t: t.replace("[0, 0, 200.4, 100]", "[0, 0, 300, 100]"), "does not lie in an image"),
     ("refcoco", lambda t: t.replace("[0, 0, 200.4, 100]", "[0, 0]"), "four numbers"),
     ("refcoco", lambda t: t[:-3], "no JSON"),
+    ("refcoco", lambda t: t.replace('"width": 200', '"width": 0', 1), "does not lie in an image"),
+    ("refcoco", lambda t: t.replace('"width": 200', '"width": 1' + 400 * "0", 1), "four numbers"),
+    ("vqav2", lambda t: t.replace('"image_id": 7', '"image_id": "²"'), "is no number"),
+    ("gqa", lambda t: t.replace('"imageId": "', '"imageId": "' + 300 * "a", 1), "cannot be a file's name"),
 ]
 
 

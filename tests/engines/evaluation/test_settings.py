@@ -80,3 +80,9 @@ def test_engines_alone_tell_no_flops(tmp_path: Path) -> None:
     target = SimpleNamespace(spec="rtx/spec.json", stages={"decoder": stage})
     manifest = SimpleNamespace(members={"large": SimpleNamespace(folder="large", targets={"rtx": target})})
     assert costs_of(tmp_path, cast(Manifest, manifest), "large") is None
+
+
+def test_shares_that_differ_in_the_seventh_digit_have_names_of_their_own() -> None:
+    names = {Setting((share,), "sgl").name for share in (0.35, 0.3333333, 0.33333334, 1 / 3)}
+    assert len(names) == 4
+    assert "0.35 sgl" in names

@@ -45,7 +45,11 @@ EXAMPLES = [
 PLAN = SimpleNamespace(needs_guidance=True)
 CONTENDERS = cast(
     list[Contender],
-    [SimpleNamespace(path=Path("p.bundle"), pair=True, small=0, plan=PLAN, cascade=SimpleNamespace(threshold=0.9))],
+    [
+        SimpleNamespace(
+            path=Path("p.bundle"), pair=True, small=0, plan=PLAN, cascade=SimpleNamespace(threshold=0.9, promises=None)
+        )
+    ],
 )
 WORTHS = Worths.of(ROWS, EXAMPLES, "yesno")
 

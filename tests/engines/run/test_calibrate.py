@@ -263,12 +263,12 @@ def test_the_old_manifest_stays_whole(
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (("--max-loss", 0.02), 2, "12 questions are too few"),
+        (("--max-loss", 0.02), 2, "12 distinct questions are too few"),
         (("--max-loss", 1), 2, "strictly between 0 and 1"),
         (("--confidence", "nan"), 2, "strictly between 0 and 1"),
         (("--metric", "anls"), 2, "has no answers"),
         (("--keep", 2), 2, "(0, 1]"),
-        (("--questions", 3), 2, "3 questions are too few"),
+        (("--questions", 3), 2, "3 distinct questions are too few"),
     ],
 )
 def test_refusals_ask_nothing_and_write_nothing(
@@ -286,6 +286,20 @@ def test_refusals_ask_nothing_and_write_nothing(
     assert words in told.stderr
     assert (bundle / MANIFEST_FILE).read_bytes() == before
     assert calls == []
+
+
+def test_a_question_that_stands_there_again_counts_once(
+    saccade_cli: Cli, bundle: Path, tmp_path: Path, asked: list[dict[str, Any]]
+) -> None:
+    data = data_of(tmp_path, [row["large"] for row in asked])
+    once = json.loads(saccade_cli("calibrate", bundle, data, *PROMISE, "--json").stdout)["calibration"]
+    data.write_text("\n".join(3 * [data.read_text()]))
+    told = saccade_cli("calibrate", bundle, data, *PROMISE, "--json")
+    assert json.loads(told.stdout)["calibration"] == once
+    assert f"{2 * QUESTIONS} of {3 * QUESTIONS} questions stand there more than once" in told.stderr
+    data.write_text("\n".join(200 * data.read_text().splitlines()[:1]))
+    refused = saccade_cli("calibrate", bundle, data, *PROMISE)
+    assert (refused.code, "1 distinct questions are too few" in refused.stderr) == (2, True)
 
 
 def test_a_bundle_that_cannot_be_changed_is_refused_before_anything_is_asked(

@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engines.bundles.manifest import manifest_of
 from engines.cascade import Cascade
 from engines.evaluation import sweep
 from engines.evaluation.charts import Chart
 from engines.evaluation.sweep import from_bits
 from engines.guidance import random_guidance
+from graphs.atomic import locked
 from tests.conftest import Outcome
 from tests.engines.run.conftest import TinyPair, picture_of, question_of
 from tests.engines.run.test_calibrate import data_of
@@ -122,20 +125,65 @@ def test_an_interrupted_run_goes_on_where_it_ended(
         file.write('{"digest": "cut sho')
     told = saccade_cli(*ask)
     assert told.code == 0, told.stderr
-    assert asked == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 11]
+    assert asked == [0, 0, 1, 2, 3, 4, 4, 4, 5, 6, 7, 8, 9, 10, 11], "the first of each run is asked once before"
     assert len(journal.read_text().splitlines()) == 1 + QUESTIONS
     again = saccade_cli(*ask)
-    assert len(asked) == 13
+    assert len(asked) == 15
     assert json.loads(again.stdout) == json.loads(told.stdout)
     # Another threshold chooses among answers that are there; another keep ratio needs new ones.
     assert saccade_cli(*ask, "--threshold", "0.1,0.2").code == 0
-    assert len(asked) == 13
+    assert len(asked) == 15
     other = saccade_cli(*ask[:5], "--keep", "0.4", *COMMON)
     assert (other.code, "of another bundle, data or settings" in other.stderr) == (2, True)
     slower = saccade_cli(*ask[:-2], 2, "--json")
     assert (slower.code, "of another bundle, data or settings" in slower.stderr) == (2, True), "times would be mixed"
     journal.write_text("{\n")
     assert saccade_cli(*ask).code == 3
+
+
+def test_a_journal_that_two_runs_wrote_to_is_refused(
+    saccade_cli: Cli, tiny_bundle: Path, tmp_path: Path, truths: list[str]
+) -> None:
+    ask = ("eval", tiny_bundle, data_of(tmp_path, truths), "-o", tmp_path / "out", "--keep", "0.5", *COMMON)
+    assert saccade_cli(*ask).code == 0
+    journal = tmp_path / "out" / "answers.jsonl"
+    first, *rows = journal.read_text().splitlines(keepends=True)
+    for bad, line in (
+        ([rows[0], *rows], 3),
+        ([rows[1], rows[0], *rows[2:]], 2),
+        (["7\n", *rows[1:]], 2),
+        ([*rows, rows[0]], QUESTIONS + 2),
+    ):
+        journal.write_text("".join([first, *bad]))
+        told = saccade_cli(*ask)
+        assert (told.code, f"line {line}, is not the answer to question {line - 1}" in told.stderr) == (3, True)
+    journal.write_text(first[: len(first) // 2])
+    assert saccade_cli(*ask).code == 0, "a journal without its whole first line is a new one"
+    with locked(journal):
+        journal.write_text("".join([first, *rows[:3]]))
+        told = saccade_cli(*ask)
+    assert (told.code, "another run writes to" in told.stderr) == (2, True)
+
+
+def test_what_was_calibrated_since_is_evaluated_and_the_answers_stay(
+    saccade_cli: Cli, tiny_bundle: Path, tmp_path: Path, truths: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = tmp_path / "own.bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    data = data_of(tmp_path, truths)
+    ask = ("eval", bundle, data, "-o", tmp_path / "out", "--keep", "0.5", *COMMON)
+    before = json.loads(saccade_cli(*ask).stdout)
+    promise = ("--max-loss", 0.9, "--confidence", 0.5, "--keep", 0.5, "--max-new-tokens", 2)
+    found = json.loads(saccade_cli("calibrate", bundle, data, *promise, "--json").stdout)["calibration"]["threshold"]
+    monkeypatch.setattr(sweep, "row_of", lambda *_: pytest.fail("a question was asked"))
+    told = saccade_cli(*ask)
+    assert told.code == 0, told.stderr
+    bars = [
+        [s["threshold"] for s in document["systems"] if s["system"] == "cascade"]
+        for document in (before, json.loads(told.stdout))
+    ]
+    assert bars == [[manifest_of(bundle).threshold], [found]]
+    assert bars[0] != bars[1]
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_the_front_and_the_choice_are_those_of_a_search_by_hand(
     told = saccade_cli(*ask, "--json")
     assert told.code == 0, told.stderr
     document = json.loads(told.stdout)
-    assert asked[:4] == [0, 1, 2, 2], "an interrupted search goes on where it ended"
+    assert asked[:5] == [0, 0, 1, 1, 1], "an interrupted search goes on where it ended, once warm"
     assert "layers are not walked" in told.stderr
     assert f"{document['tuned_on']} questions to tune on, {document['reported_on']} others" in told.stderr
     assert (document["layers"], document["layers_walked"]) == ([1], False)
@@ -132,7 +132,8 @@ def test_the_front_and_the_choice_are_those_of_a_search_by_hand(
     check_choice(document, by_hand(out, ["layer-1"], data), 0.3)
     assert json.loads((out / "tune.json").read_text()) == document
     again = saccade_cli(*ask)
-    assert len(asked) == 3 + 1 + document["tuned_on"] - 3 + (document["reported_on"] if document["chosen"] else 0)
+    reported = 1 + document["reported_on"] if document["chosen"] else 0
+    assert len(asked) == 3 + 1 + document["tuned_on"] - 1 + reported
     assert f"on {document['tuned_on']} questions" in again.stdout
     chosen = document["chosen"]
     assert chosen, "half of the tokens and the small pass take 7.7 ms of 10, and are worth no less"
@@ -208,7 +209,13 @@ def test_times_of_a_machine_that_was_busy_are_doubted() -> None:
 
 @pytest.mark.parametrize(
     ("loss", "error", "words"),
-    [(0.05, 0.01, "more than the 2.0%"), (0.01, 0.01, "± 2.0%"), (0.0, 0.005, None), (None, 0, None)],
+    [
+        (0.05, 0.01, "more than the 2%"),
+        (0.01, 0.01, "± 2.0%"),
+        (0.0, 0.005, None),
+        (0.0, 0.0, "up to 3.0% are lost; 149"),
+        (None, 0, None),
+    ],
 )
 def test_what_the_other_part_says_against_a_choice_is_said(loss: float | None, error: float, words: str | None) -> None:
     told = None if loss is None else {"loss": loss, "loss_standard_error": error}
