@@ -66,7 +66,7 @@ def image_from(picture: Picture) -> Image.Image:
     try:
         if image.mode.startswith("I;16"):  # Pillow would make everything from 256 on white
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
+        return _on_white(image).convert("RGB")
     except (OSError, ValueError) as e:
         raise BadArtefact(f"{name} cannot be decoded ({e}); save it again as PNG or JPEG") from None
 
@@ -100,6 +100,14 @@ def _upright(file: Image.Image) -> Image.Image:
     """Turned as its EXIF orientation says; of other tags, however odd they are, nothing is read."""
     turn = TURNS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
     return file.copy() if turn is None else file.transpose(turn)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """What is transparent is white, as transformers' image processors have it, whatever colour lies below."""
+    if image.mode == "RGB" or not image.has_transparency_data:
+        return image
+    seen = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
 
 
 def _image_from_array(array: np.ndarray) -> Image.Image:

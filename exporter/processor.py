@@ -6,6 +6,7 @@ from pathlib import Path
 from exporter.checkpoint import Checkpoint
 from graphs.errors import BadArtefact
 from graphs.spec import Tokens
+from graphs.talk import say, warn
 
 PROCESSOR_FILES = (
     "config.json",
@@ -19,6 +20,14 @@ PROCESSOR_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+# What generate does in greedy decoding too where generation_config.json says so, and no run here does.
+UNHEARD = (
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "num_beams"),
+    *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "guidance_scale"),
+    *("min_length", "min_new_tokens", "exponential_decay_length_penalty", "encoder_repetition_penalty"),
+)
+NEUTRAL: tuple[object, ...] = (None, 0, 1, [], {})
 
 
 def tokens_of(source: Checkpoint) -> Tokens:
@@ -38,13 +47,16 @@ def tokens_of(source: Checkpoint) -> Tokens:
             f"{path} has no token with the image token's id {source.config.image_token_id}; "
             "the tokenizer does not belong to this config.json"
         )
-    eos = source.text.eos_token_id
     path = source.folder / "generation_config.json"
-    if path.is_file():
-        try:
-            eos = GenerationConfig.from_pretrained(source.folder).eos_token_id or eos
-        except Exception as e:
-            raise BadArtefact(f"{path} is no generation configuration ({e}); download the checkpoint again") from None
+    try:
+        asked = GenerationConfig.from_pretrained(source.folder) if path.is_file() else None
+    except Exception as e:
+        raise BadArtefact(f"{path} is no generation configuration ({e}); download the checkpoint again") from None
+    eos = (asked or GenerationConfig.from_model_config(source.config)).eos_token_id
+    if eos is None and (eos := source.text.eos_token_id) is not None:
+        say(f"{path} names no end-of-sequence token, so an answer ends with {eos}, the language model's")
+    if left := [name for name in UNHEARD if asked and getattr(asked, name, None) not in NEUTRAL]:
+        warn(f"{path} asks for {' and '.join(left)}, which is not done here: answers will differ from generate's")
     listed = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
     if not listed:
         raise BadArtefact(f"{source.folder} names no end-of-sequence token; add eos_token_id to generation_config.json")

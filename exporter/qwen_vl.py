@@ -42,7 +42,7 @@ def visual(model: Any, feed: Tensors, seen: Seen | None = None) -> Tensors:
     watched = Blocks(images.rows, images.place, seen)
     last = max(i for i in range(len(tower.blocks)) if i in whole)
     deep_layers = getattr(tower, "deepstack_visual_indexes", ())
-    out = {}
+    out: dict[str, Any] = {}
     for i, block in enumerate(tower.blocks):
         hidden = block(
             hidden,
@@ -53,7 +53,7 @@ def visual(model: Any, feed: Tensors, seen: Seen | None = None) -> Tensors:
         )
         if i in deep_layers:
             number = list(deep_layers).index(i)
-            out[f"visual_deepstack_{number}"] = tower.deepstack_merger_list[number](hidden)
+            out[f"visual_deepstack_{len(out)}"] = tower.deepstack_merger_list[number](hidden)
     return {"visual_embeds": tower.merger(hidden), **out}
 
 

@@ -182,7 +182,9 @@ def tiny_qwen2_5_vl(folder: Path, *, seed: int = 0, dtype: str = "float32", **si
     return finish_qwen(folder)
 
 
-def tiny_qwen3_vl(folder: Path, *, seed: int = 3, dtype: str = "float32", **sizes: Any) -> Path:
+def tiny_qwen3_vl(
+    folder: Path, *, seed: int = 3, dtype: str = "float32", deep: tuple[int, ...] = (0, 1), **sizes: Any
+) -> Path:
     """Qwen3-VL: a learned position table of 6×6, features of two tower layers into the first two decoder layers."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -194,7 +196,7 @@ def tiny_qwen3_vl(folder: Path, *, seed: int = 3, dtype: str = "float32", **size
         "num_heads": 2,
         "out_hidden_size": text["hidden_size"],
         "num_position_embeddings": 36,
-        "deepstack_visual_indexes": [0, 1],
+        "deepstack_visual_indexes": list(deep),
     }
     config = Qwen3VLConfig(vision_config=vision, text_config=text, **qwen_ids())
     save_random(Qwen3VLForConditionalGeneration, config, folder, seed, dtype)

@@ -20,7 +20,7 @@ from exporter.reference import Reference
 from graphs.errors import BadArtefact, UsageError
 from tests.conftest import Outcome
 from tests.tiny import tiny_llava
-from tests.tiny_families import tiny_internvl
+from tests.tiny_families import tiny_internvl, tiny_qwen3_vl
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
 QUESTION = "which digit is red ? how many ?"
@@ -62,6 +62,12 @@ def assert_answers_as_transformers(checkpoint: Path, out: Path) -> None:
     assert run.first_logits is not None
     np.testing.assert_allclose(run.first_logits, wanted.first_logits, atol=2e-4 * np.abs(wanted.first_logits).max())
     assert tuple(run.tokens) == wanted.tokens
+
+
+def test_features_for_the_decoder_come_in_the_towers_order(tmp_path: Path) -> None:
+    """Whatever order the configuration lists its layers in, which chooses the mergers only."""
+    checkpoint = tiny_qwen3_vl(tmp_path / "checkpoint", deep=(2, 0))
+    assert_answers_as_transformers(checkpoint, tmp_path / "export")
 
 
 def test_every_type_that_is_taken_is_held_here_or_with_its_family() -> None:

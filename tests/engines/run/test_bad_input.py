@@ -99,6 +99,19 @@ def test_every_kind_of_image_becomes_rgb(tmp_path: Path, mode: str) -> None:
         assert (image.mode, image.size) == ("RGB", (5, 7))
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(tmp_path: Path, mode: str) -> None:
+    grey = Image.new("RGBA", (4, 4), (40, 40, 40, 255))
+    grey.putpixel((1, 2), (10, 10, 10, 0))
+    seen = grey.quantize(4) if mode == "P" else grey.convert(mode)
+    path = tmp_path / "i.png"
+    seen.save(path)
+    for picture in (seen, path):
+        pixels = np.asarray(image_from(picture))
+        assert pixels[2, 1].tolist() == [255, 255, 255]
+        assert pixels[0, 0].tolist() == [40, 40, 40]
+
+
 def test_a_turned_photo_is_turned_upright(tmp_path: Path) -> None:
     path = tmp_path / "turned.jpg"
     exif = Image.Exif()
