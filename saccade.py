@@ -179,6 +179,9 @@ def main() -> None:
 
     transformers imports torch (two seconds, 0.3 GB) to read a processor wherever it finds it, and uses nothing of it.
     """
+    for name in ("stdin", "stdout", "stderr"):  # closed ones, as a daemon's
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115, PTH123
     if WITHOUT_TORCH.intersection(sys.argv[1:2]):
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # what Python itself writes for "is not here"
     sys.exit(run())

@@ -22,7 +22,7 @@ from PIL import Image
 from engines.families import FAMILIES, HostFamily, Seen, expanded, folded
 from engines.names import read_once
 from engines.talk.messages import Talk
-from graphs.errors import BadArtefact, UsageError
+from graphs.errors import BadArtefact, UnaskableQuestion
 from graphs.spec import PROCESSOR_FOLDER, ExportSpec
 from graphs.versions import require_once
 
@@ -164,7 +164,7 @@ class Processor:
             )
         limit = self.spec.language.max_positions
         if input_ids.shape[1] >= limit:
-            raise UsageError(
+            raise UnaskableQuestion(
                 f"the prompt is {input_ids.shape[1]} tokens long ({sum(counts)} of images), but the model has "
                 f"{limit} positions and the answer needs one; shorten the question or begin anew"
             )
@@ -174,7 +174,7 @@ class Processor:
         """Return the conversation, or UsageError where its text holds what stands for an image."""
         for message in talk:
             if self.spec.tokens.image_text in message.text:
-                raise UsageError(
+                raise UnaskableQuestion(
                     f"the question holds {self.spec.tokens.image_text!r}, which stands for the image itself; "
                     "leave it out"
                 )

@@ -63,9 +63,9 @@ class Options:
             raise UsageError(f"top_k is {self.top_k}, but at least 1 token must be left; leave it out for all")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p:g}, but a share lies in (0, 1]; leave it out for all")
-        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < float("inf"):
+        if self.repetition_penalty is not None and not 0.01 <= self.repetition_penalty <= 100:
             raise UsageError(
-                f"repetition_penalty is {self.repetition_penalty:g}, but it must be a positive number; 1 is none"
+                f"repetition_penalty is {self.repetition_penalty:g}, but it must lie between 0.01 and 100; 1 is none"
             )
         if self.seed is not None and self.seed < 0:
             raise UsageError(f"seed is {self.seed}, but draws begin with 0 or a positive number")
@@ -117,7 +117,8 @@ def probabilities(scores_V: np.ndarray, options: Options) -> np.ndarray:
 
     top_k keeps every token that ties with the k-th, top_p the shortest run of likeliest ones whose sum reaches p.
     """
-    wide_V = scores_V.astype(np.float64) / options.temperature
+    with np.errstate(over="ignore"):  # the likeliest is 0; what is beyond a float's range is never drawn
+        wide_V = (scores_V.astype(np.float64) - scores_V.max()) / options.temperature
     if options.top_k is not None and options.top_k < len(wide_V):
         wide_V = np.where(wide_V < np.sort(wide_V)[-options.top_k], -np.inf, wide_V)
     share_V = _softmax(wide_V)

@@ -51,7 +51,9 @@ def checkpoint_from_folder(folder: Path) -> Checkpoint:
     except OSError as e:
         raise unreadable(path, e, "give the folder of a Hugging Face checkpoint") from None
     except (ValueError, AttributeError, RecursionError):
-        raise BadArtefact(f"{path} is no JSON object; download the checkpoint again") from None
+        raise BadArtefact(
+            f"{path} is no JSON object in UTF-8 without a byte order mark; download the checkpoint again"
+        ) from None
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise BadArtefact(f"{path}: architectures is {architectures!r}, wanted a list of names; download it again")
     family = family_of(architectures, FAMILIES)
@@ -74,6 +76,12 @@ def checkpoint_from_folder(folder: Path) -> Checkpoint:
         raise BadArtefact(
             f"{path} contradicts itself: {family.architecture} wants {wanted.__name__}, its model_type gives "
             f"{type(config).__name__}; download the checkpoint again"
+        )
+    layers = config.get_text_config().num_hidden_layers
+    if not 1 <= layers <= max(len(tensors), 1000):
+        raise BadArtefact(
+            f"{path}: num_hidden_layers is {layers}, but the files hold {len(tensors)} tensors; download the "
+            "checkpoint again"
         )
     return Checkpoint(folder, config, family, tensors)
 

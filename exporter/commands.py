@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from graphs.policies import POLICIES
 
@@ -44,6 +45,9 @@ def export(
     """Turn the Hugging Face CHECKPOINT (a local folder) into ONNX stages under a pruning plan."""
     from graphs.versions import require
 
+    given = click.get_current_context().get_parameter_source("policy") is not ParameterSource.DEFAULT
+    if plan and given:
+        raise click.UsageError("--plan is a policy itself, so --policy does nothing; leave one of them out")
     if plan and (layer_fraction is not None or keep is not None):
         raise click.UsageError("--plan says where and how many itself; leave --layer-fraction and --keep out")
     require("torch", "transformers")

@@ -96,6 +96,11 @@ def tower_features(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     config = model.config
     hidden = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
     layers = config.vision_feature_layer
+    if out := [i for i in ([layers] if isinstance(layers, int) else layers) if not -len(hidden) <= i < len(hidden)]:
+        raise BadArtefact(
+            f"vision_feature_layer names {out[0]}, but the tower gives {len(hidden)} states, its input and one behind "
+            "each layer; correct config.json"
+        )
     chosen = [hidden[i] for i in ([layers] if isinstance(layers, int) else layers)]
     if config.vision_feature_select_strategy == "default":
         chosen = [h[:, 1:] for h in chosen]

@@ -3,6 +3,9 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from exporter.checkpoint import Checkpoint
 from graphs.errors import BadArtefact
 from graphs.spec import Tokens
@@ -60,13 +63,15 @@ def tokens_of(source: Checkpoint) -> Tokens:
     listed = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
     if not listed:
         raise BadArtefact(f"{source.folder} names no end-of-sequence token; add eos_token_id to generation_config.json")
+    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in listed):
+        raise BadArtefact(f"{path}: eos_token_id is {eos!r:.60}, wanted the number of a token; correct it")
     return Tokens(image=source.config.image_token_id, image_text=text, eos=listed, pad=source.text.pad_token_id)
 
 
 def processor_files(folder: Path) -> list[Path]:
     """Tokenizer, image processor and chat template, as far as there; BadArtefact where no image can be prepared.
 
-    The image processor is loaded once, as a run will, so that what is unknown to transformers is found here.
+    The image processor is loaded and run once, as a run will, so that one that does not work is found here.
     """
     found = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
     if not {"preprocessor_config.json", "processor_config.json"} & {path.name for path in found}:
@@ -76,14 +81,27 @@ def processor_files(folder: Path) -> list[Path]:
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     try:
-        AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False, backend="pil")
+        made = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False, backend="pil")
     except Exception as e:
-        said = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         raise BadArtefact(
-            f"{folder}: transformers cannot load its image processor ({said}); name one that it knows in "
+            f"{folder}: transformers cannot load its image processor ({_first_line(e)}); name one that it knows in "
             "preprocessor_config.json, or take a newer revision of the checkpoint"
         ) from None
+    try:
+        with np.errstate(all="ignore"):
+            pixels = made(images=[[Image.new("RGB", (64, 48), "gray")]], return_tensors="np")["pixel_values"]
+        if not np.isfinite(pixels).all():
+            raise ValueError("it makes pixels that are no numbers")
+    except Exception as e:
+        raise BadArtefact(
+            f"{folder}: its image processor cannot prepare a grey image ({_first_line(e)}); correct "
+            "preprocessor_config.json or download it again"
+        ) from None
     return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def copy_processor(files: list[Path], target: Path) -> None:

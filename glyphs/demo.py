@@ -47,10 +47,12 @@ def run_demo(out: Path, questions: int = QUESTIONS) -> dict[str, Any]:
     import saccade
     from glyphs.data import held_out_questions
     from glyphs.systems import Comparison
+    from graphs.files import refuse_foreign_folder
     from graphs.plan import Guidance, PruningPlan, keep_for_retention, layer_of
     from graphs.talk import say, track
 
     chosen = json.loads((PAIR / "threshold.json").read_text("utf-8"))
+    refuse_foreign_folder(out, "exports", "pair.bundle")
     out.mkdir(parents=True, exist_ok=True)
     exports = {name: out / "exports" / name for name in ("small", "large", "one-layer")}
     say("exporting the pair, and the small model once more listening to one layer only")

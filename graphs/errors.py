@@ -29,6 +29,10 @@ class UsageError(SaccadeError):
     exit_code = 2
 
 
+class UnaskableQuestion(UsageError):
+    """This question cannot be put to this model, whatever else is asked: others can."""
+
+
 class BadArtefact(SaccadeError):
     """A checkpoint, export folder, bundle, image or data file is missing, broken or tampered with."""
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from graphs.atomic import DISK_FULL, atomic_file, atomic_folder, is_disk_full
-from graphs.errors import BadArtefact
+from graphs.errors import BadArtefact, UsageError
 
 __all__ = [
     "atomic_file",
@@ -19,6 +19,7 @@ __all__ = [
     "digests_of",
     "is_disk_full",
     "path_inside",
+    "refuse_foreign_folder",
     "sha256_of",
     "sha256_of_piece",
     "unreadable",
@@ -82,6 +83,17 @@ def path_inside(folder: Path, name: str) -> Path | None:
         if path.is_symlink():
             return None
     return path
+
+
+def refuse_foreign_folder(folder: Path, *ours: str) -> None:
+    """UsageError where a folder to write results into is a file, or holds things and none of ``ours`` (patterns)."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} exists and is no folder; give another place to write to")
+    if folder.is_dir() and any(folder.iterdir()) and not any(True for name in ours for _ in folder.glob(name)):
+        raise UsageError(
+            f"{folder} is not empty and has no {ours[0]}, so it is none of ours and nothing is written into it; give "
+            "another place"
+        )
 
 
 def unreadable(path: Path, error: OSError, remedy: str) -> BadArtefact:

@@ -216,6 +216,8 @@ def manifest_of(bundle: Path) -> Manifest:
     path = bundle / MANIFEST_FILE
     if not bundle.is_dir():
         what = "is a file" if bundle.exists() else "does not exist"
+        if bundle.suffix == ".saccade" and bundle.is_file():
+            raise BadArtefact(f"{bundle} is a packed bundle; unpack it first: saccade unpack {bundle} -o BUNDLE")
         raise BadArtefact(f"bundle {bundle} {what}; give the folder that saccade build wrote")
     if not path.exists():
         if (bundle / SPEC_FILE).is_file():

@@ -6,6 +6,7 @@ Legend: N questions.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from engines.cascade import Cascade
 from engines.decoder import Keep
 from engines.evaluation.data import Data, Example
 from engines.evaluation.metrics import METRICS
-from graphs.errors import UsageError
+from graphs.errors import UnaskableQuestion, UsageError
 from graphs.talk import say, track
 
 SCHEMA = "saccade.calibration/1"
@@ -74,8 +75,16 @@ def calibrate_bundle(
         raise UsageError(f"{bundle} holds one model, so there is no choice to calibrate; build a bundle of a pair")
     cascade.checked(wanted.keep, None)
     refuse_unwritable(bundle)
-    outcome_of(cascade, data.examples[0], wanted)  # so that no question pays for what is done once
-    outcomes = [outcome_of(cascade, e, wanted) for e in track(data.examples, "asking both models")]
+    with suppress(UnaskableQuestion):
+        outcome_of(cascade, data.examples[0], wanted)  # so that no question pays for what is done once
+    outcomes, bad = [], {}
+    for i, example in enumerate(track(data.examples, "asking both models")):
+        try:
+            outcomes.append(outcome_of(cascade, example, wanted))
+        except UnaskableQuestion as e:
+            bad[i] = data.left_out(example, e)
+    if bad:
+        _refuse_too_few(data := data.without(bad), wanted)
     graded = bool(wanted.metric and METRICS[wanted.metric].graded)
     score_N = np.array([o.score for o in outcomes])
     found = walk(score_N, losses_of(outcomes, data.examples, wanted.metric), wanted.max_loss, wanted.confidence, graded)

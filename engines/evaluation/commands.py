@@ -139,7 +139,9 @@ def in_words(document: dict[str, Any]) -> list[str]:
     metavar="S[,S…]",
     help="Exit thresholds to try. [what each bundle would be run with, a calibrated one where it holds]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the random tokens.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Of the random tokens."
+)
 @tokens_option
 @data_options
 @click.option("--json", "as_json", is_flag=True, help="Print one document, saccade.eval/2.")

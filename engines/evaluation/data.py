@@ -14,6 +14,7 @@ import binascii
 import hashlib
 import io
 import json
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from engines.evaluation.metrics import METRICS
 from engines.images import image_from
 from graphs.errors import BadArtefact, SaccadeError, UsageError
 from graphs.files import unreadable
+from graphs.talk import warn
 
 DATA_URI = "data:image/"
 PLACE = "{question}"
@@ -57,15 +59,34 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """What was read: the examples in their order, and for each bad line what is wrong with it."""
+    """What was read: the examples in their order, and for each bad line what is wrong with it.
+
+    skip_bad: whether what a model cannot be asked is left out too, instead of an error.
+    """
 
     examples: tuple[Example, ...]
     bad: tuple[str, ...]
+    skip_bad: bool = False
 
     @property
     def answered(self) -> bool:
         """Whether right answers are known."""
         return bool(self.examples[0].answers)
+
+    def left_out(self, example: Example, why: SaccadeError) -> str:
+        """What is wrong with an example that a model cannot be asked; BadArtefact where such ones end it all."""
+        said = f"{example.where}: {why}"
+        if not self.skip_bad:
+            raise BadArtefact(f"{said} (--skip-bad goes on without such lines)") from None
+        warn(f"left out: {said}")
+        return said
+
+    def without(self, bad: Mapping[int, str]) -> Data:
+        """The same without the examples at these places; BadArtefact where none is left."""
+        left = tuple(example for i, example in enumerate(self.examples) if i not in bad)
+        if not left:
+            raise BadArtefact(f"no question can be asked, the first: {self.bad + tuple(bad.values())!r:.300}")
+        return replace(self, examples=left, bad=(*self.bad, *bad.values()))
 
     def once(self) -> Data:
         """The same with each distinct example once, at its first place."""
@@ -122,7 +143,7 @@ def data_from_items(
     examples: list[Example] = []
     bad: list[str] = []
     pixels: dict[Path, bytes] = {}  # an image of several questions is decoded once
-    for where, line in islice(items, how.limit):
+    for where, line in islice(items, None if how.limit is None else min(how.limit, sys.maxsize)):
         try:
             example = _example(where, line, folder, how, pixels)
             if examples and bool(example.answers) != bool(examples[0].answers):
@@ -139,7 +160,7 @@ def data_from_items(
     if not examples:
         what = f"{len(bad)} lines and all are bad, the first: {bad[0]}" if bad else "no lines"
         raise BadArtefact(f"{name} has {what}; give questions that can be asked")
-    return Data(tuple(examples), tuple(bad))
+    return Data(tuple(examples), tuple(bad), how.skip_bad)
 
 
 def _example(

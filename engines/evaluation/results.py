@@ -18,11 +18,11 @@ from engines.evaluation.contenders import Contender, opened
 from engines.evaluation.data import Data
 from engines.evaluation.report import write_report
 from engines.evaluation.settings import settings_of
-from engines.evaluation.sweep import Plan, Row, asked_before, rows_of
+from engines.evaluation.sweep import Plan, Row, answered, asked_before, rows_of
 from engines.evaluation.systems import Worths, curves_of, reliability_of, systems_of
 from engines.words import columns
 from graphs.errors import UsageError
-from graphs.files import atomic_file
+from graphs.files import atomic_file, refuse_foreign_folder
 from graphs.talk import say, track
 
 SCHEMA = "saccade.eval/2"
@@ -74,6 +74,7 @@ def evaluate_bundles(
     Returns the document of results.json. Raises UsageError for settings that the bundles cannot be run with, before any
     question is asked.
     """
+    refuse_foreign_folder(out, JOURNAL)
     contenders = opened(bundles, target, threads)
     settings = settings_of(contenders, keeps or [], policies or [], layers or [])
     if thresholds and not any(one.pair for one in contenders):
@@ -83,13 +84,13 @@ def evaluate_bundles(
     targets = tuple(one.target for one in contenders)
     plan = Plan(digests, data.digest, targets, settings, max_new_tokens, seed, threads)
     _say_cut_groups(data)
-    rows = _asked(contenders, data, plan, out / JOURNAL)
+    rows, data = answered(_asked(contenders, data, plan, out / JOURNAL), data)
     worths = Worths.of(rows, data.examples, metric)
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "bundles": [_described(one) for one in contenders],
         "data": data_name,
-        "data_sha256": data.digest,
+        "data_sha256": plan.data,
         "questions": len(data.examples),
         "metric": metric,
         "max_new_tokens": max_new_tokens,
@@ -115,7 +116,7 @@ def _asked(contenders: Sequence[Contender], data: Data, plan: Plan, journal: Pat
     if done:
         say(f"{journal} holds {len(done)} of {len(data.examples)} questions")
     left = len(data.examples) - len(done)
-    fresh = rows_of(contenders, data.examples, plan, journal, len(done))
+    fresh = rows_of(contenders, data, plan, journal, len(done))
     return [*done, *(track(fresh, "asking every setting", left) if left else ())]
 
 

@@ -126,6 +126,11 @@ def _refuse_layers(contenders: Sequence[Contender], layers: Sequence[Layers]) ->
     for wanted in layers:
         if wanted not in there:
             depth, plan = plans[0]
+            if not all(0 < layer < depth for layer in wanted):
+                raise UsageError(
+                    f"nothing can be pruned before {_spelt(wanted)}: this model has {depth} layers, and the first "
+                    f"must see everything; give layers from 1 to {depth - 1}"
+                )
             known = " and ".join(dict.fromkeys(_spelt(before) for before in there))
             fraction = f"--policy {plan.name} --layer-fraction {(wanted[0] + 0.5) / depth:.4g}"
             raise UsageError(

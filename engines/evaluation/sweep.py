@@ -7,6 +7,7 @@ thresholds cost nothing: they only choose between answers that are there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import numpy as np
 
 from engines.answer import Answer, SmallPass
 from engines.evaluation.contenders import Contender
-from engines.evaluation.data import Example
+from engines.evaluation.data import Data, Example
 from engines.evaluation.flops import stage_flops
 from engines.evaluation.journal import Row, appending, opened_journal
 from engines.evaluation.settings import RANDOM, Setting
 from engines.guidance import random_guidance
+from graphs.errors import BadArtefact, UnaskableQuestion
 
 
 @dataclass(frozen=True)
@@ -49,19 +51,30 @@ def asked_before(journal: Path, plan: Plan, examples: Sequence[Example]) -> list
     return opened_journal(journal, plan.header(), examples)
 
 
-def rows_of(
-    contenders: Sequence[Contender], examples: Sequence[Example], plan: Plan, journal: Path, done: int
-) -> Iterator[Row]:
+def rows_of(contenders: Sequence[Contender], data: Data, plan: Plan, journal: Path, done: int) -> Iterator[Row]:
     """Yield a row for each question behind the ``done`` first, each written to the journal when it is done.
 
-    The first of them is asked once before that, so that no question pays for what is done once.
+    The first of them is asked once before that, so that no question pays for what is done once. What cannot be asked
+    is a row that says why.
     """
     with appending(journal, done) as add:
-        row_of(contenders, examples[done], plan, done)
-        for i, example in enumerate(examples[done:], done):
-            row = row_of(contenders, example, plan, i)
+        with suppress(UnaskableQuestion):
+            row_of(contenders, data.examples[done], plan, done)
+        for i, example in enumerate(data.examples[done:], done):
+            try:
+                row = row_of(contenders, example, plan, i)
+            except UnaskableQuestion as e:
+                row = {"digest": example.digest, "small": {}, "large": {}, "bad": data.left_out(example, e)}
             add(row)
             yield row
+
+
+def answered(rows: Sequence[Row], data: Data) -> tuple[list[Row], Data]:
+    """The rows of questions that were answered, with the data of these alone."""
+    bad = {i: row["bad"] for i, row in enumerate(rows) if "bad" in row}
+    if bad and not data.skip_bad:
+        raise BadArtefact(f"{next(iter(bad.values()))} (--skip-bad goes on without such lines)")
+    return [row for row in rows if "bad" not in row], data.without(bad) if bad else data
 
 
 def row_of(contenders: Sequence[Contender], example: Example, plan: Plan, i: int) -> Row:

@@ -47,7 +47,7 @@ from graphs.talk import emit_json, percent, warn
     metavar="K[,K…]",
     help="Layers to cut before. [the bundle's, and with --checkpoint 5, 12.5, 25 and 50 % of the depth]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the split.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Of the split.")
 @tokens_option
 @data_options
 @click.option("--json", "as_json", is_flag=True, help="Print one document, saccade.tune/1.")

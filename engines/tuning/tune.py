@@ -20,11 +20,11 @@ from engines.cascade import Cascade
 from engines.evaluation.contenders import unmetered
 from engines.evaluation.data import Data
 from engines.evaluation.settings import Setting, settings_of
-from engines.evaluation.sweep import Plan, Row, asked_before, rows_of
+from engines.evaluation.sweep import Plan, Row, answered, asked_before, rows_of
 from engines.tuning.front import Asked, System, asked_of, cheapest, front_of, systems_of
 from engines.tuning.layers import cut_before, layers_to_walk, own_layer
 from graphs.errors import UsageError
-from graphs.files import atomic_file
+from graphs.files import atomic_file, refuse_foreign_folder
 from graphs.plan_file import document_of
 from graphs.talk import percent, say, track
 
@@ -77,7 +77,7 @@ class Search:
         with cut_before(self.cascade, self.manifest, self.wanted.checkpoint, layer, self.out) as cascade:
             contenders = [unmetered(self.bundle, self.manifest, cascade)]
             where = "" if layer is None else f", cut before layer {layer}"
-            fresh = rows_of(contenders, data.examples, plan, journal, len(done))
+            fresh = rows_of(contenders, data, plan, journal, len(done))
             return [*done, *track(fresh, f"asking{where}", len(data.examples) - len(done))]
 
 
@@ -88,6 +88,7 @@ def tune_bundle(
 
     Raises UsageError for too few questions and for what the bundle cannot be run with, before any question is asked.
     """
+    refuse_foreign_folder(out, DOCUMENT, PLAN_FILE, "layer-*.jsonl")
     tuned_on, reported_on = halves(data, wanted.seed)
     refuse_too_few(tuned_on, reported_on, wanted.max_loss)
     say(f"{len(tuned_on.examples)} questions to tune on, {len(reported_on.examples)} others to report on")
@@ -100,12 +101,12 @@ def tune_bundle(
     if not wanted.checkpoint:
         say("layers are not walked, for the cut's layer is in the graph; name the large model's --checkpoint for that")
     search, guided = Search(bundle, cascade, manifest, wanted, out), cascade.large.spec.plan.needs_guidance
-    truths = [example.answers for example in tuned_on.examples]
     wholes: list[Asked] = []
     cut: list[Asked] = []
     for layer in layers:
         settings = (everything, *pruned)
-        rows = search.rows(tuned_on, layer, settings, f"layer-{layer}")
+        rows, there = answered(search.rows(tuned_on, layer, settings, f"layer-{layer}"), tuned_on)
+        truths = [example.answers for example in there.examples]
         whole, *others = (asked_of(rows, truths, wanted.metric, layer, setting, guided) for setting in settings)
         wholes.append(whole)
         cut += others
@@ -155,6 +156,7 @@ def reported(
     layer = own_layer(search.cascade.large.spec.plan) if found.layer is None else found.layer
     settings = tuple(dict.fromkeys((everything, setting)))
     rows = search.rows(data, layer, settings, f"chosen-{layer}-{setting.name.replace(' ', '-').replace(':', '-')}")
+    rows, data = answered(rows, data)
     truths = [example.answers for example in data.examples]
     whole, one = (asked_of(rows, truths, search.wanted.metric, layer, s, guided) for s in (everything, setting))
     loss_N = whole.chosen(None)[0] - one.chosen(found.threshold)[0]

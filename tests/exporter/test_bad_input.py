@@ -220,7 +220,24 @@ def test_a_broken_generation_config(refuse, folder):
     assert "generation_config.json" in refuse(folder)
 
 
+@pytest.mark.parametrize("change", [{"image_mean": [0.5, 0.5]}, {"image_std": [0, 0, 0]}, {"image_mean": "x"}])
+def test_an_image_processor_that_does_not_work(refuse, folder, change):
+    edit(folder / "preprocessor_config.json", **change)
+    assert "its image processor cannot" in refuse(folder).replace("cannot load", "cannot")
+
+
+def test_more_layers_than_anything_holds(refuse, folder):
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    edit(folder / "config.json", text_config=text | {"num_hidden_layers": 10**12})
+    assert "num_hidden_layers is 1000000000000, but the files hold" in refuse(folder)
+
+
 # The request
+
+
+def test_a_plan_and_a_policy(saccade_cli, folder, tmp_path):
+    told = saccade_cli("export", folder, "-o", tmp_path / "out", "--plan", tmp_path / "plan.toml", "--policy", "sgl")
+    assert (told.code, "--policy does nothing" in told.stderr) == (2, True)
 
 
 def test_dtypes(refuse, saccade_cli, folder):

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from exporter.checkpoint import checkpoint_from_folder
 from exporter.processor import tokens_of
+from graphs.errors import BadArtefact
 from tests.tiny import tiny_llava
 
 
@@ -46,6 +47,13 @@ def test_a_generation_config_that_names_no_end_is_told(folder: Path, capsys: pyt
     generation(folder, bos_token_id=1)
     assert tokens_of(checkpoint_from_folder(folder)).eos == (2,)
     assert "names no end-of-sequence token, so an answer ends with 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", ["x", [2, None], -1, True])
+def test_an_end_that_is_no_token_is_refused(folder: Path, asked: object) -> None:
+    generation(folder, eos_token_id=asked)
+    with pytest.raises(BadArtefact, match="generation"):
+        tokens_of(checkpoint_from_folder(folder))
 
 
 def test_what_is_asked_for_and_not_done_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,3 +138,17 @@ def test_every_extra_is_in_the_installed_metadata() -> None:
         "openvino",
         "dev",
     }
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-"])
+def test_a_closed_stream_ends_nothing(closed: str) -> None:
+    """As a daemon's are."""
+    code = (
+        "import sys, saccade; from graphs.talk import step;"
+        "saccade.run = lambda: [step('work').__enter__().advance(), sys.stdin.isatty(), print('said')] and 7;"
+        "saccade.main()"
+    )
+    got = subprocess.run(
+        ["/bin/sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code], timeout=60, check=False
+    )
+    assert got.returncode == 7

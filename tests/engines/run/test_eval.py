@@ -165,6 +165,45 @@ def test_a_journal_that_two_runs_wrote_to_is_refused(
     assert (told.code, "another run writes to" in told.stderr) == (2, True)
 
 
+def test_a_question_that_cannot_be_asked_is_named_and_can_be_left_out(
+    saccade_cli: Cli, tiny_bundle: Path, tmp_path: Path, truths: list[str]
+) -> None:
+    data = data_of(tmp_path, truths)
+    lines = data.read_text().splitlines()
+    odd = [json.dumps(json.loads(lines[0]) | {"question": text}) for text in ("<image> red ?", "red ? " * 300)]
+    data.write_text("\n".join([odd[0], *lines[:6], odd[1], *lines[6:]]))
+    ask = ("eval", tiny_bundle, data, "-o", tmp_path / "out", "--keep", "0.5", *COMMON)
+    told = saccade_cli(*ask)
+    assert (told.code, told.stdout) == (3, "")
+    assert f"{data}, line 1: the question holds '<image>'" in told.stderr
+    assert "--skip-bad goes on" in told.stderr
+    told = saccade_cli(*ask, "--skip-bad")
+    assert told.code == 0, told.stderr
+    document = json.loads(told.stdout)
+    assert len(document["bad"]) == 2
+    assert f"{data}, line 8: the prompt is" in document["bad"][1]
+    assert {system["questions"] for system in document["systems"]} == {QUESTIONS}
+    assert saccade_cli(*ask).code == 3, "what was left out before ends a run that leaves nothing out"
+    promise = ("--max-loss", 0.5, "--confidence", 0.5, "--skip-bad", "--max-new-tokens", 2, "--json")
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "own.bundle")
+    found = json.loads(saccade_cli("calibrate", bundle, data, *promise).stdout)
+    assert (found["calibration"]["questions"], len(found["bad"])) == (QUESTIONS, 2)
+
+
+def test_nothing_is_written_among_things_that_are_none_of_ours(
+    saccade_cli: Cli, tiny_bundle: Path, tmp_path: Path, truths: list[str]
+) -> None:
+    data, out = data_of(tmp_path, truths), tmp_path / "mine"
+    out.mkdir()
+    (out / "report.html").write_text("mine")
+    for verb in (("eval",), ("tune", "--max-loss", 0.5)):
+        for place, words in ((out, "none of ours"), (out / "report.html", "is no folder")):
+            told = saccade_cli(verb[0], tiny_bundle, data, "-o", place, *verb[1:])
+            assert (told.code, words in told.stderr) == (2, True), told.stderr
+    assert [path.name for path in out.iterdir()] == ["report.html"]
+    assert (out / "report.html").read_text() == "mine"
+
+
 def test_what_was_calibrated_since_is_evaluated_and_the_answers_stay(
     saccade_cli: Cli, tiny_bundle: Path, tmp_path: Path, truths: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +232,8 @@ def test_what_was_calibrated_since_is_evaluated_and_the_answers_stay(
         (("--policy", "fastv"), "--role large --policy fastv, then saccade build SMALL LARGE"),
         (("--policy", "none such"), "--plan FILE"),
         (("--layer", "2"), "before layer 2, these do before layer 1; make one"),
+        (("--layer", "99"), "this model has 3 layers, and the first must see everything; give layers from 1 to 2"),
+        (("--seed", "-1"), "-1 is not in the range"),
         (("--layer", "2"), "--policy sgl --layer-fraction 0.8333"),
         (("--layer", "first"), "is no layer"),
         (("--keep", "2"), "(0, 1]"),
