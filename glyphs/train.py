@@ -40,7 +40,7 @@ MEMORY = {
 
 
 class Trainer:
-    """Model, cell head, optimiser and step; `save` and `restore` carry all of it."""
+    """Model, cell head, optimiser, step, and whether it is enough (done); `save` and `restore` carry all of it."""
 
     def __init__(self, plan: Plan, run: Path = RUN):
         self.plan, self.file = plan, run / f"{plan.name}.pt"
@@ -56,7 +56,7 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(
             [{"params": group} for group in groups], betas=(0.9, 0.98), weight_decay=0.05
         )
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.done = 0, 0.0, False
         self.tokenizer = new_tokenizer()
         words = [*map(str, range(10)), *NAMES]
         self.keywords = {self.tokenizer.convert_tokens_to_ids(word): i for i, word in enumerate(words)}
@@ -125,7 +125,7 @@ class Trainer:
     def save(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         state = dict(model=self.model.state_dict(), head=self.head.state_dict(), optimiser=self.optimiser.state_dict())
-        state |= dict(step=self.step, seconds=self.seconds, torch_rng=torch.get_rng_state())
+        state |= dict(step=self.step, seconds=self.seconds, done=self.done, torch_rng=torch.get_rng_state())
         part = self.file.with_suffix(".part")
         torch.save(state, part)
         part.replace(self.file)
@@ -136,7 +136,7 @@ class Trainer:
         state = torch.load(self.file, weights_only=True)
         for name in ("model", "head", "optimiser"):
             getattr(self, name).load_state_dict(state[name])
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.done = state["step"], state["seconds"], state.get("done", False)
         torch.set_rng_state(state["torch_rng"])
         return True
 
@@ -149,7 +149,7 @@ def train(plan: Plan, run: Path = RUN, folder: Path = PAIR) -> None:
         print(f"{plan.name}: going on at step {trainer.step}", flush=True)
     mark = saved = shown = time.monotonic()
     cells, answers = [], []
-    while trainer.step < plan.steps:
+    while trainer.step < plan.steps and not trainer.done:
         c, a = trainer.train_step()
         cells.append(c)
         answers.append(a)
@@ -159,9 +159,6 @@ def train(plan: Plan, run: Path = RUN, folder: Path = PAIR) -> None:
             means = float(np.mean(cells)), float(np.mean(answers))
             print(progress(trainer, *means, (now - shown) / len(cells)), flush=True)
             cells, answers, shown = [], [], now
-        if now - saved > 60:
-            trainer.save()
-            saved = now
         if trainer.step in plan.ends or (
             plan.at(trainer.step - 1)[0].stride and trainer.step % plan.validate_every == 0
         ):
@@ -170,8 +167,10 @@ def train(plan: Plan, run: Path = RUN, folder: Path = PAIR) -> None:
                 f"{plan.name} step {trainer.step} held-out " + " ".join(f"{k} {v:.3f}" for k, v in scores.items()),
                 flush=True,
             )
-            if scores["all"] >= plan.enough:
-                break
+            trainer.done = scores["all"] >= plan.enough
+        if now - saved > 60:  # behind the validation, so that a run which goes on does not miss this step's
+            trainer.save()
+            saved = now
     trainer.save()
     images = sum(plan.at(step)[0].images for step in range(trainer.step))
     save_checkpoint(trainer.model.eval(), folder / plan.name)

@@ -1,5 +1,6 @@
 """Training: packing several questions changes nothing, stopping and going on changes nothing."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from glyphs import packed
 from glyphs.plan import PLANS, Stage
 from glyphs.tower_start import position_code, turn
-from glyphs.train import Trainer
+from glyphs.train import Trainer, train
 from glyphs.train_data import IGNORE, pack, training_batch
 
 TINY = replace(
@@ -90,6 +91,18 @@ def test_going_on_gives_the_same_weights_as_never_stopping(tmp_path):
         second.train_step()
     for a, b in zip(straight.parameters, second.parameters, strict=False):
         assert torch.equal(a, b)
+
+
+def test_what_stopped_early_stays_stopped(tmp_path):
+    """The same command again trains no step more and writes the same weights."""
+    plan = replace(TINY, enough=0.0, validate_every=2, validate_on=4)
+    runs = []
+    for _ in range(2):
+        train(plan, tmp_path / "run", tmp_path / "out")
+        record = json.loads((tmp_path / "out" / "small" / "training.json").read_text())
+        runs.append((record["steps"], (tmp_path / "out" / "small" / "model.safetensors").read_bytes()))
+    assert runs[0] == runs[1]
+    assert runs[0][0] < plan.steps
 
 
 def test_a_late_layer_starts_as_the_identity(trainer):
