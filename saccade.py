@@ -43,6 +43,7 @@ WITHOUT_TORCH = {"run", "chat", "calibrate", "eval"}
 
 # built-in questions → the function of their number that makes them, as mappings with the keys of a JSONL line
 QUESTIONS = {"glyphs": "glyphs.data:held_out_records"}
+EVAL_QUESTIONS = {"glyphs": "glyphs.data:eval_records"}  # others than a threshold is calibrated on
 
 # public name → where it lives
 PUBLIC = {
@@ -139,12 +140,15 @@ def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     callback=_show_version,
     help="Show the version and exit.",
 )
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """A small vision-language model looks at everything and says where to look; a large one looks there only.
 
     Results go to stdout, progress and warnings to stderr. Exit codes: 0 done, 1 the operation
     failed, 2 usage, 3 the artefact is bad, 4 this machine lacks the backend.
     """
+    if ctx.invoked_subcommand == "eval":
+        ctx.obj = EVAL_QUESTIONS
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ from engines.evaluation.systems import Worths, curves_of, reliability_of, system
 from engines.words import columns
 from graphs.errors import UsageError
 from graphs.files import atomic_file, refuse_foreign_folder
-from graphs.talk import say, track
+from graphs.talk import say, track, warn
 
 SCHEMA = "saccade.eval/2"
 JOURNAL = "answers.jsonl"
@@ -76,6 +76,9 @@ def evaluate_bundles(
     """
     refuse_foreign_folder(out, JOURNAL)
     contenders = opened(bundles, target, threads)
+    for one in contenders:
+        if any(found.data_sha256 == data.once().digest for found in one.manifest.calibrations):
+            warn(f"{one.path} was calibrated on these very questions; ask others, to learn what its threshold is worth")
     settings = settings_of(contenders, keeps or [], policies or [], layers or [])
     if thresholds and not any(one.pair for one in contenders):
         raise UsageError("this bundle holds one model, so --threshold does nothing; leave it out")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from glyphs.checkpoint import new_tokenizer
-from glyphs.data import KINDS, NAMES, held_out_questions, questions_of
+from glyphs.data import KINDS, NAMES, eval_records, held_out_questions, held_out_records, questions_of
 from glyphs.scenes import MIN_STEP_X, PATCH, SIDE, SIZES, TRAIN_SCANS, draw, sample_scenes, scans
 from glyphs.train_data import NO_DIGIT, cells_of
 
@@ -29,6 +29,12 @@ def test_first_questions_do_not_depend_on_how_many_follow():
     for a, b in zip(held_out_questions(5), held_out_questions(9), strict=False):
         assert (a.image.tobytes(), a.question, a.answer) == (b.image.tobytes(), b.question, b.answer)
     assert held_out_questions(1, seed=1)[0].image.tobytes() != held_out_questions(1, seed=0)[0].image.tobytes()
+
+
+def test_what_is_evaluated_is_not_what_was_calibrated():
+    ours, theirs = ({r["image"].tobytes() for r in made(40)} for made in (held_out_records, eval_records))
+    assert len(ours) == len(theirs) == 40
+    assert not ours & theirs
 
 
 def test_kinds_take_turns_and_images_are_square():

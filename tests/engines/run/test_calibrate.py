@@ -327,6 +327,20 @@ def test_a_bundle_of_one_model_has_no_choice(saccade_cli: Cli, tiny_pair: TinyPa
     assert "one model" in told.stderr
 
 
+def test_eval_warns_where_it_asks_what_the_threshold_was_found_on(
+    saccade_cli: Cli, bundle: Path, tmp_path: Path
+) -> None:
+    """The built-in questions are others for `eval`, so it has nothing to warn of there."""
+    few, said = ("--max-new-tokens", 2, "--threads", 1), "calibrated on these very questions"
+    data = data_of(tmp_path, ["nothing"] * QUESTIONS)
+    for asked, warned in ((data, True), ("glyphs", False)):
+        number = ("--questions", QUESTIONS)
+        assert saccade_cli("calibrate", bundle, asked, *PROMISE, *number).code == 0
+        told = saccade_cli("eval", bundle, asked, *few, *number, "-o", tmp_path / f"out-{warned}")
+        assert told.code == 0, told.stderr
+        assert (said in told.stderr) == warned
+
+
 def test_bad_lines_are_counted_and_built_in_questions_are_asked(saccade_cli: Cli, bundle: Path, tmp_path: Path) -> None:
     data = data_of(tmp_path, None)
     data.write_text(data.read_text() + "\n{")
