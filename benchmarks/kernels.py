@@ -3,11 +3,11 @@
 Legend: B batch, H query heads, V key-value heads, S rows, T keys, C rows of a cache's buffer, D head width, G guide
 rows, K kept rows.
 
-The peers: softmax over the guide rows' map, summed, in fp32 sums; torch.topk, sorted again; a gather; and the last two
-in a row, as a prune point has them. A call is timed over many launches between two CUDA events, its inputs as they lie
-(in the L2 cache where they fit, for both alike); the median of repeats counts. The copy's bandwidth is the limit:
-GB_per_s are the bytes that a call has to read and write at least, once each. One JSON document goes to stdout and to
-``benchmarks/results/kernels_<device>.json``.
+The peers: softmax over the guide rows' map, summed, in fp32 sums; torch.topk, sorted again; gather or index_select,
+whichever is faster; and the last two in a row, as a prune point has them. A call is timed over many launches between
+two CUDA events, its inputs as they lie (in the L2 cache where they fit, for both alike); the median of repeats
+counts. The copy's bandwidth is the limit: GB_per_s are the bytes that a call has to read and write at least, once
+each. One JSON document goes to stdout and to ``benchmarks/results/kernels_<device>.json``.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ def measure() -> dict[str, Any]:
             "repeats": REPEATS,
             "launches_per_repeat": LAUNCHES,
             "statistic": "median over repeats",
+            "small_cases": "launch-bound: Python launches each call, and where the work is short that is timed",
         },
         "copy_GB_per_s": round(bandwidth, 1),
         "results": rows,
@@ -205,8 +206,21 @@ def selection_rows(bandwidth: float) -> list[dict[str, Any]]:
     return rows
 
 
+def gathered(x: Any, at: Any) -> Any:
+    """A peer of CompactRows: [1,K,D] of x [1,S,D] by indices at [1,K]."""
+    return x.gather(1, at[..., None].expand(1, at.shape[1], x.shape[2]))
+
+
+def selected(x: Any, at: Any) -> Any:
+    """The other one."""
+    return x.index_select(1, at[0])
+
+
+GATHERS: dict[str, Callable[[Any, Any], Any]] = {"gather": gathered, "index_select": selected}
+
+
 def compaction_rows(bandwidth: float) -> list[dict[str, Any]]:
-    """CompactRows beside torch.gather."""
+    """CompactRows beside the faster of torch's two gathers."""
     import torch
 
     from plugins.kernels.launch_torch import run
@@ -215,17 +229,16 @@ def compaction_rows(bandwidth: float) -> list[dict[str, Any]]:
     for count, kept, width in HIDDEN:
         x = torch.randn(1, count, width, device=DEVICE, dtype=torch.float16)
         at = torch.randperm(count, device=DEVICE)[:kept].sort().values[None]
-        column = at[..., None].expand(1, kept, width)
         kernel_us = median_us(partial(run, "CompactRows", (x, at)))
-        peer_us = median_us(partial(x.gather, 1, column))
+        peer_us, peer = min((median_us(partial(gather, x, at)), name) for name, gather in GATHERS.items())
         sizes = {"S": count, "K": kept, "width": width}
         moved = 2 * kept * width * x.element_size() + 8 * kept
-        rows.append(row("CompactRows", sizes, kernel_us, "gather", peer_us, moved, bandwidth))
+        rows.append(row("CompactRows", sizes, kernel_us, peer, peer_us, moved, bandwidth))
     return rows
 
 
 def prune_point_rows(bandwidth: float) -> list[dict[str, Any]]:
-    """KeepTopK and CompactRows behind each other, beside topk, sort and gather."""
+    """KeepTopK and CompactRows behind each other, beside topk, sort and the faster gather."""
     import torch
 
     from plugins.kernels.launch_torch import run
@@ -240,12 +253,14 @@ def prune_point_rows(bandwidth: float) -> list[dict[str, Any]]:
         def kernels(x: Any = x, score: Any = score, is_visual: Any = is_visual, keep: Any = keep) -> Any:
             return run("CompactRows", (x, run("KeepTopK", (score, is_visual, keep))))
 
-        def peer(x: Any = x, score: Any = score, kept: int = kept) -> Any:
-            return x.gather(1, top_rows(score, kept)[..., None].expand(1, kept, x.shape[2]))
+        def peer(gather: Callable[[Any, Any], Any], x: Any = x, score: Any = score, kept: int = kept) -> Any:
+            return gather(x, top_rows(score, kept))
 
         sizes = {"S": count, "K": kept, "width": width}
         moved = 5 * count + 16 * kept + 2 * kept * width * x.element_size()
-        timed = median_us(kernels), "topk, sort, gather", median_us(peer)
+        kernel_us = median_us(kernels)
+        peer_us, name = min((median_us(partial(peer, gather)), name) for name, gather in GATHERS.items())
+        timed = kernel_us, f"topk, sort, {name}", peer_us
         rows.append(row("KeepTopK, CompactRows", sizes, *timed, moved, bandwidth))
     return rows
 
