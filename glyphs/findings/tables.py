@@ -34,6 +34,7 @@ TABLES: dict[str, Callable[[Document], list[str]]] = {
         tables_rest.overlap,
         tables_rest.areas,
         tables_rest.area_tests,
+        tables_rest.above_random,
         tables_rest.curves,
         tables_rest.star,
         tables_rest.star_tests,

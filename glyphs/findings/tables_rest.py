@@ -61,6 +61,20 @@ def area_tests(document: Document) -> list[str]:
     return table(["difference of areas, points", *(f"large at {c}" for c in columns)], rows)
 
 
+def above_random(document: Document) -> list[str]:
+    """How far a score's area lies above that of a random exit, points, for each small model in turn."""
+    columns = list(dict.fromkeys(r["large"] for r in document["exits"]["rows"]))
+    rows = []
+    for score in ("S", "S_confidence", "S_consistency", "S_consistency at 35%", "entropy", "quantile 0"):
+        cells = []
+        for large in columns:
+            of = [{r["score"]: r["area"] for r in exit_rows(document, small, large)} for small in runs(document)]
+            above = [points(areas[score] - areas["random"]) for areas in of]
+            cells.append(" / ".join(above))
+        rows.append([score, *cells])
+    return table(["area above a random exit, points, by seed", *(f"large at {c}" for c in columns)], rows)
+
+
 def curves(document: Document) -> list[str]:
     """Accuracy over the share of calls, shipped pair."""
     rows = []
@@ -87,7 +101,10 @@ def star_tests(document: Document) -> list[str]:
     rows = []
     for against in dict.fromkeys(t["against"] for t in document["star"]["tests"]):
         here = {t["retention"]: t for t in document["star"]["tests"] if t["against"] == against}
-        cells = [points(here[b]["difference"]) + "*" * (here[b]["p_holm"] < SIGNIFICANT) for b in budgets]
+        cells = [
+            points(here[b]["difference"]) + "*" * (here[b]["p_holm"] < SIGNIFICANT) if b in here else ""
+            for b in budgets
+        ]
         rows.append([f"both stages − {against}", *cells])
     return table(["difference", *(f"{b:.4g}" for b in (100 * b for b in budgets))], rows)
 

@@ -108,7 +108,10 @@ def test_a_draw_in_two_stages_keeps_the_best_of_the_draw(work):
 
 @pytest.mark.parametrize("budget", FIRST)
 def test_every_way_spends_the_budget_and_no_more(budget):
-    for shape in shapes(budget).values():
+    for name, shape in shapes(budget).items():
+        if name.endswith("a token more"):
+            assert budget < shape.retention(24, 144) < budget + 0.1 / 144
+            continue
         assert budget - 1.1 / 144 < shape.retention(24, 144) <= budget
         assert shape.counts(24, 144)[1] <= shape.counts(24, 144)[0]
 
