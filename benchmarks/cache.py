@@ -29,7 +29,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from benchmarks.figures import cpu, instructions, keep
+from benchmarks.figures import commit, cpu, instructions, keep
 from graphs.lowering.in_place import CacheInPlace
 from graphs.lowering.one_row import OneRow
 from graphs.ops import DOMAIN, OPS
@@ -168,6 +168,7 @@ def main(threads: int, repeats: int, clock: str) -> None:
     document = {
         "schema": "saccade.cache-benchmark/1",
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
         "cpu": cpu(),
         "instructions": instructions(),
         "onnxruntime": ort.__version__,

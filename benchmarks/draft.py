@@ -22,6 +22,7 @@ import click
 import numpy as np
 
 from benchmarks.draft_words import RESULTS, publish
+from benchmarks.figures import commit
 from engines.answer import Answer, SmallPass
 from engines.cascade import Cascade
 from engines.draft import padded, with_draft
@@ -86,6 +87,7 @@ def measure(questions: int, threads: int | None, beside: str) -> dict[str, Any]:
             "python": platform.python_version(),
             "onnxruntime": metadata.version("onnxruntime"),
             "precision": "float32",
+            "commit": commit(),
             "date_utc": datetime.now(UTC).date().isoformat(),
             "questions": questions,
             "threshold": shipped["threshold"],

@@ -9,6 +9,8 @@ import json
 import os
 import platform
 import re
+import shutil
+import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +19,8 @@ from typing import Any
 
 from graphs.files import atomic_file
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 # What decides which kernels run, the widest last: without these names two machines' figures do not compare.
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
@@ -46,6 +49,7 @@ def conditions(shape: str, rounds: int, asks: int, tokens: int, threads: int, no
         "threads": threads,
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in ("torch", "transformers", "onnxruntime")},
+        "commit": commit(),
         "date_utc": datetime.now(UTC).date().isoformat(),
         "rounds": rounds,
         "asks_a_round": asks,
@@ -54,6 +58,23 @@ def conditions(shape: str, rounds: int, asks: int, tokens: int, threads: int, no
         "load_before": round(os.getloadavg()[0], 2),
         "note": note,
     }
+
+
+def commit() -> str:
+    """The source tree's commit, with "+" where anything but results and pages differs from it; "" outside of git."""
+    beside = (":!benchmarks/results", ":!docs", ":!README.md")
+    told = [git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--", ".", *beside)]
+    return told[0] + ("+" if told[0] and told[1] else "")
+
+
+def git(*words: str) -> str:
+    """What git says of this source tree, "" where it fails or is not there."""
+    try:
+        return subprocess.run(
+            [shutil.which("git") or "git", *words], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def spread(values: list[float]) -> list[float]:

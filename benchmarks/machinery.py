@@ -30,7 +30,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.figures import conditions, keep, spread
-from benchmarks.peers.process import Pythons, made
+from benchmarks.peers.making import made
+from benchmarks.peers.process import Pythons
 from benchmarks.shapes import IMAGE, QUESTION
 from engines.cascade import Cascade
 from engines.decoder import Chunk
@@ -66,7 +67,8 @@ def main(work: Path, target: str, precision: str, rounds: int, threads: int, not
     steps = times.pop("guided steps")
     document = {
         "schema": SCHEMA,
-        "conditions": conditions(SHAPE, rounds, 1, TOKENS, threads, note) | {"target": target, "precision": precision},
+        "conditions": conditions(SHAPE, rounds, 1, TOKENS, threads, note)
+        | {"target": target, "precision": precision, "runtime": Pythons().runtimes()},
         "ms": {name: spread(values) for name, values in times.items()},
         "guided_steps": spread(steps),
         "ratios": ratios(times, median(steps), layers, layer) | long_cache(plain.large, rounds, threads),

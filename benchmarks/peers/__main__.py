@@ -14,7 +14,8 @@ from typing import Any
 import click
 
 from benchmarks.figures import conditions, keep, spread
-from benchmarks.peers.process import Pythons, Worker, made
+from benchmarks.peers.making import made, seconds_file
+from benchmarks.peers.process import Pythons, Worker
 from benchmarks.peers.systems import SYSTEMS, System
 from benchmarks.peers.table import table_of
 from benchmarks.shapes import IMAGE, SHAPES
@@ -59,7 +60,7 @@ def main(
     """Measure, print, write."""
     pythons = Pythons(runtime_python, peers_python, ort_genai_python)
     chosen, skipped = ready(only, pythons, work, shape, scratch)
-    versions = pythons.versions()
+    versions, runtimes = pythons.versions(), pythons.runtimes()
     out: dict[str, dict[str, Any]] = {
         s.name: {"system": s, "open_ms": [], "peak_bytes": 0, "asked": []} for s in chosen
     }
@@ -82,7 +83,7 @@ def main(
                 del out[title]
     document = {
         "schema": SCHEMA,
-        "conditions": conditions(shape, rounds, asks, tokens, threads, note) | {"peers": versions},
+        "conditions": conditions(shape, rounds, asks, tokens, threads, note) | {"runtime": runtimes, "peers": versions},
         "systems": [row_of(title, found, folder) for title, found in out.items()],
         "skipped": skipped,
     }
@@ -119,7 +120,7 @@ def row_of(name: str, found: dict[str, Any], folder: Path) -> dict[str, Any]:
         "decode_ms_per_token": [a["decode_ms"] / (a["tokens"] - 1) for a in asked if a["tokens"] > 1],
         "open_ms": found["open_ms"],
     }
-    made_in = folder / f"{found['system'].made}.seconds.json"
+    made_in = seconds_file(folder / found["system"].made)
     return {
         "name": name,
         **{part: spread(values) for part, values in parts.items() if values},

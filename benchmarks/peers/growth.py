@@ -49,7 +49,7 @@ def main(
     """Measure, print, write."""
     pythons = Pythons(runtime_python, peers_python, ort_genai_python)
     chosen, skipped = ready(only, pythons, work, SHAPE)
-    versions = pythons.versions()
+    versions, runtimes = pythons.versions(), pythons.runtimes()
     counts = [count for count in GRIDS if count <= most]
     found: dict[str, dict[int, list[dict[str, Any]]]] = {s.name: {count: [] for count in counts} for s in chosen}
     for round_ in range(rounds):
@@ -78,7 +78,7 @@ def main(
     ]
     document = {
         "schema": SCHEMA,
-        "conditions": conditions(SHAPE, rounds, 1, 1, threads, note) | {"peers": versions},
+        "conditions": conditions(SHAPE, rounds, 1, 1, threads, note) | {"runtime": runtimes, "peers": versions},
         "systems": rows_,
         "skipped": skipped,
     }

@@ -1,28 +1,20 @@
-"""Making what a system runs from, and the process it runs in."""
+"""The process that a system runs in, and the Pythons there are."""
 
 from __future__ import annotations
 
-import filecmp
 import json
 import os
-import shlex
 import subprocess
 import sys
-import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
-import click
+from benchmarks.figures import ROOT
+from benchmarks.peers.systems import Python, System
+from benchmarks.shapes import QUESTION
 
-from benchmarks.peers.systems import MADE, Python, System, plans
-from benchmarks.shapes import LAYERS, QUESTION, SHAPES
-
-ROOT = Path(__file__).parents[2]
-PAIR = ROOT / "glyphs" / "pair"
 PEER_PACKAGES: dict[Python, tuple[str, ...]] = {
     "peers": ("openvino", "openvino-genai", "optimum-intel"),
     "ort-genai": ("onnxruntime-genai", "mobius-onnx"),
@@ -30,77 +22,14 @@ PEER_PACKAGES: dict[Python, tuple[str, ...]] = {
 VERSIONS = """import importlib.metadata as m, json, sys
 found = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in m.distributions()}
 print(json.dumps({name: found[name] for name in sys.argv[1:] if name in found}))"""
-KEEP = 0.3217  # behind layer 1 of 24: (0.35 · 24 − 1) / 23
-
-
-def made(name: str, folder: Path, shape: str, python: str, scratch: Path | None = None) -> str:
-    """Make what a system runs from, where it is not there; what went wrong, or "".
-
-    scratch: where exports lie while they are built from; None: beside the systems, where they stay for the next one.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if shape in SHAPES:
-        if not (folder / "checkpoint").exists():
-            SHAPES[shape](folder / "checkpoint")
-        for plan, text in plans(LAYERS[shape]).items():
-            (folder / f"{plan}.toml").write_text(text)
-    if not (folder / name).exists():
-        with TemporaryDirectory(dir=scratch) if scratch else nullcontext(folder) as exports:
-            if why := _run(name, folder, Path(exports), python):
-                return why
-    share_weights(folder / name, folder / "checkpoint")
-    return ""
-
-
-def _run(name: str, folder: Path, exports: Path, python: str) -> str:
-    """Run the commands of a line of ``MADE``, but for exports that are there; what went wrong, or ""."""
-    places = {
-        "checkpoint": folder / "checkpoint",
-        "work": folder,
-        "exports": exports,
-        "pair": PAIR,
-        "keep": KEEP,
-        "saccade": f"{sys.executable} -m saccade",
-        "optimum": Path(python).parent / "optimum-cli",
-        "mobius": Path(python).parent / "mobius",
-        "python": python,
-    }
-    log, seconds = folder / f"{name}.log", []
-    for command in MADE[name]:
-        words = shlex.split(command.format(**places))
-        if "-o" in words and Path(words[words.index("-o") + 1]).exists():
-            continue
-        click.echo(" ".join(words), err=True)
-        start = time.perf_counter()
-        with log.open("a") as file:
-            # A peer's command may be a module of ours; no results hold this machine's paths.
-            environment = os.environ | {"PYTHONPATH": str(ROOT)}
-            if subprocess.run(words, stdout=file, stderr=file, env=environment, check=False).returncode:
-                last = log.read_text(errors="replace").strip().splitlines()[-1]
-                return f"{Path(words[0]).name} failed: {last.replace(f'{folder}/', '')[:200]}"
-        seconds.append(round(time.perf_counter() - start, 1))
-    (folder / f"{name}.seconds.json").write_text(json.dumps(seconds))
-    return ""
-
-
-def share_weights(folder: Path, checkpoint: Path) -> None:
-    """Turn files below ``folder`` that repeat a weight file of the checkpoint into hard links to it."""
-    if folder.resolve() == checkpoint.resolve():
-        return
-    for own in checkpoint.glob("*.safetensors"):
-        for copy in folder.rglob(own.name):
-            there = copy.stat().st_dev == own.stat().st_dev
-            if there and not copy.samefile(own) and filecmp.cmp(own, copy, shallow=False):
-                link = copy.with_suffix(".link")
-                link.unlink(missing_ok=True)
-                link.hardlink_to(own)
-                link.replace(copy)
+RUN_BY = ("onnxruntime", "openvino")  # what a bundle runs on
 
 
 class Worker:
     """A system in a process of its own. open_ms: what opening took. peak_bytes: most resident memory so far."""
 
     def __init__(self, system: System, python: str, folder: Path, threads: int) -> None:
+        threads = system.threads or threads
         self._log = folder / f"{system.made}.worker.log"
         # A peer's own Python must find its own packages first, and of ours nothing but this one.
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
@@ -176,6 +105,10 @@ class Pythons:
         for which, packages in PEER_PACKAGES.items():
             found |= self.installed(which, *packages)
         return found
+
+    def runtimes(self) -> dict[str, str]:
+        """Of what bundles run on, in the interpreter that runs them."""
+        return self.installed("runtime", *RUN_BY)
 
     def installed(self, which: Python, *packages: str) -> dict[str, str]:
         """The versions of packages that an interpreter has; none where it was not given."""

@@ -5,7 +5,8 @@ anew, with a pause in front of each: so what else the machine does meets all ali
 who waits for one. Without the pause a runtime's threads, which spin on for some milliseconds, are a load for the next
 system, always the same one in an order that only turns, and every system's threads are awake already.
 The threshold is calibrated on other questions than are asked here.
-OpenVINO GenAI is not among them: it prepares LLaVA's images in its own way, and of the pair's answers 1 in 8 is right.
+OpenVINO GenAI is not among them: it prepares LLaVA's images in its own way, and few of the pair's answers came out
+right when that was tried (no result is kept).
 Results: benchmarks/results/MACHINE/questions.json.
 """
 
@@ -22,7 +23,8 @@ import click
 import numpy as np
 
 from benchmarks.figures import conditions, keep, spread
-from benchmarks.peers.process import Pythons, Worker, made
+from benchmarks.peers.making import made
+from benchmarks.peers.process import Pythons, Worker
 from benchmarks.peers.systems import QUESTIONS
 
 SHAPE, SCHEMA, TOKENS = "glyphs", "saccade.benchmark.questions/1", 16
@@ -67,7 +69,7 @@ def main(
     document = {
         "schema": SCHEMA,
         "conditions": conditions(SHAPE, 1, questions, TOKENS, threads, note)
-        | {"questions": questions, "pause_s": PAUSE_S, "peers": pythons.installed("runtime", "openvino")},
+        | {"questions": questions, "pause_s": PAUSE_S, "runtime": pythons.runtimes()},
         "systems": [
             {
                 "name": name,

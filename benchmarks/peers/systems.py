@@ -10,13 +10,17 @@ Python = Literal["runtime", "torch", "peers", "ort-genai"]
 
 @dataclass(frozen=True)
 class System:
-    """made: a line of ``MADE``; the folder it runs from. python: whose interpreter. options: of the runtime's class."""
+    """made: a line of ``MADE``; the folder it runs from. python: whose interpreter. options: of the runtime's class.
+
+    threads: its own number instead of the run's.
+    """
 
     name: str
     runtime: str
     made: str
     python: Python = "runtime"
     options: dict[str, Any] = field(default_factory=dict)
+    threads: int | None = None
 
 
 # Folder → the commands that make it, in order. {checkpoint} {work} {exports} {saccade} {optimum} {python} {mobius}
@@ -151,6 +155,7 @@ QUESTIONS = (
         options={"target": "openvino"},
     ),
     System("transformers generate: large", "transformers", "large", "torch", {"dtype": "float32"}),
+    System("transformers generate: large, 1 thread", "transformers", "large", "torch", {"dtype": "float32"}, 1),
 )
 
 SYSTEMS = {system.name: system for system in (*OURS, *PEERS)}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import RESULTS
+from benchmarks.peers.systems import MADE, SYSTEMS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "peers.md"
@@ -55,7 +56,10 @@ INTRODUCTION = """# Beside peers
 Made by `python -m benchmarks.peers.table` out of `benchmarks/results/`.
 Medians of an interleaved run, with (least–most) of as many questions as are told. Threads are what was asked for;
 models of up to 16 MiB of weights, as the pair's are, take one since 22 November 2026. Figures of two machines are
-not of one run, and the EPYC's of `cpu` are of the code before that day ([LOG](../benchmarks/LOG.md))."""
+not of one run, and the EPYC's of `cpu` are of the code before that day ([LOG](../benchmarks/LOG.md)). The Xeon's shape
+(b) is from before the small maps were made whole and the one arena. Vision of OpenVINO GenAI contains the preparation
+of the image, that of no other system does. ONNX Runtime GenAI's steps of 21 and 22 November were taken while Python
+read its log. Made in s: all commands; "build alone" where the export was there and its time was not kept."""
 
 MACHINERY = ("cpu-fp32", "openvino-fp32", "openvino-bf16")
 
@@ -70,13 +74,20 @@ def table_of(document: Document, only: Sequence[str] | None = None) -> list[str]
         if only is None or row["name"] in only:
             cells = [cell(row.get(key)) for key, _ in COLUMNS]
             sizes = [f"{row[key] / 1e9:.2f}" for key in ("peak_bytes", "disk_bytes")]
-            made = f"{sum(row['made_in_s']):.0f}" if row["made_in_s"] else ""
             lines.append(
-                f"| {row['name']} | " + " | ".join([*cells, number(row["first_open_ms"]), *sizes, made]) + " |"
+                f"| {row['name']} | " + " | ".join([*cells, number(row["first_open_ms"]), *sizes, made_of(row)]) + " |"
             )
     if only is None:
         lines += ["", *(f"- {name}: not measured ({why})" for name, why in document["skipped"].items())]
     return lines
+
+
+def made_of(row: Document) -> str:
+    """Seconds to make it. Older results have those of the last command alone where the export was there already."""
+    seconds, system = row["made_in_s"], SYSTEMS.get(row["name"])
+    if not seconds:
+        return ""
+    return f"{sum(seconds):.0f}" + (", build alone" if system and len(seconds) < len(MADE[system.made]) else "")
 
 
 def short_of(documents: Sequence[Document]) -> list[str]:
@@ -158,13 +169,17 @@ def conditions_of(document: Document, asked: str = "") -> str:
     of = document["conditions"]
     note = f", {of['note']}" if of["note"] else ""
     has = f" ({', '.join(of['instructions'])})" if "instructions" in of else ""
-    peers = "".join(f", {name} {version}" for name, version in of.get("peers", {}).items())
+    ours, theirs = of.get("runtime", {}), of.get("peers", {})
+    both = {name: f"{ours[name]} (saccade's), {theirs[name]} (peers')" for name in ours if name in theirs}
+    peers = "".join(f", {name} {version}" for name, version in (ours | theirs | both).items() if name != "onnxruntime")
+    commit = f"commit {of['commit']}; " if of.get("commit") else ""
     count = of["rounds"] * of["asks_a_round"]
     asked = asked or f"{count} question{'s' if count > 1 else ''} of each"
     return (
         f"{cpu_of(document)}{has}, {of['threads']} threads of {of['cores']} cores{note}; {of['date_utc']}; "
         f"{asked}; "
-        f"Python {of['python']}, onnxruntime {of['onnxruntime']}, torch {of['torch']}, "
+        f"{commit}"
+        f"Python {of['python']}, onnxruntime {ours.get('onnxruntime', of['onnxruntime'])}, torch {of['torch']}, "
         f"transformers {of['transformers']}{peers}."
     )
 

@@ -80,6 +80,32 @@ def test_versions_are_those_of_the_python_that_was_given() -> None:
     assert table.conditions_of(document).endswith("onnxruntime 1, torch 2, transformers 3.")
     document["conditions"]["peers"] = {"onnxruntime-genai": "4"}
     assert table.conditions_of(document).endswith("transformers 3, onnxruntime-genai 4.")
+    document["conditions"]["peers"] = {"openvino": "5", "openvino-genai": "6"}
+    document["conditions"] |= {"runtime": {"onnxruntime": "7", "openvino": "8"}, "commit": "abc+"}
+    told = table.conditions_of(document)
+    assert "; commit abc+; Python " in told
+    assert told.endswith(
+        "onnxruntime 7, torch 2, transformers 3, openvino 8 (saccade's), 5 (peers'), openvino-genai 6."
+    )
+
+
+def test_seconds_of_a_build_alone_are_called_so() -> None:
+    """Older results left out an export that was there; of a peer, or of both commands, nothing is said."""
+    name, peer = "saccade cpu fp32", "openvino genai f32"
+    told = [
+        table.made_of({"name": n, "made_in_s": s}) for n, s in ((name, [9]), (name, [9, 2]), (peer, [9]), (name, None))
+    ]
+    assert told == ["9, build alone", "11", "9", ""]
+
+
+def test_the_commit_is_told_and_a_tree_that_differs_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"rev-parse": "abc", "status": ""}
+    monkeypatch.setattr(figures, "git", lambda verb, *_: said[verb])
+    assert figures.commit() == "abc"
+    said["status"] = " M engines/model.py"
+    assert figures.commit() == "abc+"
+    said["rev-parse"] = ""
+    assert figures.commit() == ""
 
 
 def test_genai_is_told_of_the_tower_and_the_checkpoints_images(tmp_path: Path) -> None:
