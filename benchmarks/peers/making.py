@@ -82,10 +82,10 @@ def seconds_file(place: Path) -> Path:
 
 
 def source_of(commands: tuple[str, ...], folder: Path) -> str:
-    """A digest of our source, the commands and what they read beside a checkpoint; "" where none of them is ours."""
-    if not any("{saccade}" in command for command in commands):
-        return ""
+    """A digest of our source, the commands and what they read beside a checkpoint; "" where nothing in them is ours."""
     text = "\n".join(commands)
+    if "{saccade}" not in text and "{pair}" not in text:
+        return ""
     read = [folder / f"{plan}.toml" for plan in ("fastv", "star") if f"{plan}.toml" in text]
     read += [path for path in sorted(PAIR.rglob("*.*")) if "{pair}" in text and path.suffix != ".md"]
     read += [ROOT / name for name in QUESTIONS if " calibrate " in text]
