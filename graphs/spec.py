@@ -205,6 +205,8 @@ def spec_from_folder(folder: Path) -> ExportSpec:
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError:
+        if (Path(folder) / "manifest.json").is_file():
+            raise BadArtefact(f"{folder} is a bundle, no export; give the folder that saccade export wrote") from None
         raise BadArtefact(
             f"{folder} is no export folder: {SPEC_FILE} is missing; make one with: saccade export CHECKPOINT -o DIR"
         ) from None
