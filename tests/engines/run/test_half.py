@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from engines.bundles.build import build_bundle
 from engines.cascade import Cascade
+from tests.conftest import Outcome
+from tests.engines.openvino.conftest import needs_openvino
 from tests.engines.run.conftest import NEW_TOKENS, TinyPair, picture_of, question_of
 
 
@@ -30,3 +34,18 @@ def test_an_fp16_export_answers_nearly_as_fp32(half: Path, tiny_pair: TinyPair) 
     np.testing.assert_allclose(first.guidance, wide.guidance, rtol=0.05)
     assert first.confidence.confidence == pytest.approx(wide.confidence.confidence, abs=0.02)
     assert narrow.guidance.dtype == np.float32
+
+
+@needs_openvino
+@pytest.mark.parametrize(("precision", "tolerance"), [(None, "2e-02"), ("bf16", "1e-01"), ("int8", "")])
+def test_an_fp16_export_verifies_and_runs_on_openvino(
+    half: Path, tmp_path: Path, saccade_cli: Callable[..., Outcome], precision: str | None, tolerance: str
+) -> None:
+    """Its caches come to the host in fp32, the golden ones are in fp16."""
+    bundle = tmp_path / "b"
+    build_bundle([half], bundle, target="openvino", precision=precision)
+    told = saccade_cli("verify", bundle, "--target", "openvino")
+    assert (told.code, told.stdout.count(" agrees ")) == (0, 6), told.stderr
+    assert told.stdout.count(f"of {tolerance}") >= 6
+    ran = saccade_cli("run", bundle, "what is red ?", "--target", "openvino")
+    assert (ran.code, bool(ran.stdout.strip())) == (0, True), ran.stderr
