@@ -22,7 +22,7 @@ from exporter.stages import bind, examples_of, weights_used, write_stage
 from exporter.towers import with_tower
 from exporter.trace import finish, onnx_from_program
 from exporter.weights import PlacedWeights, place_weights, streamed
-from graphs.atomic import atomic_folder
+from graphs.atomic import atomic_folder, refuse_overlap
 from graphs.errors import UsageError
 from graphs.plan import PruningPlan, Role
 from graphs.plan_file import PlanDocument, plan_from_file
@@ -135,8 +135,7 @@ def _export(
 def _workplace(source: Checkpoint, out: Path | str | None, overwrite: bool) -> Iterator[Path]:
     """The folder to write into; it appears under its name only when all of it is there."""
     if out is not None:
-        if source.folder.resolve().is_relative_to(Path(out).resolve()):
-            raise UsageError(f"{out} holds the checkpoint itself, which would be replaced; give another place")
+        refuse_overlap(Path(out), source.folder, "the checkpoint")
         with atomic_folder(Path(out), overwrite, holds=SPEC_FILE) as work:
             yield work
         return

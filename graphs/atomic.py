@@ -14,9 +14,10 @@ import os
 import secrets
 import shutil
 import signal
+import stat
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from graphs.errors import OperationFailed, UsageError
 
 RENAME_EXCHANGE = 2  # linux/fs.h
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}  # why a folder cannot be renamed to a name
+TRIES = 9  # names of a partial, each of which another run may take for a dead one's
 
 
 @contextmanager
@@ -31,40 +34,45 @@ def atomic_folder(target: Path, overwrite: bool = False, *, holds: str | None = 
     """Yield a new folder beside ``target`` to write into; on success it becomes ``target``, else it is removed.
 
     overwrite: replace an existing target, but only one that has the file ``holds`` (so that a slip of
-    ``-o`` cannot remove a folder of the user's). Without it an existing, non-empty target is a UsageError.
-    A full disk becomes OperationFailed; SIGTERM and SIGHUP end the block like an interrupt does.
+    ``-o`` cannot remove a folder of the user's). Without it an existing, non-empty target is a UsageError, also one
+    that appears while the block runs. A full disk becomes OperationFailed; SIGTERM and SIGHUP end the block like an
+    interrupt does.
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100 (resolve() would follow a link at the target)
+    _end_exchange(target)
     _check_target(target, overwrite, holds)
-    with _partial_of(target) as partial, _disk_full_in_words(target), _signals_raise():
-        partial.mkdir()
-        with locked(partial):
-            yield partial
-            _sync_tree(partial)
-            if target.exists():
-                _exchange(partial, target)  # the partial now holds the old one, removed on the way out
-            else:
-                partial.rename(target)
-            _sync(target.parent)
+    with _disk_full_in_words(target), _signals_raise(), _partial_of(target, Path.mkdir) as partial:
+        yield partial
+        _sync_tree(partial)
+        _place_folder(partial, target, overwrite, holds)
+        _sync(target.parent)
 
 
 @contextmanager
-def atomic_file(target: Path, *, beside: Path | None = None) -> Iterator[Path]:
+def atomic_file(target: Path, *, overwrite: bool = True, beside: Path | None = None) -> Iterator[Path]:
     """Yield a path beside ``target`` to write to; on success it replaces ``target``, else it is removed.
 
-    beside: write beside this one instead, on the same disk; for a target whose folder may hold no other file.
+    overwrite: without it a target that exists, or appears while the block runs, is a UsageError; what is no plain file
+    always is, a link too. beside: write beside this one instead, on the same disk; for a target whose folder may hold
+    no other file.
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100 (resolve() would follow a link at the target)
-    if target.is_dir():
-        raise UsageError(f"{target} is a folder; give a file name to write to")
+    _check_file(target, overwrite)
     near = Path(os.path.abspath(beside)) if beside else target  # noqa: PTH100
-    with _partial_of(near) as partial, _disk_full_in_words(target), _signals_raise():
-        partial.touch()
-        with locked(partial):
-            yield partial
-            _sync(partial)
-            partial.replace(target)
-            _sync(target.parent)
+    with _disk_full_in_words(target), _signals_raise(), _partial_of(near, Path.touch) as partial:
+        yield partial
+        _sync(partial)
+        _place_file(partial, target, overwrite)
+        _sync(target.parent)
+
+
+def refuse_overlap(out: Path, source: Path, what: str) -> None:
+    """UsageError where writing ``out`` would replace what is read, or lie in it; ``what`` is how messages call that."""
+    written, read = Path(out).resolve(), Path(source).resolve()
+    if read.is_relative_to(written):
+        raise UsageError(f"{out} holds {what} itself, which would be replaced; give another place")
+    if written.is_relative_to(read):
+        raise UsageError(f"{out} lies in {what}, which is read; give a place outside it")
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -88,18 +96,28 @@ def _disk_full_in_words(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _partial_of(target: Path) -> Iterator[Path]:
-    """A free partial name of ``target``; whatever bears it afterwards is removed."""
+def _partial_of(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A new partial of ``target``, locked; whatever bears its name afterwards is removed."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UsageError(f"{target.parent} is a file, so nothing can be written below it; give another place") from None
     _remove_stale(target)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(3)}")
-    try:
+    for _ in range(TRIES):
+        partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(3)}")
+        with ExitStack() as held:
+            held.callback(_remove, partial)
+            make(partial)
+            # Until the lock is had, another run's _remove_stale takes it for a dead one's.
+            with suppress(FileNotFoundError, BlockingIOError):
+                held.enter_context(locked(partial))
+                if partial.exists():
+                    held_until_here = held.pop_all()
+                    break
+    else:
+        raise OperationFailed(f"other runs write to {target} at the same time; wait for them, or give another place")
+    with held_until_here:
         yield partial
-    finally:
-        _remove(partial)
 
 
 def _check_target(target: Path, overwrite: bool, holds: str | None) -> None:
@@ -111,6 +129,48 @@ def _check_target(target: Path, overwrite: bool, holds: str | None) -> None:
         raise UsageError(f"{target} exists and is not empty; give another place, or --overwrite to replace it")
     if holds and not (target / holds).is_file():
         raise UsageError(f"{target} has no {holds}, so it is none of ours and is not replaced; give another place")
+
+
+def _check_file(target: Path, overwrite: bool) -> None:
+    try:
+        mode = target.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if stat.S_ISDIR(mode):
+        raise UsageError(f"{target} is a folder; give a file name to write to")
+    if stat.S_ISLNK(mode):
+        raise UsageError(f"{target} is a symbolic link, which is not replaced; give the name of a plain file")
+    if not stat.S_ISREG(mode):
+        raise UsageError(f"{target} is a device, pipe or socket, which is not replaced; give the name of a plain file")
+    if not overwrite:
+        raise UsageError(f"{target} exists; give another name, or --overwrite to replace it")
+
+
+def _place_folder(partial: Path, target: Path, overwrite: bool, holds: str | None) -> None:
+    """Give a finished folder its name; what came to stand there meanwhile is checked like what stood there before."""
+    try:
+        partial.rename(target)  # nothing but an empty folder gives way
+    except OSError as e:
+        if e.errno not in TAKEN:
+            raise
+        _check_target(target, overwrite, holds)
+        if not overwrite:
+            raise UsageError(f"{target} was taken while it was written; run it again") from None
+        _exchange(partial, target)  # the partial's name now bears the old one, removed on the way out
+
+
+def _place_file(partial: Path, target: Path, overwrite: bool) -> None:
+    _check_file(target, overwrite)
+    if not overwrite:
+        try:
+            os.link(partial, target)
+        except FileExistsError:
+            _check_file(target, overwrite)
+            raise UsageError(f"{target} was taken while it was written; run it again") from None
+        except OSError:  # a file system without hard links; checked a moment ago
+            partial.rename(target)
+        return
+    partial.replace(target)
 
 
 def _remove_stale(target: Path) -> None:
@@ -144,14 +204,38 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _exchange(a: Path, b: Path) -> None:
-    """Swap two folders' names in one step where the system can, else in three."""
+    """Swap two folders' names in one step where the system can, else put ``b`` aside until ``a`` bears its name."""
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "renameat2") and libc.renameat2(-100, bytes(a), -100, bytes(b), RENAME_EXCHANGE) == 0:
         return
-    aside = a.with_name(a.name + "-old")
-    b.rename(aside)
-    a.rename(b)
-    aside.rename(a)
+    aside = _aside(b)
+    try:
+        with locked(b):
+            try:
+                b.rename(aside)
+                a.rename(b)
+            except BaseException:
+                with suppress(OSError):
+                    aside.rename(b)
+                raise
+            aside.rename(a)
+    except BlockingIOError:
+        raise OperationFailed(f"another run replaces {b} at this moment; wait for it and run this again") from None
+
+
+def _aside(target: Path) -> Path:
+    """Where an old folder lies for a moment; no name of a partial, for a kill in that moment must not cost it."""
+    return target.with_name(f".{target.name}.saccade-aside")
+
+
+def _end_exchange(target: Path) -> None:
+    """After a kill in the middle of ``_exchange``: the old folder back, or away where the new one stands."""
+    aside = _aside(target)
+    with suppress(OSError), locked(aside):
+        if os.path.lexists(target):
+            _remove(aside)
+        else:
+            aside.rename(target)
 
 
 def _sync_tree(folder: Path) -> None:

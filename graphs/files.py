@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from graphs.atomic import DISK_FULL, atomic_file, atomic_folder, is_disk_full
+from graphs.atomic import DISK_FULL, atomic_file, atomic_folder, is_disk_full, refuse_overlap
 from graphs.errors import BadArtefact, UsageError
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "is_disk_full",
     "path_inside",
     "refuse_foreign_folder",
+    "refuse_overlap",
     "sha256_of",
     "sha256_of_piece",
     "unreadable",

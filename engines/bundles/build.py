@@ -15,7 +15,7 @@ from engines.bundles.pair import Source, members_from_sources, prunes_nothing
 from engines.bundles.targets import TARGETS, checked_targets
 from engines.sessions.session import refuse_unrunnable
 from graphs.errors import UsageError
-from graphs.files import atomic_folder, clone_or_copy, digests_of, path_inside
+from graphs.files import atomic_folder, clone_or_copy, digests_of, path_inside, refuse_overlap
 from graphs.ops import DOMAIN
 from graphs.rules import Export, refuse_findings
 from graphs.rules.rule import nodes_of
@@ -72,10 +72,14 @@ def build_bundle(
     chosen = DEFAULT_THRESHOLD if threshold is None else threshold
     if not 0 <= chosen <= 1:
         raise UsageError(f"threshold is {chosen:g}, but must lie in [0, 1]; 1 never exits early, 0 always")
+    for folder in folders:
+        refuse_overlap(Path(out), Path(folder), f"the export {folder}")
     with step("checking the exports"):
         exports = [refuse_findings(Path(folder)) for folder in folders]
         by_folder = {export.folder: export for export in exports}
         members = members_from_sources([Source(export.folder, export.spec) for export in exports])
+    if threshold is not None and "alone" in members:
+        raise UsageError("a bundle of one model has no early exit, so a threshold chooses nothing; leave it out")
     for name, source in members.items():
         if name != "small" and prunes_nothing(source.spec):
             warn(f"the {name} model prunes nothing, as its plan {source.spec.plan.name} asks")

@@ -17,8 +17,8 @@ from typing import IO
 
 from engines.bundles.bundle import check_files
 from engines.bundles.manifest import MANIFEST_FILE, REBUILD, FileEntry, Manifest, manifest_from, manifest_of
-from graphs.errors import BadArtefact, UsageError
-from graphs.files import atomic_file, atomic_folder, path_inside, unreadable
+from graphs.errors import BadArtefact
+from graphs.files import atomic_file, atomic_folder, path_inside, refuse_overlap, unreadable
 from graphs.talk import step
 
 CHUNK = 4 << 20
@@ -38,17 +38,12 @@ def pack_bundle(bundle: Path | str, out: Path | str, *, overwrite: bool = False)
     bundle, out = Path(bundle), Path(out)
     manifest = manifest_of(bundle)
     check_files(bundle, manifest, ())  # digests are compared while it is written
-    if out.exists() and not overwrite:
-        raise UsageError(f"{out} exists; give another name, or --overwrite to replace it")
-    if out.resolve().is_relative_to(bundle.resolve()):
-        raise UsageError(
-            f"{out} lies in the bundle, which holds what it was built with and nothing else; write elsewhere"
-        )
+    refuse_overlap(out, bundle, "the bundle")
     text = (bundle / MANIFEST_FILE).read_bytes()
     if manifest_from(text, bundle / MANIFEST_FILE) != manifest:
         raise BadArtefact(f"{bundle / MANIFEST_FILE} changed while it was packed; pack it again")
     with (
-        atomic_file(out) as partial,
+        atomic_file(out, overwrite=overwrite) as partial,
         _progress("packing", manifest) as advance,
         partial.open("wb") as file,
         tarfile.TarFile(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, copybufsize=CHUNK) as tar,
@@ -67,6 +62,7 @@ def unpack_bundle(file: Path | str, out: Path | str, *, overwrite: bool = False)
     for a folder that is not empty; OperationFailed for a full disk.
     """
     file = Path(file)
+    refuse_overlap(Path(out), file, f"the file {file}")
     try:
         opened = file.open("rb")
     except OSError as e:

@@ -60,8 +60,8 @@ class TensorrtOptions:
                 "a version-compatible engine runs on a TensorRT of its own, which knows no plugins of ours; "
                 "choose --ops body"
             )
-        if self.timing_cache is not None and self.timing_cache.is_dir():
-            raise UsageError(f"--timing-cache {self.timing_cache} is a folder; name a file")
+        if (cache := self.timing_cache) and (cache.is_symlink() or (cache.exists() and not cache.is_file())):
+            raise UsageError(f"--timing-cache {cache} is a folder, link or device; name a plain file")
         refuse_for_parser(self.parser, ops, precision)
 
     @property

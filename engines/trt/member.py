@@ -18,7 +18,7 @@ from engines.trt.options import EngineOptions
 from engines.trt.photos import misfits_in_words, photos_seen, room_for
 from engines.trt.reading import Reading, reading_from
 from graphs.errors import OperationFailed, UsageError
-from graphs.files import atomic_folder
+from graphs.files import atomic_folder, refuse_overlap
 from graphs.lowering import Lowering, Parser
 from graphs.lowering.export import LoweredExport, lowered_export
 from graphs.lowering.in_place import refusal
@@ -44,6 +44,7 @@ def lower_for_others(
     refuse_for_parser(parser, ops, precision)
     options = EngineOptions(RTX.sms[:1], precision, ops, tensorrt=TensorrtOptions(parser=parser))
     replace(options, tensorrt=None).checked(())
+    refuse_overlap(out, folder, f"the export {folder}")
     export = refuse_findings(folder)
     lowering = options.lowering(export.spec, FLAVOURS["tensorrt"])
     with atomic_folder(out, overwrite, holds=SPEC_FILE) as work:

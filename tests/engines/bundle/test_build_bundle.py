@@ -157,7 +157,7 @@ def test_overwriting(exports, tmp_path):
     build_bundle([exports["alone"]], out)
     with pytest.raises(UsageError, match="--overwrite"):
         build_bundle([exports["alone"]], out)
-    build_bundle([exports["alone"]], out, overwrite=True, threshold=0.25)
+    build_bundle([exports["small"], exports["large"]], out, overwrite=True, threshold=0.25)
     assert open_bundle(out).threshold == 0.25
     other = tmp_path / "thesis"
     other.mkdir()
@@ -165,6 +165,27 @@ def test_overwriting(exports, tmp_path):
     with pytest.raises(UsageError, match="none of ours"):
         build_bundle([exports["alone"]], other, overwrite=True)
     assert (other / "chapter.tex").exists()
+
+
+def test_an_export_in_the_old_bundle_or_around_the_new_one_is_left_alone(exports, copy_of, tmp_path):
+    out = tmp_path / "b"
+    build_bundle([exports["alone"]], out)
+    shutil.copytree(exports["small"], out / "mine")
+    with pytest.raises(UsageError, match=r"b holds the export .*mine itself, which would be replaced"):
+        build_bundle([out / "mine"], out, overwrite=True)
+    assert (out / "mine" / WEIGHTS).exists()
+    folder = copy_of("alone")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UsageError, match=r"processor/b lies in the export .*alone, which is read"):
+        build_bundle([folder], folder / PROCESSOR_FOLDER / "b")
+    assert sorted(folder.rglob("*")) == before
+    build_bundle([folder], folder.with_name("alone-bundle"))
+
+
+def test_a_threshold_of_one_model_is_refused(exports, tmp_path):
+    with pytest.raises(UsageError, match="a threshold chooses nothing; leave it out"):
+        build_bundle([exports["alone"]], tmp_path / "b", threshold=0.5)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("broken", ["copy", "processor", "manifest"])

@@ -141,6 +141,13 @@ def test_existing_places_are_kept(packed: Path, bundle: Path, tmp_path: Path) ->
     assert open_bundle(bundle)
 
 
+def test_a_packed_file_in_the_old_bundle_is_left_alone(packed: Path, bundle: Path) -> None:
+    file = Path(shutil.copyfile(packed, bundle / "ok.sac"))
+    with pytest.raises(UsageError, match=r"holds the file .*ok\.sac itself, which would be replaced"):
+        unpack_bundle(file, bundle, overwrite=True)
+    assert file.read_bytes() == packed.read_bytes()
+
+
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999])
 def test_a_truncated_file(packed: Path, tmp_path: Path, share: float) -> None:
     whole = packed.read_bytes()

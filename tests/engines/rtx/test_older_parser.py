@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,3 +104,16 @@ def test_what_cannot_be_lowered_leaves_nothing(
 ) -> None:
     assert saccade_cli("lower", exports["large"], "-o", tmp_path / "old", *options).code == 2
     assert not any(tmp_path.iterdir())
+
+
+def test_an_export_in_the_folder_that_is_replaced_or_around_it_is_left_alone(
+    exports: Exports, saccade_cli: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    export = tmp_path / "lowered" / "mine"
+    shutil.copytree(exports["large"], export)
+    (tmp_path / "lowered" / "spec.json").write_text("{}")
+    told = saccade_cli("lower", export, "-o", tmp_path / "lowered", "--overwrite")
+    assert (told.code, "itself, which would be replaced" in told.stderr) == (2, True)
+    told = saccade_cli("lower", export, "-o", export / "b")
+    assert (told.code, "which is read; give a place outside it" in told.stderr) == (2, True)
+    assert {p.name for p in export.iterdir()} == {p.name for p in exports["large"].iterdir()}
