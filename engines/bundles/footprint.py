@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from engines.bundles.manifest import EngineEntry, Footprint
 from engines.bundles.targets import TARGETS
+from engines.sessions.host_memory import free_memory
 from engines.trt.bounds import Bounds
 from graphs.errors import OperationFailed
 from graphs.ops import DOMAIN
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 # estimate was 0.84 (fp32) and 0.99 (fp16) of what a prefill of 2,000 rows and three steps took at their peak.
 ON_A_CPU = {"float32": 1.2, "float16": 2.2, "bfloat16": 1.2}
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
+WIDER_CACHES = {("openvino", "float16")}  # held in fp32, which OpenVINO computes fp16 in on a CPU
 OLD_AND_NEW = 2  # a step reads one cache and writes the next; written in place, two conversations' views
 PIECE = 64  # guide rows that AttentionReceived walks at once
 # ONNX element type → bytes; a float takes what the target computes in.
@@ -52,8 +54,9 @@ def footprint_of(
     sizes = _sizes(export.spec, bounds)
     on_host = TARGETS[target].memory == "host"
     language = export.spec.language
-    per_row = 2 * language.layers * language.kv_heads * language.head_dim * WIDTHS[dtype]
     width = 4 if on_host else WIDTHS[dtype]  # a CPU computes in fp32
+    held = 4 if (target, dtype) in WIDER_CACHES else WIDTHS[dtype]
+    per_row = 2 * language.layers * language.kv_heads * language.head_dim * held
     return Footprint(
         rows=sizes["T"],
         images=sizes["N"],
@@ -119,8 +122,6 @@ def refuse_what_cannot_fit(bundle: Bundle) -> None:
 def free_bytes(target: str) -> int | None:
     """Free bytes of the memory that a target takes; None where the system or the driver does not say."""
     if TARGETS[target].memory == "host":
-        from engines.trt.engine import free_memory
-
         return free_memory()
     return _free_on_device()
 
@@ -215,11 +216,14 @@ def _size(dimension: str, sizes: Mapping[str, int]) -> int:
 
 
 def _term(term: str, sizes: Mapping[str, int]) -> int:
-    return prod(
-        int(factor) if factor.lstrip("-").isdigit() else sizes.get(factor.lstrip("-").partition("_")[0], sizes["T"])
-        for factor in term.replace(" ", "").split("*")
-        if factor
-    )
+    return prod(_factor(factor, sizes) for factor in term.replace(" ", "").split("*") if factor)
+
+
+def _factor(factor: str, sizes: Mapping[str, int]) -> int:
+    """A number or a symbol at its bound, with the sign before it."""
+    bare = factor.lstrip("-")
+    found = int(bare) if bare.isdecimal() else sizes.get(bare.partition("_")[0], sizes["T"])
+    return -found if factor.startswith("-") else found
 
 
 def _inside(node: Any, shapes: Shapes, float_bytes: int, sizes: Mapping[str, int]) -> int:

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from engines.sessions.host_memory import free_memory
 from engines.trt.bounds import Profile
 from engines.trt.flavour import RTX, Flavour
 from engines.trt.worker import Request
@@ -56,15 +57,6 @@ def refuse_too_large(weight_bytes: int, what: str) -> None:
             f"building {what} takes about {needed / 1e9:.1f} GB of memory ({WEIGHTS_IN_MEMORY:g} × weights), "
             f"and {free / 1e9:.1f} GB are free; build on a larger machine, for an engine may run elsewhere"
         )
-
-
-def free_memory() -> int | None:
-    """Bytes that the system can give without swapping; None where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def engine_from_onnx(

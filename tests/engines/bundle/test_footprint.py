@@ -14,9 +14,10 @@ from engines.bundles import footprint as footprint_module
 from engines.bundles.bundle import open_bundle
 from engines.bundles.footprint import free_bytes, live_bytes, refuse_what_cannot_fit
 from engines.bundles.manifest import manifest_of
+from engines.sessions.host_memory import free_memory
 from engines.trt.bounds import Bounds
 from graphs.errors import OperationFailed
-from graphs.rules.rule import Stage
+from graphs.rules.rule import Stage, export_from_folder
 from tests.conftest import Outcome
 
 # y is a graph's output and w a weight with its transpose: neither is counted.
@@ -60,7 +61,19 @@ def test_an_attention_takes_its_map() -> None:
 
 @pytest.mark.parametrize(
     ("dimension", "wanted"),
-    [("S", 6), ("S_1", 6), ("P_0 + S", 20), ("4*V", 24), ("S - 1", 5), ("2*N + 3", 7), ("(S//2)", 6), ("unheard", 20)],
+    [
+        ("S", 6),
+        ("S_1", 6),
+        ("P_0 + S", 20),
+        ("4*V", 24),
+        ("S - 1", 5),
+        ("T - P_0", 6),
+        ("T - 2*S", 8),
+        ("-1*S + T", 14),
+        ("2*N + 3", 7),
+        ("(S//2)", 6),
+        ("unheard", 20),
+    ],
 )
 def test_a_dimension_at_its_bound(dimension: str, wanted: int) -> None:
     sizes = {"S": 6, "P": 14, "T": 20, "V": 6, "N": 2}
@@ -79,6 +92,67 @@ def test_the_parts_of_a_bundle(pair: Path) -> None:
         assert set(found.activation_bytes) == {"vision", "embed", "decoder"}
         assert found.activation_bytes["decoder"] >= 2 * 64 * 64 * 4, "at least one attention's map"
         assert found.total == found.weight_bytes + found.cache_bytes + sum(found.activation_bytes.values())
+
+
+def test_openvino_holds_the_caches_of_fp16_in_fp32(exports: dict[str, Path]) -> None:
+    export = export_from_folder(exports["small"])
+
+    def of(target: str, dtype: str) -> int:
+        return footprint_module.footprint_of(export, target, dtype, 1000, {}).cache_bytes
+
+    wide = of("openvino", "float32")
+    assert (of("openvino", "float16"), of("openvino", "bfloat16"), of("cpu", "float16")) == (wide, wide // 2, wide // 2)
+
+
+def system(root: Path, files: dict[str, str]) -> Path:
+    for name, text in {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n", **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+ALL = 8000 * 1024
+V2, V1 = "0::/pod/mine\n", "3:cpu:/elsewhere\n4:hugetlb,memory:/docker/1\n0::/\n"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "limits", "wanted"),
+    [
+        (V2, {}, ALL),
+        (V2, {"pod/mine/memory.max": "max", "pod/mine/memory.current": "5"}, ALL),
+        (V2, {"pod/mine/memory.max": "5000", "pod/mine/memory.current": "3000"}, 2000),
+        (V2, {"pod/memory.max": "5000", "pod/memory.current": "3000"}, 2000),
+        (V2, {"memory.max": "5000", "memory.current": "7000"}, 0),
+        (V2, {"memory.max": "90000000000", "memory.current": "7"}, ALL),
+        (
+            V2,
+            {"memory.max": "50", "memory.current": "45", "memory.stat": "anon 5\nactive_file 10\ninactive_file 7\n"},
+            22,
+        ),
+        (V1, {"memory/memory.limit_in_bytes": "5000", "memory/memory.usage_in_bytes": "4000"}, 1000),
+        (
+            V1,
+            {
+                "memory/docker/1/memory.limit_in_bytes": "5000",
+                "memory/docker/1/memory.usage_in_bytes": "4900",
+                "memory/docker/1/memory.stat": "inactive_file 1\ntotal_inactive_file 70\n",
+            },
+            170,
+        ),
+        (V1, {"memory/memory.limit_in_bytes": "9223372036854771712", "memory/memory.usage_in_bytes": "4000"}, ALL),
+    ],
+)
+def test_a_container_has_what_its_limit_leaves(
+    tmp_path: Path, cgroup: str, limits: dict[str, str], wanted: int
+) -> None:
+    files = {f"sys/fs/cgroup/{name}": f"{text.strip()}\n" for name, text in limits.items()}
+    assert free_memory(system(tmp_path, {"proc/self/cgroup": cgroup, **files})) == wanted
+
+
+def test_a_system_that_does_not_say_what_is_free(tmp_path: Path) -> None:
+    assert free_memory(tmp_path) is None
+    assert free_memory(system(tmp_path, {})) == ALL
+    assert free_memory(system(tmp_path, {"proc/meminfo": "MemTotal: 9000 kB\n"})) is None
 
 
 def test_show_calls_it_an_estimate(pair: Path, saccade_cli: Callable[..., Outcome]) -> None:
