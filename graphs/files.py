@@ -74,14 +74,20 @@ def sha256_of_piece(path: Path, index: int) -> str:
 
 
 def path_inside(folder: Path, name: str) -> Path | None:
-    """``folder / name``, or None where the name leaves the folder: absolute, with ``..``, or by a symbolic link."""
+    """``folder / name``, or None where the name leaves the folder: absolute, with ``..``, or by a symbolic link.
+
+    None too where no file can bear it.
+    """
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
         return None
     path = folder
     for part in parts:
         path = path / part
-        if path.is_symlink():
+        try:
+            if path.is_symlink():
+                return None
+        except OSError:  # too long
             return None
     return path
 

@@ -25,6 +25,7 @@ from graphs.talk import say
 ENGINE_SUFFIX = ".engine"
 HEAVY = (".safetensors", ENGINE_SUFFIX)  # what holds weights
 THREADS = 4
+LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes, linux/limits.h
 
 Engines: TypeAlias = Mapping[Path, EngineFile]  # engine file → what its session must know
 
@@ -129,12 +130,13 @@ def check_files(path: Path, manifest: Manifest, hashed: Container[str]) -> None:
 
     Errors: BadArtefact, with the file and what does not hold.
     """
-    if not all(path_inside(path, entry.path) for entry in manifest.files):
-        escaping = next(entry.path for entry in manifest.files if not path_inside(path, entry.path))
-        raise BadArtefact(
-            f"{path}: the manifest's file {escaping!r} leaves the bundle or is a symbolic link; "
-            f"do not use it, or {REBUILD}"
-        )
+    for entry in manifest.files:
+        if path_inside(path, entry.path) is None:
+            why = "leaves the bundle or is a symbolic link"
+            name = entry.path.encode("utf-8", "replace")
+            if len(name) >= LONGEST_PATH or max(map(len, name.split(b"/"))) > LONGEST_NAME:
+                why = "is longer than a file's name can be"
+            raise BadArtefact(f"{path}: the manifest's file {entry.path[:200]!r} {why}; do not use it, or {REBUILD}")
     found, listed = files_below(path), {entry.path for entry in manifest.files}
     if missing := sorted(listed - found):
         raise BadArtefact(f"{path}: {missing[0]} is missing{_and_more(missing)}; {REBUILD}")

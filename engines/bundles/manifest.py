@@ -254,8 +254,10 @@ def _check_format(path: Path, document: Any) -> None:
     """Which format the file is in is told before anything else of it is believed."""
     schema = document.get("schema") if isinstance(document, dict) else None
     name, _, version = str(schema).partition("/")
-    if name != "saccade.bundle" or not version.isdigit():
-        raise BadArtefact(f"{path} is no manifest of a bundle (schema {schema!r}, wanted {SCHEMA!r}); {REBUILD}")
+    if name != "saccade.bundle" or not (version.isdecimal() and len(version) < 10):
+        raise BadArtefact(
+            f"{path} is no manifest of a bundle (schema {str(schema)[:40]!r}, wanted {SCHEMA!r}); {REBUILD}"
+        )
     if int(version) > FORMAT:
         maker = document.get("created_by", "a newer saccade")
         raise BadArtefact(

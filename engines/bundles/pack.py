@@ -7,6 +7,7 @@ machine in their headers, so one bundle gives one sequence of bytes. A header is
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import tarfile
 from collections.abc import Callable, Iterator
@@ -15,8 +16,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO
 
-from engines.bundles.bundle import check_files
-from engines.bundles.manifest import MANIFEST_FILE, REBUILD, FileEntry, Manifest, manifest_from, manifest_of
+from engines.bundles.bundle import checked_manifest
+from engines.bundles.manifest import MANIFEST_FILE, REBUILD, FileEntry, Manifest, manifest_from
 from graphs.errors import BadArtefact
 from graphs.files import atomic_file, atomic_folder, path_inside, refuse_overlap, unreadable
 from graphs.talk import step
@@ -36,8 +37,7 @@ def pack_bundle(bundle: Path | str, out: Path | str, *, overwrite: bool = False)
     for a full disk; nothing is left under the final name then.
     """
     bundle, out = Path(bundle), Path(out)
-    manifest = manifest_of(bundle)
-    check_files(bundle, manifest, ())  # digests are compared while it is written
+    manifest = checked_manifest(bundle, check="size")  # the digests of weights are compared while they are written
     refuse_overlap(out, bundle, "the bundle")
     text = (bundle / MANIFEST_FILE).read_bytes()
     if manifest_from(text, bundle / MANIFEST_FILE) != manifest:
@@ -72,7 +72,7 @@ def unpack_bundle(file: Path | str, out: Path | str, *, overwrite: bool = False)
             with tarfile.open(fileobj=stream, mode="r:") as tar:
                 manifest = _unpacked(tar, file, work)
             _check_end(stream, file)
-        except (tarfile.TarError, RecursionError) as e:
+        except (tarfile.TarError, ValueError, RecursionError) as e:  # ValueError: of tarfile, in a header's numbers
             raise BadArtefact(f"{file} is no packed bundle, or is damaged or truncated ({e}); {AGAIN}") from None
     return manifest
 
@@ -152,6 +152,10 @@ def _new(path: Path, file: Path) -> IO[bytes]:
         return path.open("xb")
     except (FileExistsError, NotADirectoryError):
         raise BadArtefact(f"{file}: two of its files are {path.name!r} at one place; do not use it") from None
+    except OSError as e:
+        if e.errno != errno.ENAMETOOLONG:
+            raise
+        raise BadArtefact(f"{file}: a file of it would be {path.name[:40]!r}, too long a path here; {AGAIN}") from None
 
 
 def _check_member(file: Path, work: Path, member: tarfile.TarInfo, entry: FileEntry | None, manifest: Manifest) -> None:

@@ -144,14 +144,18 @@ def tokenizer_parts(source: Source) -> dict[str, Any]:
     """What makes a tokenizer, by name; BadArtefact where the processor folder is broken."""
     folder = source.folder / PROCESSOR_FOLDER
     tokenizer = _json_of(folder / "tokenizer.json")
-    model = tokenizer.get("model") if isinstance(tokenizer, dict) else None
-    if not isinstance(model, dict):
+    model, added = (
+        (tokenizer.get(key) for key in ("model", "added_tokens")) if isinstance(tokenizer, dict) else ((), ())
+    )
+    added = added or []
+    whole = isinstance(added, list) and all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in added)
+    if not isinstance(model, dict) or not whole:
         raise BadArtefact(f"{folder / 'tokenizer.json'} holds no tokenizer; export the checkpoint again")
     tokens = source.spec.tokens
     return {
         "the vocabulary": model.get("vocab"),
         "the merges": model.get("merges"),
-        "the added tokens": {t.get("content"): t.get("id") for t in tokenizer.get("added_tokens") or ()},
+        "the added tokens": {t.get("content"): t.get("id") for t in added},
         "the splitting of text": (tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")),
         "the image token": (tokens.image, tokens.image_text),
         "the end tokens": sorted(tokens.eos),
@@ -163,7 +167,7 @@ def chat_template(folder: Path) -> Any:
     """The template of a processor folder, wherever this version of the file format keeps it."""
     plain = folder / "chat_template.jinja"
     if plain.is_file():
-        return plain.read_text("utf-8")
+        return _text_of(plain)
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             document = _json_of(folder / name)
@@ -180,10 +184,18 @@ def _example(a: Any, b: Any) -> str:
     return f" ({key!r} is {a.get(key, 'absent')} in one and {b.get(key, 'absent')} in the other)"
 
 
-def _json_of(path: Path) -> Any:
+def _text_of(path: Path) -> str:
     try:
-        return json.loads(path.read_text("utf-8"))
+        return path.read_text("utf-8")
     except OSError as e:
         raise unreadable(path, e, "export the checkpoint again") from None
-    except (UnicodeDecodeError, ValueError, RecursionError):
+    except UnicodeDecodeError:
+        raise BadArtefact(f"{path} is no text in UTF-8; export the checkpoint again") from None
+
+
+def _json_of(path: Path) -> Any:
+    text = _text_of(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
         raise BadArtefact(f"{path} is no JSON; export the checkpoint again") from None

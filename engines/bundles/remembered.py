@@ -26,7 +26,7 @@ def marks_of(bundle: Path, files: Iterable[str]) -> Marks:
     """What tells that files are the same ones; a file that is missing has no mark."""
     marks = {}
     for file in files:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # a name with NUL
             marks[file] = mark_of((bundle / file).lstat())
     return marks
 

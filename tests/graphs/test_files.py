@@ -176,7 +176,9 @@ def test_cloning_a_full_disk_is_not_hidden(tmp_path, monkeypatch):
         clone_or_copy(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.parametrize("name", ["", "/etc/passwd", "..", "a/../../b", "a\\b", "link", "link/x", "\0"])
+@pytest.mark.parametrize(
+    "name", ["", "/etc/passwd", "..", "a/../../b", "a\\b", "link", "link/x", "\0", "x" * 5000, "a/" * 3000]
+)
 def test_paths_that_leave(tmp_path, name):
     (tmp_path / "link").symlink_to("/etc")
     assert path_inside(tmp_path, name) is None

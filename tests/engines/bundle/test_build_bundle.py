@@ -99,7 +99,17 @@ def test_unequal_tokenizers(exports, copy_of, tmp_path, change, says):
     refuse([exports["small"], folder], tmp_path / "b", f"unequal tokenizers: {says}")
 
 
-@pytest.mark.parametrize(("text", "says"), [(None, "is missing"), ("{", "is no JSON"), ("[]", "holds no tokenizer")])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "is missing"),
+        ("{", "is no JSON"),
+        ("[]", "holds no tokenizer"),
+        ('{"model": {}, "added_tokens": ["x"]}', "holds no tokenizer"),
+        ('{"model": {}, "added_tokens": [{"content": []}]}', "holds no tokenizer"),
+        ('{"model": {}, "added_tokens": 5}', "holds no tokenizer"),
+    ],
+)
 def test_a_tokenizer_that_cannot_be_read(exports, copy_of, tmp_path, text, says):
     folder = copy_of("large")
     path = folder / PROCESSOR_FOLDER / "tokenizer.json"
@@ -107,6 +117,12 @@ def test_a_tokenizer_that_cannot_be_read(exports, copy_of, tmp_path, text, says)
     if text is not None:
         path.write_text(text)
     refuse([exports["small"], folder], tmp_path / "b", says, BadArtefact)
+
+
+def test_a_template_that_is_no_text(exports, copy_of, tmp_path):
+    folder = copy_of("large")
+    (folder / PROCESSOR_FOLDER / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    refuse([exports["small"], folder], tmp_path / "b", r"chat_template\.jinja is no text in UTF-8", BadArtefact)
 
 
 def test_a_template_may_stand_in_the_config(exports, copy_of, tmp_path):

@@ -95,6 +95,26 @@ def manifest_newer(bundle):
     edit_manifest(bundle, lambda d: d.update(schema="saccade.bundle/2", created_by="saccade 9.1", extra=1))
 
 
+def manifest_numbered_by_another_digit(bundle):
+    edit_manifest(bundle, lambda d: d.update(schema="saccade.bundle/²"))
+
+
+def manifest_numbered_endlessly(bundle):
+    edit_manifest(bundle, lambda d: d.update(schema="saccade.bundle/" + "9" * 5000))
+
+
+def file_listed_with_nul(bundle):
+    edit_manifest(bundle, lambda d: d["files"][0].update(path="small/\0"))
+
+
+def file_listed_without_a_name(bundle):
+    edit_manifest(bundle, lambda d: d["files"][0].update(path=""))
+
+
+def file_listed_too_long(bundle):
+    edit_manifest(bundle, lambda d: d["files"][0].update(path="x" * 5000))
+
+
 def unknown_key(bundle):
     edit_manifest(bundle, lambda d: d.update(extra=1))
 
@@ -162,6 +182,11 @@ BROKEN = {
     manifest_no_utf8: r"is no JSON",
     manifest_of_another_tool: r"is no manifest of a bundle",
     manifest_newer: r"bundle format 2, written by saccade 9.1, and this saccade reads up to 1; upgrade",
+    manifest_numbered_by_another_digit: r"is no manifest of a bundle \(schema 'saccade.bundle/²'",
+    manifest_numbered_endlessly: r"is no manifest of a bundle \(schema 'saccade.bundle/9{25}', wanted",
+    file_listed_with_nul: r"leaves the bundle",
+    file_listed_without_a_name: r"leaves the bundle",
+    file_listed_too_long: r"x' is longer than a file's name can be",
     unknown_key: r"extra: Extra inputs are not permitted",
     threshold_impossible: r"threshold: Input should be less than or equal to 1",
     member_missing: r"holds large, not a pair or one",

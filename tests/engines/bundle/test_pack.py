@@ -18,11 +18,12 @@ from engines.bundles import pack as pack_module
 from engines.bundles.build import build_bundle
 from engines.bundles.bundle import open_bundle
 from engines.bundles.golden import refuse_disagreement, replay
-from engines.bundles.manifest import MANIFEST_FILE, digest_of
+from engines.bundles.manifest import MANIFEST_FILE, Manifest, digest_of, manifest_of
 from engines.bundles.pack import pack_bundle, unpack_bundle
 from graphs.errors import BadArtefact, OperationFailed, UsageError
 from graphs.spec import SPEC_FILE, spec_from_folder
 from tests.conftest import Outcome
+from tests.engines.bundle.conftest import edit_manifest
 from tests.engines.bundle.test_open_bundle import flip
 from tests.hand_made import WEIGHTS
 
@@ -112,11 +113,36 @@ def test_a_changed_bundle_is_not_packed(bundle: Path, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["pair.bundle"]
 
 
+def member_missing(document: dict[str, Any]) -> None:
+    document["members"].pop("small")
+
+
+def member_elsewhere(document: dict[str, Any]) -> None:
+    document["members"]["small"]["folder"] = "../elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"), [(member_missing, "holds large, not a pair"), (member_elsewhere, "outside")]
+)
+def test_a_bundle_that_no_verb_opens_is_not_packed(
+    bundle: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], says: str
+) -> None:
+    edit_manifest(bundle, change)
+    with pytest.raises(BadArtefact, match=says):
+        pack_bundle(bundle, tmp_path / "f")
+    assert [p.name for p in tmp_path.iterdir()] == ["pair.bundle"]
+
+
 def test_a_file_that_changes_while_it_is_packed(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for change in (lambda content: content[:-3], lambda content: content + b"x"):
         path = bundle / "small" / WEIGHTS
         whole = path.read_bytes()
-        monkeypatch.setattr(pack_module, "check_files", lambda *_, c=change, w=whole, p=path: p.write_bytes(c(w)))
+
+        def checked(bundle: Path, p: Path = path, content: bytes = change(whole), **_: object) -> Manifest:
+            p.write_bytes(content)
+            return manifest_of(bundle)
+
+        monkeypatch.setattr(pack_module, "checked_manifest", checked)
         with pytest.raises(BadArtefact, match=r"small/model\.safetensors was changed"):
             pack_bundle(bundle, tmp_path / "f")
         path.write_bytes(whole)
@@ -251,6 +277,32 @@ def test_a_hostile_file(packed: Path, tmp_path: Path, what: str) -> None:
     change(members)
     refused(write(tmp_path / "f", members), says)
     assert not (tmp_path.parent / "evil").exists()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "x"},
+        {"GNU.sparse.map": "0,x"},
+        {"GNU.sparse.size": "x"},
+        {"size": "x"},
+        {"size": "-5"},
+        {"path": "a\0b"},
+    ],
+)
+def test_an_extended_header_that_says_nonsense(packed: Path, tmp_path: Path, header: dict[str, str]) -> None:
+    members = members_of(packed)
+    members[2][0].pax_headers = header
+    refused(write(tmp_path / "f", members), "FILE")
+    members[0][0].pax_headers = header
+    refused(write(tmp_path / "f", members), "FILE")
+
+
+def test_a_name_that_is_too_long(packed: Path, tmp_path: Path) -> None:
+    for name in ("x" * 300, "/".join(["x" * 250] * 17)):
+        members = members_of(packed)
+        escape_by(name)(members)
+        refused(write(tmp_path / "f", members), "FILE")
 
 
 def test_a_full_disk(packed: Path, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
