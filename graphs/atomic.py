@@ -232,10 +232,11 @@ def _end_exchange(target: Path) -> None:
     """After a kill in the middle of ``_exchange``: the old folder back, or away where the new one stands."""
     aside = _aside(target)
     with suppress(OSError), locked(aside):
-        if os.path.lexists(target):
-            _remove(aside)
-        else:
-            aside.rename(target)
+        try:
+            aside.rename(target)  # nothing but an empty folder gives way
+        except OSError as e:
+            if e.errno in TAKEN - {errno.ENOTDIR}:
+                _remove(aside)
 
 
 def _sync_tree(folder: Path) -> None:

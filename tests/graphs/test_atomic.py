@@ -123,10 +123,12 @@ def test_a_kill_between_two_names_costs_no_folder(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "spec.json").write_text("old")
-    out.rename(atomic._aside(out))
-    with pytest.raises(UsageError, match="not empty"), atomic_folder(out):
-        pass
-    assert (out / "spec.json").read_text() == "old"
+    for between in (lambda: None, out.mkdir):
+        out.rename(atomic._aside(out))
+        between()
+        with pytest.raises(UsageError, match="not empty"), atomic_folder(out):
+            pass
+        assert (out / "spec.json").read_text() == "old"
     folder_of_work(atomic._aside(out))
     assert old_and_new(out) == "new", "the kill came after the new one had its name"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
