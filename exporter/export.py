@@ -135,7 +135,7 @@ def _export(
 def _workplace(source: Checkpoint, out: Path | str | None, overwrite: bool) -> Iterator[Path]:
     """The folder to write into; it appears under its name only when all of it is there."""
     if out is not None:
-        refuse_overlap(Path(out), source.folder, "the checkpoint")
+        refuse_overlap(Path(out), source.folder, "the checkpoint", within=True)
         with atomic_folder(Path(out), overwrite, holds=SPEC_FILE) as work:
             yield work
         return

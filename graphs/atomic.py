@@ -66,12 +66,15 @@ def atomic_file(target: Path, *, overwrite: bool = True, beside: Path | None = N
         _sync(target.parent)
 
 
-def refuse_overlap(out: Path, source: Path, what: str) -> None:
-    """UsageError where writing ``out`` would replace what is read, or lie in it; ``what`` is how messages call that."""
+def refuse_overlap(out: Path, source: Path, what: str, *, within: bool = False) -> None:
+    """UsageError where writing ``out`` would replace what is read, or lie in it; ``what`` is how messages call that.
+
+    within: it may lie there, for not the whole folder is read.
+    """
     written, read = Path(out).resolve(), Path(source).resolve()
     if read.is_relative_to(written):
         raise UsageError(f"{out} holds {what} itself, which would be replaced; give another place")
-    if written.is_relative_to(read):
+    if not within and written.is_relative_to(read):
         raise UsageError(f"{out} lies in {what}, which is read; give a place outside it")
 
 
