@@ -110,7 +110,7 @@ def index_of_checkpoint(folder: Path) -> dict[str, SafetensorsFile]:
     if not folder.is_dir():
         raise BadArtefact(f"{folder} is no folder; give the folder of a Hugging Face checkpoint")
     names = {SINGLE_FILE}
-    if (folder / INDEX_FILE).exists():
+    if _is_sharded(folder):
         names = set(_weight_map(folder / INDEX_FILE).values())
     elif not (folder / SINGLE_FILE).exists():
         raise BadArtefact(_no_weights(folder))
@@ -126,7 +126,7 @@ def tensors_from_checkpoint(folder: Path) -> dict[str, TensorSlice]:
     """Tensor name → its place, over all shards of a checkpoint; BadArtefact where index and shards disagree."""
     folder = Path(folder)
     shards = index_of_checkpoint(folder)
-    if not (folder / INDEX_FILE).exists():
+    if not _is_sharded(folder):
         return dict(shards[SINGLE_FILE].tensors)
     tensors = {}
     for name, shard in _weight_map(folder / INDEX_FILE).items():
@@ -136,6 +136,11 @@ def tensors_from_checkpoint(folder: Path) -> dict[str, TensorSlice]:
             )
         tensors[name] = shards[shard].tensors[name]
     return tensors
+
+
+def _is_sharded(folder: Path) -> bool:
+    """Whether the index says where the weights lie; beside the single file it is not read, as transformers does."""
+    return not (folder / SINGLE_FILE).exists() and (folder / INDEX_FILE).exists()
 
 
 def _slice(path: Path, name: str, entry: Any, start: int) -> TensorSlice:

@@ -105,6 +105,13 @@ def test_shards(tmp_path, weights):
         index_of_checkpoint(tmp_path)
 
 
+def test_the_single_file_is_read_where_an_index_lies_beside_it(tmp_path, weights):
+    save_file({"a": weights["a"]}, tmp_path / "model.safetensors")
+    sharded(tmp_path, {"a": "gone.safetensors"}, {})
+    assert list(index_of_checkpoint(tmp_path)) == ["model.safetensors"]
+    assert tensors_from_checkpoint(tmp_path)["a"].file.name == "model.safetensors"
+
+
 def test_index_that_disagrees_with_its_shard(tmp_path, weights):
     sharded(tmp_path, {"z": "m.safetensors"}, {"m.safetensors": {"a": weights["a"]}})
     with pytest.raises(BadArtefact, match="no tensor z"):
