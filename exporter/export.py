@@ -16,6 +16,7 @@ from exporter.checkpoint import (
     skeleton_of,
     slices_of_parameters,
 )
+from exporter.parameters import once_each
 from exporter.processor import copy_processor, processor_files, tokens_of
 from exporter.program import DecoderProgram, EmbedProgram, Program, VisionProgram
 from exporter.stages import bind, examples_of, weights_used, write_stage
@@ -99,7 +100,8 @@ def _export(
     used = {stage: weights_used(traced[stage], programs[stage], names) for stage in programs}
     needed = {name for table in used.values() for name in table.values()}
     with step("placing the weights"):
-        placed = place_weights({n: s for n, s in slices.items() if n in needed}, dtype, work, in_place=in_place)
+        stored = once_each({n: s for n, s in slices.items() if n in needed})
+        placed = place_weights(stored, dtype, work, in_place=in_place)
     base = source.folder if in_place else work
     stages = {}
     for name in programs:

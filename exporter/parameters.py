@@ -12,6 +12,8 @@ from graphs.talk import say
 from graphs.weights import TensorSlice
 
 CHUNK = 1 << 24  # bytes that are compared at a time
+HEAD = 4096  # bytes by which most weights differ
+SAME_FROM = 256  # smaller weights may well be equal by what they mean
 
 
 def stored_parameters(model: Any, tensors: Mapping[str, TensorSlice], folder: object) -> dict[str, TensorSlice]:
@@ -51,6 +53,30 @@ def tie_as_stored(model: Any, tensors: Mapping[str, TensorSlice], folder: object
             setattr(module, name, torch.nn.Parameter(torch.empty_like(getattr(module, name)), requires_grad=False))
             del tied[target]
             say(f"{folder}: config.json ties {target} to {source}, but both are stored and differ: they are not tied")
+
+
+def once_each(slices: Mapping[str, TensorSlice]) -> dict[str, TensorSlice]:
+    """The same names, matrices that are stored twice at the first one's place: graph rule G405.
+
+    Of those whose first 4 KiB are one number, no byte more is read.
+    """
+    alike: dict[tuple[str, tuple[int, ...], bytes], list[TensorSlice]] = {}
+    placed = dict(slices)
+    for name, where in slices.items():
+        if len(where.shape) < 2 or where.length < SAME_FROM:
+            continue
+        with where.file.open("rb") as f:
+            f.seek(where.offset)
+            head = f.read(min(HEAD, where.length))
+        if head == head[:4] * (len(head) // 4):
+            continue
+        seen = alike.setdefault((where.dtype, where.shape, head), [])
+        twin = next((other for other in seen if _equal(other, where)), None)
+        if twin is None:
+            seen.append(where)
+        else:
+            placed[name] = twin
+    return placed
 
 
 def _equal(one: TensorSlice, other: TensorSlice) -> bool:

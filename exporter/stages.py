@@ -79,10 +79,15 @@ def weights_used(model: ir.Model, program: Program, names: dict[int, str]) -> di
 
 
 def bind(model: ir.Model, used: dict[str, str], placed: PlacedWeights, base: Path) -> None:
-    """Point the initialisers into the weight files."""
+    """Point the initialisers into the weight files; those of one place become one, which a runtime loads once."""
+    bound: dict[TensorSlice, ir.Value] = {}
     for name, parameter in used.items():
-        where: TensorSlice = placed.slices[parameter]
+        where = placed.slices[parameter]
         value = model.graph.initializers[name]
+        if bound.setdefault(where, value) is not value:
+            ir.convenience.replace_all_uses_with(value, bound[where])
+            del model.graph.initializers[name]
+            continue
         value.const_value = ir.ExternalTensor(
             where.file.name,
             where.offset,

@@ -61,16 +61,19 @@ def _converted(slices: Mapping[str, TensorSlice], dtype: str, target: Path) -> d
     width = DTYPES[dtype].itemsize
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at, places = 0, {}
-    for name, s in slices.items():
+    sources: dict[TensorSlice, str] = {}
+    for name, s in slices.items():  # what two names share is written once, under the first
+        sources.setdefault(s, name)
+    for s, name in sources.items():
         length = s.length // DTYPES[s.dtype].itemsize * width
         header[name] = {"dtype": SAFETENSORS_NAME[dtype], "shape": list(s.shape), "data_offsets": [at, at + length]}
-        places[name] = (at, length)
+        places[s] = (at, length)
         at += length
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with target.open("wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
-        for name, s in slices.items():
+        for s, name in sources.items():
             for chunk in _chunks(s):
                 narrowed = chunk.to(DTYPES[dtype])
                 if not bool(torch.isfinite(narrowed).all()):
@@ -81,10 +84,7 @@ def _converted(slices: Mapping[str, TensorSlice], dtype: str, target: Path) -> d
                     )
                 out.write(narrowed.numpy().data)
     start = 8 + len(text)
-    return {
-        name: TensorSlice(target, dtype, slices[name].shape, start + offset, length)
-        for name, (offset, length) in places.items()
-    }
+    return {name: TensorSlice(target, dtype, s.shape, start + places[s][0], places[s][1]) for name, s in slices.items()}
 
 
 def _chunks(s: TensorSlice) -> Iterator[torch.Tensor]:

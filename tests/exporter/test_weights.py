@@ -18,10 +18,13 @@ from safetensors.torch import load_file, save_file
 from exporter import weights as weights_page
 from exporter.checkpoint import checkpoint_from_folder, skeleton_of, slices_of_parameters
 from exporter.export import export_checkpoint
-from exporter.weights import place_weights
+from exporter.parameters import once_each
+from exporter.weights import place_weights, weight_from_slice
 from graphs.errors import BadArtefact, OperationFailed, UsageError
+from graphs.rules import export_from_folder, findings_in
 from graphs.weights import safetensors_file, tensors_from_checkpoint
 from tests.exporter.conftest import EXPORTS
+from tests.exporter.driver import Exported
 from tests.exporter.hub import hub_name, module_name, stored_as_on_the_hub
 
 PLACED = {"small": "copy", "large": "copy", "half": "in-place", "narrowed": "converted", "widened": "converted"}
@@ -143,6 +146,27 @@ def test_no_weight_is_stored_twice(model):
     assert on_disk == {w.name for w in model.spec.weights}
 
 
+def test_two_weights_of_equal_bytes_lie_in_one_place(checkpoint, tmp_path, traced_before):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint("untied"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    head = next(name for name in tensors if name.endswith("lm_head.weight"))
+    tensors[head] = next(t for name, t in tensors.items() if name.endswith("embed_tokens.weight")).clone()
+    first = next(name for name in tensors if name.endswith("layers.0.mlp.up_proj.weight"))
+    tensors[first.replace("layers.0", "layers.2")] = tensors[first].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    export_checkpoint(folder, tmp_path / "out", role="small")
+    assert "G405" not in {finding.code for finding in findings_in(export_from_folder(tmp_path / "out"))}
+    model = Exported(tmp_path / "out")
+    places = {stage: places_of(graph) for stage, graph in models_of(model)}
+    assert places["decoder"]["lm_head.weight"] == places["embed"]["embed_tokens.weight"]
+    assert "layers.0.mlp.up_proj.weight" in places["decoder"]
+    assert "layers.2.mlp.up_proj.weight" not in places["decoder"]
+    case = "decoder/prefill/in/"
+    out = model.run("decoder", {n.removeprefix(case): v for n, v in model.golden.items() if n.startswith(case)})
+    np.testing.assert_allclose(out["logits"], model.golden["decoder/prefill/out/logits"], atol=1e-4)
+
+
 def test_onnx_itself_accepts_the_files(model):
     for stage in model.spec.stages.values():
         path = model.folder / stage.file
@@ -242,6 +266,19 @@ def test_streamed_conversion_is_torchs_cast(tmp_path, stored, dtype, monkeypatch
         assert read[name].numpy().tobytes() == wanted.numpy().tobytes()
         where = placed.slices[name]
         assert content[where.offset : where.offset + where.length] == wanted.numpy().tobytes()
+
+
+def test_what_two_names_share_is_converted_once(tmp_path):
+    (tmp_path / "out").mkdir()
+    table = torch.randn(16, 8)
+    tensors = {"table": table, "other": table + 1, "head": table.clone(), "turned": table.reshape(8, 16).clone()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    slices = once_each(tensors_from_checkpoint(tmp_path))
+    placed = place_weights(slices, "float16", tmp_path / "out", in_place=False).slices
+    assert placed["head"] == placed["table"]
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(tensors) - {"table"}
+    assert torch.equal(weight_from_slice(placed["table"]), table.half())
+    assert torch.equal(weight_from_slice(placed["turned"]), table.half().reshape(8, 16))
 
 
 def test_what_float16_cannot_hold_is_named(tmp_path):
