@@ -74,10 +74,7 @@ def sha256_of_piece(path: Path, index: int) -> str:
 
 
 def path_inside(folder: Path, name: str) -> Path | None:
-    """``folder / name``, or None where the name leaves the folder: absolute, with ``..``, or by a symbolic link.
-
-    None too where no file can bear it.
-    """
+    """``folder / name``, or None where that is no place inside: absolute, ``..``, a symbolic link, no file's name."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
         return None
@@ -87,7 +84,7 @@ def path_inside(folder: Path, name: str) -> Path | None:
         try:
             if path.is_symlink():
                 return None
-        except OSError:  # too long
+        except (OSError, ValueError):  # too long, or no text that names a file
             return None
     return path
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from graphs.ops import DOMAIN
-from graphs.rules.rule import Node, Report, Stage, attribute_of, label, nodes_of, stage_rule
+from graphs.rules.rule import Node, Report, Stage, all_inputs_of, attribute_of, label, nodes_of, stage_rule
 
 PAST_KEY, VALID_LENGTH = 4, 6  # inputs of ONNX Attention-23 and -24
 MAP_OUTPUT = 3
@@ -46,6 +48,22 @@ def logits_of_all_rows(stage: Stage) -> Report:
     head, cuts_behind = _head(makers, "logits")
     if head and cuts_behind:
         yield label(cuts_behind[0]), f"rows are cut behind the head {label(head)}, not before it"
+    elif head and not _is_cut_to_tail(graph, makers, head):
+        yield label(head), "no rows are cut before it by the length of tail"
+
+
+def _is_cut_to_tail(graph: Any, makers: dict[str, Node], head: Node) -> bool:
+    """Whether a cut on the way back from ``head`` along first inputs takes its places from ``tail``."""
+    of_tail = {"tail"}
+    for node in graph.node:
+        if of_tail.intersection(all_inputs_of(node)):
+            of_tail.update(node.output)
+    node = makers.get(head.input[0])
+    while node is not None:
+        if node.op_type in ROW_CUTS and of_tail.intersection(node.input[1:]):
+            return True
+        node = makers.get(node.input[0]) if node.input else None
+    return False
 
 
 def _head(makers: dict[str, Node], output: str) -> tuple[Node | None, list[Node]]:

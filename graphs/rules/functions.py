@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from typing import Any
 
 from graphs.ops import DOMAIN, OPS
 from graphs.rules.rule import Report, Stage, label, nodes_of, stage_rule
+from graphs.rules.tensors import content_of
 
 OPSETS = range(23, 25)  # 23: Attention with GQA and a past; 24 is the newest all our targets read
 IR_VERSIONS = range(10, 14)  # ONNX Runtime 1.31 ends at 13
@@ -38,7 +41,7 @@ def ambiguous_function_name(stage: Stage) -> Report:
 
 @stage_rule("G103", "body of another version", AGAIN)
 def body_of_another_version(stage: Stage) -> Report:
-    """A body of our domain is, node for node, the one this version of saccade attaches."""
+    """A body of our domain is the one this version of saccade attaches: nodes, attributes and wiring."""
     for function in stage.model.functions:
         if function.domain != DOMAIN:
             continue
@@ -47,11 +50,42 @@ def body_of_another_version(stage: Stage) -> Report:
             continue
         ours = OPS[function.name].function
         if _outline(function) != _outline(ours):
-            yield function.name, "its nodes are not those of this version's body"
+            yield function.name, "its nodes, attributes or wiring are not those of this version's body"
 
 
-def _outline(function: object) -> list[tuple[str, int, int]]:
-    return [(n.op_type, len(n.input), len(n.output)) for n in nodes_of(function)]
+def _outline(function: Any) -> list[object]:
+    """A body but for the names of its values, which are numbered as they appear."""
+    number: dict[str, int] = {"": 0}
+    outline: list[object] = [
+        sorted(function.attribute),
+        [_attribute(a, number) for a in _by_name(function.attribute_proto)],
+    ]
+    return outline + _wiring(function, [*function.input], [*function.output], number)
+
+
+def _wiring(graph: Any, inputs: list[str], outputs: list[str], number: dict[str, int]) -> list[object]:
+    def numbers(names: Iterable[str]) -> list[int]:
+        return [number.setdefault(name, len(number)) for name in names]
+
+    wiring: list[object] = [numbers(inputs)]
+    for node in graph.node:
+        attributes = [_attribute(a, number) for a in _by_name(node.attribute)]
+        wiring.append((node.domain, node.op_type, attributes, numbers(node.input), numbers(node.output)))
+    return [*wiring, numbers(outputs)]
+
+
+def _by_name(attributes: Iterable[Any]) -> list[Any]:
+    return sorted(attributes, key=lambda attribute: str(attribute.name))
+
+
+def _attribute(attribute: Any, number: dict[str, int]) -> tuple[object, ...]:
+    """An attribute's name, type and value; of graphs their bodies, of tensors their values."""
+    graphs = [attribute.g] * attribute.HasField("g") + [*attribute.graphs]
+    tensors = [attribute.t] * attribute.HasField("t") + [*attribute.tensors]
+    plain = (attribute.f, attribute.i, attribute.s, *attribute.floats, *attribute.ints, *attribute.strings)
+    bodies = [_wiring(g, [i.name for i in g.input], [o.name for o in g.output], number) for g in graphs]
+    values = [(t.data_type, [*t.dims], content_of(t)) for t in tensors]
+    return attribute.name, attribute.type, attribute.ref_attr_name, plain, bodies, values
 
 
 @stage_rule("G104", "foreign op", "keep to standard ops and those of domain saccade, which every target reads")

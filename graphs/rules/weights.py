@@ -8,13 +8,14 @@ import numpy as np
 
 from graphs.files import path_inside
 from graphs.rules.rule import Export, Report, Stage, export_rule, stage_rule
-from graphs.rules.tensors import HEAD, Constant, constants_of
+from graphs.rules.tensors import HEAD, Constant, constants_of, dtype_of, lists_of
 
 EMBEDDED_LIMIT = 16 * 1024  # what a tracer computes (positions, frequencies) is smaller; a weight is larger
 SAME_FROM = 256  # smaller constants may well be equal by what they mean
 PIECE = 1 << 22
 EXPONENTS = {2: (np.uint16, 0x7C00), 4: (np.uint32, 0x7F800000), 8: (np.uint64, 0x7FF0000000000000)}
 AGAIN = "export the checkpoint again"
+NO_PLACE = "it leaves the export's folder, is a symbolic link or can be no file's name"
 
 
 @stage_rule("G401", "path escapes", "do not use this export, or export the checkpoint again")
@@ -23,15 +24,20 @@ def path_escapes(stage: Stage) -> Report:
     for location in sorted({c.location for c in constants_of(stage) if c.location is not None}):
         path = path_inside(stage.folder, location)
         if path is None:
-            yield repr(location), "it leaves the export's folder or is a symbolic link"
+            yield repr(location), NO_PLACE
         elif path.is_file() and path.stat().st_nlink > 1:
             yield repr(location), "it is a hard link, which onnx's loaders refuse"
 
 
 @stage_rule("G402", "outside its file", AGAIN)
 def outside_its_file(stage: Stage) -> Report:
-    """A weight's range lies within its file and is as long as dtype and shape say."""
+    """A weight's range lies within its file and is as long as dtype and shape say; so are values in the .onnx."""
     for constant in constants_of(stage):
+        if any(size < 0 for size in constant.tensor.dims):
+            yield constant.name, f"its shape is {list(constant.tensor.dims)}, which no tensor has"
+            continue
+        if constant.location is None and not constant.is_readable:
+            yield constant.name, f"its values in the .onnx are not the {constant.wanted_bytes} bytes its shape takes"
         if constant.location is None or constant.path is None:
             continue
         if not constant.path.is_file():
@@ -54,7 +60,7 @@ def weight_files_differ(export: Export) -> Report:
     for name, wanted in listed.items():
         path = path_inside(export.folder, name)
         if path is None:
-            yield repr(name), "spec.json lists it, but it leaves the export's folder or is a symbolic link"
+            yield repr(name), f"spec.json lists it, but {NO_PLACE}"
         elif not path.is_file():
             yield name, "spec.json lists it, but it is missing"
         elif (found := path.stat().st_size) != wanted:
@@ -67,6 +73,9 @@ def weight_in_the_graph(stage: Stage) -> Report:
     for constant in constants_of(stage):
         if constant.location is None and constant.length > EMBEDDED_LIMIT:
             yield constant.name, f"{constant.length} bytes lie in the .onnx"
+    for where, size in lists_of(stage):
+        if size > EMBEDDED_LIMIT:
+            yield where, f"{size} bytes lie in the .onnx"
 
 
 @export_rule("G405", "weight stored twice", "point both at one place; switch the folding of weight transposes off")
@@ -129,10 +138,8 @@ def _equal(constants: list[Constant]) -> list[tuple[Constant, Constant]]:
 
 def _count_not_finite(constant: Constant) -> int:
     """How many values of a float weight have all exponent bits set; read in pieces."""
-    import onnx
-
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(constant.tensor.data_type)
-    if dtype.kind != "f" or constant.length % dtype.itemsize:
+    dtype = dtype_of(constant.tensor)
+    if dtype is None or dtype.kind != "f" or constant.length % dtype.itemsize:
         return 0
     word, exponent = EXPONENTS[dtype.itemsize]
     data = constant.bytes()

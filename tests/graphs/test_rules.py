@@ -74,6 +74,38 @@ def body_changed(folder):
     edit_model(folder, "decoder", change)
 
 
+def body_of(model, name):
+    return next(f for f in model.functions if f.name == name)
+
+
+@bad("G103", role="large")
+def the_worst_rows_kept(folder):
+    def change(model):
+        node = next(n for n in body_of(model, "KeepTopK").node if n.op_type == "TopK")
+        next(a for a in node.attribute if a.name == "largest").i = 0
+
+    edit_model(folder, "decoder", change)
+
+
+@bad("G103", role="alone")
+def a_body_wired_otherwise(folder):
+    def change(model):
+        body = body_of(model, "AttentionReceived")
+        node = next(n for n in body.node if len(n.input) == 2 and n.input[0] != n.input[1])
+        node.input[1] = node.input[0]
+
+    edit_model(folder, "decoder", change)
+
+
+@bad("G103", role="alone")
+def another_number_in_a_body(folder):
+    def change(model):
+        held = [a for n in body_of(model, "AttentionReceived").node for a in n.attribute if a.HasField("t")]
+        held[0].t.CopyFrom(onnx.numpy_helper.from_array(np.full_like(onnx.numpy_helper.to_array(held[0].t), 3)))
+
+    edit_model(folder, "decoder", change)
+
+
 @bad("G104", also={"G602"})
 def runtimes_own_op(folder):
     def change(model):
@@ -121,6 +153,16 @@ def head_before_the_cut(folder):
         all_rows = helper.make_node("MatMul", ["x2", "head"], ["all_logits"])
         cut_late = helper.make_node("Slice", ["all_logits", "start", "end", "axis_1"], ["logits"])
         model.graph.node.extend([all_rows, cut_late])
+
+    edit_model(folder, "decoder", change)
+
+
+@bad("G203")
+def nothing_cut_before_the_head(folder):
+    def change(model):
+        cut = nodes(model, "Slice")[-1]
+        cut.op_type = "Identity"
+        del cut.input[1:]
 
     edit_model(folder, "decoder", change)
 
@@ -195,6 +237,11 @@ def symbolic_link(folder):
     relocate(folder, "vision", "link")
 
 
+@bad("G401", also={"G403", "G602"})
+def a_name_no_file_can_have(folder):
+    relocate(folder, "vision", "a" * 300)
+
+
 @bad("G401", also={"G602"})
 def hard_link(folder):
     os.link(folder / WEIGHTS, folder / "elsewhere")
@@ -214,6 +261,36 @@ def past_the_end(folder):
 def offset_is_no_number(folder):
     def change(model):
         next(e for e in model.graph.initializer[0].external_data if e.key == "offset").value = "-4"
+
+    edit_model(folder, "vision", change)
+
+
+@bad("G402")
+def offset_of_5000_digits(folder):
+    def change(model):
+        next(e for e in model.graph.initializer[0].external_data if e.key == "offset").value = "1" * 5000
+
+    edit_model(folder, "vision", change)
+
+
+def held_inside(**tensor):
+    return lambda m: m.graph.initializer.add(name="odd", data_type=onnx.TensorProto.FLOAT, **tensor)
+
+
+@bad("G402", also={"G602"})
+def too_few_bytes_inside(folder):
+    edit_model(folder, "vision", held_inside(dims=(100, 10), raw_data=bytes(range(256)) * 15))
+
+
+@bad("G402", also={"G602"})
+def sizes_below_zero(folder):
+    edit_model(folder, "vision", held_inside(dims=(-4, -100), raw_data=bytes(range(200)) * 8))
+
+
+@bad("G402", also={"G602"})
+def no_type_of_onnx(folder):
+    def change(model):
+        model.graph.initializer[0].data_type = 99
 
     edit_model(folder, "vision", change)
 
@@ -251,6 +328,51 @@ def embed_in(model, values):
 @bad("G404")
 def weight_inside(folder):
     edit_model(folder, "vision", lambda m: embed_in(m, np.random.default_rng(0).random((12, 999), np.float32)))
+
+
+def large_list(**values):
+    return lambda m: m.graph.node.insert(0, helper.make_node("Constant", [], ["large"], **values))
+
+
+@bad("G404")
+def numbers_in_an_attribute(folder):
+    edit_model(folder, "vision", large_list(value_floats=[float(i) for i in range(5000)]))
+
+
+@bad("G404")
+def whole_numbers_in_an_attribute(folder):
+    edit_model(folder, "vision", large_list(value_ints=list(range(5000))))
+
+
+@bad("G404")
+def text_in_an_attribute(folder):
+    edit_model(folder, "vision", large_list(value_strings=["word"] * 5000))
+
+
+@bad("G404")
+def weight_in_a_nested_graph(folder):
+    def change(model):
+        inner = helper.make_graph(
+            [helper.make_node("Identity", ["within"], ["out"])],
+            "inner",
+            [],
+            [helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, (5000,))],
+            [onnx.numpy_helper.from_array(np.arange(5000, dtype=np.float32), "within")],
+        )
+        model.graph.node.insert(0, helper.make_node("Constant", [], ["yes"], value=helper.make_tensor("t", 9, (), [1])))
+        model.graph.node.insert(1, helper.make_node("If", ["yes"], ["of_if"], then_branch=inner, else_branch=inner))
+
+    edit_model(folder, "vision", change)
+
+
+@bad("G404")
+def sparse_weight_inside(folder):
+    def change(model):
+        values = onnx.numpy_helper.from_array(np.arange(1, 5001, dtype=np.float32), "sparse")
+        places = onnx.numpy_helper.from_array(np.arange(5000, dtype=np.int64))
+        model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [6000]))
+
+    edit_model(folder, "vision", change)
 
 
 @bad("G405")
@@ -402,6 +524,19 @@ def test_every_rule_has_a_bad_export_and_a_meaning():
     assert {code for code, *_ in BAD.values()} == {rule.code for rule in RULES}
     assert len({rule.code for rule in RULES}) == len(RULES)
     assert all(rule.meaning for rule in RULES)
+
+
+def test_a_body_may_name_its_values_otherwise(good, tmp_path):
+    folder = tmp_path / "export"
+    shutil.copytree(good["large"], folder)
+
+    def change(model):
+        for function in model.functions:
+            for names in (function.input, function.output, *(x for n in function.node for x in (n.input, n.output))):
+                names[:] = [f"{name}_again" if name else "" for name in names]
+
+    edit_model(folder, "decoder", change)
+    assert findings_in(export_from_folder(folder)) == []
 
 
 @pytest.mark.parametrize("role", ["small", "large", "alone"])
