@@ -101,15 +101,21 @@ class VisionPoint(Budget):
     def carriers(self, tokens: int, images: int = 1, keep: float | None = None) -> dict[str, int]:
         """Lengths of the vision graph's shape carriers for ``tokens`` visual tokens of all images.
 
-        keep: a share in (0, 1] instead of the point's own. Raises UsageError for a number that cannot be had.
+        keep: a share in (0, 1] instead of the point's own. Of an image stays one at least, and where some are
+        merged two. Raises UsageError for a number that cannot be had.
         """
         point = self if keep is None else self.model_copy(update={"keep": keep, "count": None})
         kept = point.kept_of(tokens, images) // (images if self.per_image else 1)
+        if self.merge:
+            kept = max(kept, min(2, tokens // max(1, images)))  # one as it is, and one of the merged
         if self.score == "tome":
             checked_merging(tokens // images, kept, self.tower_layers)
         merged = min(max(1, round(kept * self.merge)), kept - 1) if self.merge else 0
         if self.merge and not merged:
-            raise UsageError("one token of an image is too few for some to be kept and some merged; keep at least 2")
+            raise UsageError(
+                "an image of 1 visual token is too small for one to be kept and others merged; "
+                "give a larger image, or a plan that merges nothing"
+            )
         return {"keep_vision": kept - merged, **({"merge_vision": merged} if self.merge else {})}
 
     @property

@@ -180,6 +180,10 @@ def test_merging_more_than_half_of_a_layer_is_refused(exported):
         point.carriers(TOKENS, 1, 0.05)
 
 
-def test_a_share_of_one_token_cannot_be_zipped(exported):
-    with pytest.raises(UsageError, match="keep at least 2"):
-        exported(*PLANS["visionzip, fastv"]).spec.plan.vision.carriers(TOKENS, 1, 0.05)
+def test_of_a_zipped_image_two_tokens_stay_at_least(exported):
+    point = exported(*PLANS["visionzip, fastv"]).spec.plan.vision
+    assert point.carriers(TOKENS, 1, 0.05) == {"keep_vision": 1, "merge_vision": 1}
+    assert point.carriers(2 * TOKENS, 2, 0.05) == {"keep_vision": 1, "merge_vision": 1}
+    assert point.carriers(2, 1, 0.05) == {"keep_vision": 1, "merge_vision": 1}
+    with pytest.raises(UsageError, match="image of 1 visual token is too small"):
+        point.carriers(1, 1)
