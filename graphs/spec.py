@@ -14,9 +14,9 @@ import json
 from collections.abc import Collection
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from graphs.errors import BadArtefact
 from graphs.plan import PrunePoint, PruningPlan, Record, Role
@@ -28,6 +28,8 @@ STAGES = ("vision", "embed", "decoder")
 
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "bool"]
 FloatType = Literal["float32", "float16", "bfloat16"]  # bfloat16: engines only, no export
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
 # concat: present_* are new tensors, one chunk longer than past_*. in-place: past_* and present_* are one buffer of C_j
 # rows, of which the first ``length_j`` are filled; the chunk's rows are written behind them.
 CacheForm = Literal["concat", "in-place"]
@@ -53,17 +55,17 @@ class StageSpec(Record):
 class LanguageModel(Record):
     """Sizes of the decoder that the runtime needs for caches and limits."""
 
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    max_positions: int
+    layers: Positive
+    width: Positive
+    heads: Positive
+    kv_heads: Positive
+    head_dim: Positive
+    vocab: Positive
+    max_positions: Positive
     # 3: position_ids are [3,1,S] (time, row, column of a visual token; Qwen's M-RoPE).
     position_axes: Literal[1, 3] = 1
     # How many of the first layers have visual features added behind them (Qwen3-VL).
-    deepstack: int = Field(default=0, ge=0)
+    deepstack: Natural = 0
 
 
 class VisualGrid(Record):
@@ -76,21 +78,30 @@ class VisualGrid(Record):
     (Qwen); image size and rows × columns are 0 then, for every image has its own.
     """
 
-    image_height: int
-    image_width: int
-    rows: int
-    columns: int
+    image_height: Natural
+    image_width: Natural
+    rows: Natural
+    columns: Natural
     kind: Literal["fixed", "tiles", "anyres", "patches"] = "fixed"
     # anyres: allowed (height, width); above max_tiles · rows · columns tokens the map is shrunk, 0 never.
-    pinpoints: tuple[tuple[int, int], ...] = ()
-    max_tiles: int = 0
+    pinpoints: tuple[tuple[Positive, Positive], ...] = ()
+    max_tiles: Natural = 0
     # patches: pixels of a patch's side, frames of a patch, patches of a token's side.
-    patch: int = 0
-    frames: int = 0
-    merge: int = 1
+    patch: Natural = 0
+    frames: Natural = 0
+    merge: Positive = 1
     # patches: side of an attention window in patches, 0 for none; side of the learned position table, 0 for none.
-    window: int = 0
-    position_side: int = 0
+    window: Natural = 0
+    position_side: Natural = 0
+
+    @model_validator(mode="after")
+    def _has_sizes(self) -> Self:
+        needed = ("patch", "frames") if self.kind == "patches" else ("image_height", "image_width", "rows", "columns")
+        if nought := [
+            name for name in (*needed, *(["pinpoints"] * (self.kind == "anyres"))) if not getattr(self, name)
+        ]:
+            raise ValueError(f"{nought[0]} is nothing, but a grid of kind {self.kind} needs one")
+        return self
 
     @property
     def tokens(self) -> int:
@@ -116,7 +127,7 @@ class WeightFile(Record):
     """One safetensors file that the stages' external tensors point into."""
 
     name: str
-    bytes: int
+    bytes: Natural
 
 
 class ExportSpec(Record):
@@ -138,6 +149,12 @@ class ExportSpec(Record):
     tools: dict[str, str]
 
     model_config = {**Record.model_config, "populate_by_name": True}
+
+    @model_validator(mode="after")
+    def _has_every_stage(self) -> Self:
+        if set(self.stages) != set(STAGES):
+            raise ValueError(f"stages are {', '.join(self.stages) or 'none'}, but must be {', '.join(STAGES)}")
+        return self
 
     @property
     def weight_bytes(self) -> int:
@@ -217,9 +234,10 @@ def spec_from_folder(folder: Path) -> ExportSpec:
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the document"
-        got = "" if first["type"] == "missing" else f", got {str(first['input'])[:60]!r}"
+        got = "" if first["type"] in ("missing", "value_error") else f", got {str(first['input'])[:60]!r}"
+        what = first["msg"].removeprefix("Value error, ")
         raise BadArtefact(
-            f"{path}: {where}: {first['msg']}{got} (this version reads saccade.spec/1); export the checkpoint again"
+            f"{path}: {where}: {what}{got} (this version reads saccade.spec/1); export the checkpoint again"
         ) from None
     if "schema_id" not in spec.model_fields_set:
         raise BadArtefact(

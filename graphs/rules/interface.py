@@ -6,7 +6,7 @@ from typing import Any
 
 from graphs.ops import DOMAIN
 from graphs.rules.rule import Report, Stage, label, nodes_of, stage_rule
-from graphs.spec import TensorSpec
+from graphs.spec import TensorSpec, past_names
 
 AGAIN = "export the checkpoint again"
 LENGTH_READERS = {"Shape", "Size"}
@@ -25,7 +25,8 @@ def unused_input(stage: Stage) -> Report:
 
 @stage_rule("G302", "interface differs", AGAIN)
 def interface_differs(stage: Stage) -> Report:
-    """Names, order, dtypes, ranks and fixed dimensions are those of spec.json."""
+    """Names, order, dtypes, ranks and fixed dimensions are those of spec.json; caches are of its language model."""
+    yield from _caches_differ(stage)
     graph = stage.model.graph
     constants = {t.name for t in graph.initializer}
     for kind, promised, found in (
@@ -39,6 +40,24 @@ def interface_differs(stage: Stage) -> Report:
         for want, have in zip(promised, found, strict=True):
             if problem := _tensor_differs(want, have):
                 yield f"{kind[:-1]} {want.name}", problem
+
+
+def _caches_differ(stage: Stage) -> Report:
+    if not stage.is_decoder:
+        return
+    language = stage.spec.language
+    wanted = {name for layer in range(language.layers) for name in past_names(layer)}
+    pasts = {t.name: t.shape for t in stage.interface.inputs if t.name.startswith("past_")}
+    if set(pasts) != wanted:
+        yield (
+            "inputs",
+            f"they are caches of {len(pasts) / 2:g} layers, in spec.json the language model has {language.layers}",
+        )
+    for name, shape in pasts.items():
+        if (shape[1:2], shape[3:]) != ((language.kv_heads,), (language.head_dim,)):
+            told = f"kv_heads {language.kv_heads} and head_dim {language.head_dim}"
+            yield f"input {name}", f"its shape is {list(shape)}, the language model of spec.json has {told}"
+            return
 
 
 def _names_differ(names: list[str], wanted: list[str]) -> str:

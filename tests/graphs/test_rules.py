@@ -194,6 +194,21 @@ def other_dtype(folder):
 
 
 @bad("G302")
+def another_width_of_heads(folder):
+    edit_spec(folder, lambda s: s["language"].update(head_dim=5))
+
+
+@bad("G302")
+def more_heads_of_keys(folder):
+    edit_spec(folder, lambda s: s["language"].update(kv_heads=2))
+
+
+@bad("G302", role="large")
+def more_layers_than_caches(folder):
+    edit_spec(folder, lambda s: s["language"].update(layers=3))
+
+
+@bad("G302")
 def other_rank(folder):
     edit_spec(folder, lambda s: s["stages"]["vision"]["outputs"][0].update(shape=["V", "D", 8]))
 

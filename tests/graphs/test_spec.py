@@ -12,6 +12,7 @@ from graphs.errors import BadArtefact
 from graphs.policies import plan_of_policy
 from graphs.spec import (
     SPEC_FILE,
+    STAGES,
     ExportSpec,
     LanguageModel,
     StageSpec,
@@ -36,7 +37,7 @@ def spec_of(role="large", policy="sgl", layers=6, rows=3, columns=5, eos=(2,), p
         language=LanguageModel(layers=layers, width=8, heads=2, kv_heads=1, head_dim=4, vocab=16, max_positions=64),
         grid=VisualGrid(image_height=24, image_width=40, rows=rows, columns=columns),
         tokens=Tokens(image=4, image_text="<image>", eos=eos, pad=pad),
-        stages={"vision": StageSpec(file="vision.onnx", inputs=(tensor,), outputs=())},
+        stages={name: StageSpec(file=f"{name}.onnx", inputs=(tensor,), outputs=()) for name in STAGES},
         weights=(WeightFile(name="model.safetensors", bytes=12),),
         weights_are="copy",
         tools={"torch": "2.13.0"},
@@ -111,6 +112,28 @@ def test_what_is_no_json_object(tmp_path, text):
     ],
 )
 def test_what_is_not_ours_is_named(tmp_path, entries, says):
+    assert says in refusal(tmp_path, changed(**entries))
+
+
+LANGUAGE = json.loads(spec_of().dumps())["language"]
+GRID = json.loads(spec_of().dumps())["grid"]
+STAGE = {"file": "decoder.onnx", "inputs": [], "outputs": []}
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ({"stages": {}}, "stages are none, but must be vision, embed, decoder"),
+        ({"stages": {"decoder": STAGE}}, "stages are decoder, but must be"),
+        ({"stages": dict.fromkeys((*STAGES, "other"), STAGE)}, "other, but must be"),
+        *(({"language": LANGUAGE | {name: 0}}, f"language.{name}") for name in LANGUAGE if name != "deepstack"),
+        ({"grid": GRID | {"rows": 0}}, "rows is nothing, but a grid of kind fixed needs one"),
+        ({"grid": GRID | {"merge": 0}}, "grid.merge"),
+        ({"grid": GRID | {"kind": "patches"}}, "patch is nothing"),
+        ({"grid": GRID | {"kind": "anyres"}}, "pinpoints is nothing"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(tmp_path, entries, says):
     assert says in refusal(tmp_path, changed(**entries))
 
 
