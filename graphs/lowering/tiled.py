@@ -69,7 +69,9 @@ def _rewrite(node: ir.Node, columns: dict[ir.Value, tuple[ir.Value, ir.Value]]) 
             columns[is_real] = _columns(node, is_real, heads)
         rows[:2] = [before(node, "Concat", list(pair), axis=3) for pair in zip(rows[:2], columns[is_real], strict=True)]
         widths[:2] = [width + 1] * 2
-    flat = [_flat(node, value, heads * wide) for value, wide in zip(rows, widths, strict=True)]
+    flat = [
+        _flat(node, row, heads * wide, value) for row, wide, value in zip(rows, widths, node.inputs[:3], strict=True)
+    ]
     scale = node.attributes.get_float("scale", 0.0) or width**-0.5
     if is_real is None and isinstance(q.shape[2], int) and q.shape[2] < LONG:
         attributes = {"q_num_heads": heads, "kv_num_heads": heads, "scale": scale}
@@ -108,12 +110,15 @@ def _columns(node: ir.Node, is_real: ir.Value, heads: int) -> tuple[ir.Value, ir
     return before(node, "Expand", [one, sizes]), before(node, "Expand", [padding_BK11, sizes])
 
 
-def _flat(node: ir.Node, value: ir.Value, width: int) -> ir.Value:
-    """[B,K,H·D] of [B,K,H,D]: what it was split from, or joined again."""
+def _flat(node: ir.Node, value: ir.Value, width: int, turned: ir.Value | None) -> ir.Value:
+    """[B,K,H·D] of [B,K,H,D]: what it was split from, or joined again; ``turned`` is [B,H,K,D]."""
     maker = made_by(value, "Reshape")
     split = maker.inputs[0] if maker is not None else None
-    if split is not None and split.shape is not None and len(split.shape) == 3 and split.shape[-1] == width:
-        return split
+    sizes = turned.shape if turned is not None else None
+    if split is not None and split.shape is not None and sizes is not None:
+        shape = split.shape
+        if len(shape) == 3 and shape[-1] == width and shape[:2] == (sizes[0], sizes[2]):
+            return split
     return before(node, "Reshape", [value, constant(node, [0, 0, width])])
 
 

@@ -146,6 +146,24 @@ def test_attention_over_whole_images_takes_rows_of_all_heads(places: int | str, 
     assert np.abs(got - wanted).max() < 1e-5 * np.abs(plain).max()
 
 
+def test_rows_of_one_image_that_are_split_into_two_are_not_taken_whole() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 23]>
+    tower (float[1,6,8] x) => (float[2,3,8] y) {
+      split = Constant <value_ints: ints = [2, 3, 2, 4]> ()
+      merge = Constant <value_ints: ints = [0, 0, 8]> ()
+      heads = Reshape (x, split)
+      turned = Transpose <perm: ints = [0, 2, 1, 3]> (heads)
+      seen = Attention (turned, turned, turned)
+      back = Transpose <perm: ints = [0, 2, 1, 3]> (seen)
+      y = Reshape (back, merge)
+    }"""
+    model = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text))
+    lowered = ir.from_proto(model)
+    assert TowersTiled()(lowered).modified
+    feeds = {"x": np.random.default_rng(0).standard_normal((1, 6, 8)).astype(np.float32)}
+    np.testing.assert_allclose(ran(lowered, feeds)[0], ran(model, feeds)[0], atol=1e-6)
+
+
 @pytest.mark.parametrize("other", [{"dtype": T.FLOAT16}, {"mask": True}])
 def test_attention_that_the_tiled_kernel_cannot_do_is_left(other: dict[str, Any]) -> None:
     assert not TowersTiled()(ir.from_proto(tower(600, **other))).modified
