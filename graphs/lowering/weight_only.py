@@ -7,7 +7,8 @@ Legend: N outputs, K inputs of a layer, J blocks of a row, V vocabulary, D width
     int8: one scale a row, s [N], s = max |W[n]| / 127;   int4: s [N,J], J = K / 128, s = max |block| / 7
 
 Symmetric, for TensorRT takes no zero point but 0, and OpenVINO multiplies no slower by it than by one of two sides.
-Scales are numbers of fp16, and none is 0, which TensorRT refuses. Blocks of int8 are not used: TensorRT-RTX 1.7.1
+Scales of fp16 are no less than its least number, those of fp32 than its least normal one: none is 0, which TensorRT
+refuses. Blocks of int8 are not used: TensorRT-RTX 1.7.1
 builds them, but holds the weight in the wide type (209 KB for 256 × 256), while rows of int8 and blocks of int4 stay
 narrow (83 and 50 KB).
 Source: ONNX DequantizeLinear-21; TensorRT's explicit quantisation, weight-only; OpenVINO's compressed weights.
@@ -20,13 +21,14 @@ from functools import partial
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import DTypeLike
 
 from graphs.lowering.derived import CHUNK, DerivedWeights
 from graphs.lowering.linear import Rows, initializer, is_stored_matrix, rows_of, sizes_of, stored_weight
 from graphs.lowering.roles import Width, place_of
 
 BLOCK = 128
-SMALLEST = 2.0**-24  # of fp16
+SMALLEST = {np.dtype(np.float16): 2.0**-24, np.dtype(np.float32): 2.0**-126}
 LARGEST: dict[Width, int] = {8: 127, 4: 7}
 TYPES: dict[Width, ir.DataType] = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
 
@@ -81,7 +83,8 @@ class WeightOnly(ir.passes.InPlacePass):
         bits: Width = self.bits_of(weight) if k % BLOCK == 0 else 8
         block = BLOCK if bits == 4 else k
         shape = (n, k // block) if bits == 4 else (n,)
-        pieces = partial(_pieces, self.rows_of(weight), (n, k), bits, block)
+        kind = np.float32 if self.scales == ir.DataType.FLOAT else np.float16
+        pieces = partial(_pieces, self.rows_of(weight), (n, k), bits, block, kind)
         q = self.weights.place((*place, "q"), f"{name}.q", TYPES[bits], (n, k), partial(pieces, scales=False))
         s = self.weights.place((*place, "s"), f"{name}.scale", self.scales, shape, partial(pieces, scales=True))
         attributes = {"axis": 1, "block_size": block} if bits == 4 else {"axis": 0}
@@ -95,21 +98,25 @@ class WeightOnly(ir.passes.InPlacePass):
             model.graph.initializers.pop(name)
 
 
-def narrowed(weight_NK: np.ndarray, bits: Width, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """q int8 [N,K] and s fp16 [N,J] of fp32 rows whose length ``block`` divides."""
+def narrowed(
+    weight_NK: np.ndarray, bits: Width, block: int, scales: DTypeLike = np.float16
+) -> tuple[np.ndarray, np.ndarray]:
+    """q int8 [N,K] and s [N,J] of type ``scales``, of fp32 rows whose length ``block`` divides."""
     value_NJk = weight_NK.reshape(len(weight_NK), -1, block)
     largest = LARGEST[bits]
     scale_NJ1 = np.abs(value_NJk).max(-1, keepdims=True) / np.float32(largest)
-    scale_NJ1 = np.maximum(scale_NJ1, np.float32(SMALLEST)).astype(np.float16)
+    scale_NJ1 = np.maximum(scale_NJ1, np.float32(SMALLEST[np.dtype(scales)])).astype(scales)
     q_NJk = np.clip(np.rint(value_NJk / scale_NJ1.astype(np.float32)), -largest, largest).astype(np.int8)
     return q_NJk.reshape(weight_NK.shape), scale_NJ1[..., 0]
 
 
-def _pieces(rows: Rows, shape: tuple[int, int], bits: Width, block: int, *, scales: bool) -> Iterator[np.ndarray]:
+def _pieces(
+    rows: Rows, shape: tuple[int, int], bits: Width, block: int, kind: DTypeLike, *, scales: bool
+) -> Iterator[np.ndarray]:
     n, k = shape
     step = max(1, CHUNK // k)
     for first in range(0, n, step):
-        q_NK, scale_NJ = narrowed(rows(first, min(n, first + step)), bits, block)
+        q_NK, scale_NJ = narrowed(rows(first, min(n, first + step)), bits, block, kind)
         if scales:
             yield scale_NJ
         else:

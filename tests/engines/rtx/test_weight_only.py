@@ -76,11 +76,11 @@ def test_it_computes_what_rounded_weights_compute(
 
 
 def rounded_like(weight_NK: np.ndarray, bits: Width) -> np.ndarray:
-    """What is left of a weight: rows on 255 steps, or blocks of 128 on 15, each step a number of fp16."""
+    """What is left of a weight: rows on 255 steps, or blocks of 128 on 15, each step a number of fp32."""
     block = weight_NK.shape[1] if bits == 8 else 128
     parts = weight_NK.reshape(-1, block)
     steps = {8: 127, 4: 7}[bits]
-    scale = np.float32(np.float16(np.maximum(abs(parts).max(1, keepdims=True) / np.float32(steps), 2**-24)))
+    scale = np.maximum(abs(parts).max(1, keepdims=True) / np.float32(steps), np.float32(2**-126))
     return np.float32(np.clip(np.rint(parts / scale), -steps, steps) * scale).reshape(weight_NK.shape)
 
 
@@ -105,7 +105,7 @@ def test_four_bits_are_stored_low_half_first(export: Path, lowered: dict[int, Lo
     q = named(lowered[4].file("decoder"), "down_proj.weight.q").const_value
     assert held is not None
     assert q is not None
-    wanted, _ = narrowed(held.numpy(), 4, BLOCK)
+    wanted, _ = narrowed(held.numpy(), 4, BLOCK, np.float32)
     assert (q.numpy().astype(np.int8) == wanted).all()
 
 
