@@ -2,7 +2,7 @@
 
 Legend: B batch, S rows, K kept rows.
 
-Order the rows by image, inside an image by falling score (ties: the lower index; NaN last); text rows, whose image is
+Order the rows by image, inside an image by falling score (ties: the lower index; NaN as −∞); text rows, whose image is
 −1, come first. kept[b] = the rows at the places ``pick`` of that order, ascending. The host knows how many rows each
 image has and how many it keeps, so it knows the places: for image i the first k_i behind those of earlier images.
 Source: DESIGN.md, "Budgets per image". Shape rule: score fp32 [B,S], image int64 [B,S], pick int64 [K] → int64 [B,K].
@@ -45,7 +45,8 @@ def define() -> Any:
 
     @torch.library.custom_op("saccade::keep_per_image", mutates_args=())
     def keep_per_image(score: torch.Tensor, image: torch.Tensor, pick: torch.Tensor) -> torch.Tensor:
-        by_score_BS = score.float().nan_to_num(nan=-torch.inf).sort(dim=-1, descending=True, stable=True).indices
+        ranked_BS = score.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        by_score_BS = ranked_BS.sort(dim=-1, descending=True, stable=True).indices
         by_image_BS = image.gather(1, by_score_BS).sort(dim=-1, stable=True).indices
         return by_score_BS.gather(1, by_image_BS)[:, pick].sort(dim=-1).values
 

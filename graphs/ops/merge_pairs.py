@@ -5,7 +5,7 @@ Legend: B batch (images), S tokens, C feature width, E key width, a even tokens 
 Even tokens are a, odd ones b. Each a is tied to the b of the most alike key (cosine; ties: the first). The r ties of
 highest likeness are merged: b becomes the mean of all it holds, each weighted by its size (how many original tokens
 it stands for), and keeps its place. The other a stay. A token at a place below 0 (the class token) is never merged.
-Result: the a that stay, in order, then all b.
+A key of zeros is like no other. Result: the a that stay, in order, then all b.
 
 Source: ToMe (arXiv 2210.09461), facebookresearch/ToMe 207459a. Shape rule: x [B,S,C], size fp32 [B,S],
 place int64 [B,S], key [B,S,E], keep [S'] → x's dtype [B,S',C], fp32 [B,S'], int64 [B,S']; S' ≥ b, and ≥ b + 1 with a
@@ -26,6 +26,7 @@ MergePairs (x, size, place, key, keep) => (merged, merged_size, merged_place)
   nought = Constant <value_int: int = 0> ()
   last_axis = Constant <value_ints: ints = [-1]> ()
   unit = Constant <value: tensor = float {1.0}> ()
+  tiny = Constant <value: tensor = float {1e-12}> ()
   never = Constant <value: tensor = float {-inf}> ()
   token_1 = Shape <start: int = 1, end: int = 2> (x)
   keep_1 = Shape (keep)
@@ -37,7 +38,8 @@ MergePairs (x, size, place, key, keep) => (merged, merged_size, merged_place)
   stay_1 = Sub (keep_1, odd_1)
   key_wide = Cast <to: int = 1> (key)
   norm = ReduceL2 <keepdims: int = 1> (key_wide, last_axis)
-  alike = Div (key_wide, norm)
+  norm_real = Max (norm, tiny)
+  alike = Div (key_wide, norm_real)
   alike_a = Gather <axis: int = 1> (alike, even)
   alike_b = Gather <axis: int = 1> (alike, odd)
   alike_turned = Transpose <perm: ints = [0, 2, 1]> (alike_b)
@@ -98,7 +100,7 @@ def define() -> Any:
         x: torch.Tensor, size: torch.Tensor, place: torch.Tensor, key: torch.Tensor, keep: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         image_B1 = torch.arange(x.shape[0], device=x.device)[:, None]
-        alike_BSE = key.float() / key.float().norm(dim=-1, keepdim=True)
+        alike_BSE = key.float() / key.float().norm(dim=-1, keepdim=True).clamp(min=1e-12)
         likeness_Ba, tied_Ba = (alike_BSE[:, ::2] @ alike_BSE[:, 1::2].transpose(1, 2)).max(-1)
         rank_Ba = likeness_Ba.masked_fill(place[:, ::2] < 0, -torch.inf)
         b = x.shape[1] // 2

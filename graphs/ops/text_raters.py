@@ -7,7 +7,8 @@ Legend: B batch, S rows, D width, G guide rows (the last G of S).
 
 Source: SparseVLM (arXiv 2410.04417) §3.2, on the embeddings that enter the decoder; a sum over the visual rows
 ranks as the paper's mean. "≥" where the authors' code has ">", so that one guide row rates, and so that a chunk
-without an image gives no NaN. Shape rule: x [B,S,D], is_visual bool [B,S], guide [G] → fp32 [B,G].
+without an image gives no NaN; a mean that rounds above every r is taken for the largest, so that one row rates.
+Shape rule: x [B,S,D], is_visual bool [B,S], guide [G] → fp32 [B,G].
 """
 
 from typing import Any
@@ -33,7 +34,9 @@ TextRaters (x, is_visual, guide) => (weight)
   counted = Mul (share, visual_column)
   relevance = ReduceSum <keepdims: int = 0> (counted, one_1)
   mean = ReduceMean <keepdims: int = 1> (relevance, one_1)
-  is_rater = GreaterOrEqual (relevance, mean)
+  most = ReduceMax <keepdims: int = 1> (relevance, one_1)
+  bar = Min (mean, most)
+  is_rater = GreaterOrEqual (relevance, bar)
   weight = Cast <to: int = 1> (is_rater)
 }
 """
@@ -49,7 +52,8 @@ def define() -> Any:
         text_BGD = wide_BSD[:, x.shape[1] - guide.shape[0] :]
         share_BSG = (wide_BSD @ text_BGD.transpose(1, 2)).softmax(-1)
         relevance_BG = (share_BSG * is_visual[..., None]).sum(1)
-        return (relevance_BG >= relevance_BG.mean(1, keepdim=True)).float()
+        bar_B1 = torch.minimum(relevance_BG.mean(1, keepdim=True), relevance_BG.amax(1, keepdim=True))
+        return (relevance_BG >= bar_B1).float()
 
     @text_raters.register_fake
     def _(x: torch.Tensor, is_visual: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:

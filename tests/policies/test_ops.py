@@ -129,6 +129,16 @@ def test_text_raters(batch, rows, data, seed):
             assert got.all()
 
 
+@pytest.mark.parametrize("visual", [5, 64, 576])
+def test_of_guide_rows_that_are_alike_one_rates_at_least(visual):
+    """The mean of equal numbers may round above them."""
+    for guides in range(2, 20):
+        x = np.concatenate([drawn(1, visual, 32), np.repeat(0.02 * drawn(1, 1, 32, seed=1), guides, 1)], 1)
+        is_visual = np.arange(visual + guides)[None] < visual
+        for (got,) in both("TextRaters", ((1, 2),), x, is_visual, carrier(guides)):
+            assert got.any()
+
+
 def contextual(x, key, dominant, merges):
     """VisionZip's code, in numpy, one image; dominant as a set."""
     rest = [v for v in range(len(x)) if v not in set(dominant)]
@@ -197,6 +207,18 @@ def test_merge_pairs(batch, tokens, data, seed, has_class):
         np.testing.assert_allclose(got, np.stack([w for w, _, _ in wanted]), atol=1e-5)
         np.testing.assert_allclose(got_size, np.stack([s for _, s, _ in wanted]))
         assert got_size.sum() == pytest.approx(size.sum())
+
+
+def test_a_key_of_zeros_is_like_no_other_and_gives_no_nan():
+    x, key = drawn(1, 6, 4), drawn(1, 6, 4, seed=1)
+    key[0, [2, 3]] = 0
+    size, place = np.ones((1, 6), np.float32), np.arange(6)[None]
+    found = list(both("MergePairs", ((1, 3), (1, 2), (7, 2)), x, size, place, key, carrier(4)))
+    for (got, got_size, got_place), (wanted, _, wanted_place) in zip(found, reversed(found), strict=True):
+        assert np.isfinite(got).all()
+        assert got_size.sum() == 6
+        assert got_place.tolist() == wanted_place.tolist()
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(OPS))

@@ -51,6 +51,13 @@ def test_keep_per_image_keeps_each_images_best(counts, text, data, seed, ties):
             assert got.tolist() == [sorted(wanted)]
 
 
+def test_keep_per_image_takes_nan_for_minus_infinity():
+    score = np.array([[np.nan, -np.inf, 1, np.nan, np.finfo(np.float32).max, np.inf]], np.float32)
+    for places, wanted in (([0, 1], [4, 5]), ([0], [5]), ([0, 1, 2, 3], [0, 2, 4, 5])):
+        for (got,) in both("KeepPerImage", ((7, 2),), score, np.zeros((1, 6), np.int64), np.array(places)):
+            assert got.tolist() == [wanted]
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(2, 12), min_size=1, max_size=3), st.data(), st.integers(0, 99))
 def test_merge_context_within_is_merge_context_image_by_image(counts, data, seed):
