@@ -96,11 +96,10 @@ class VisualGrid(Record):
 
     @model_validator(mode="after")
     def _has_sizes(self) -> Self:
-        needed = ("patch", "frames") if self.kind == "patches" else ("image_height", "image_width", "rows", "columns")
-        if nought := [
-            name for name in (*needed, *(["pinpoints"] * (self.kind == "anyres"))) if not getattr(self, name)
-        ]:
-            raise ValueError(f"{nought[0]} is nothing, but a grid of kind {self.kind} needs one")
+        tile = ("image_height", "image_width", "rows", "columns")
+        needed = {"patches": ("patch", "frames"), "anyres": (*tile, "pinpoints")}.get(self.kind, tile)
+        if lacking := [name for name in needed if not getattr(self, name)]:
+            raise ValueError(f"{lacking[0]} is nothing, but a grid of kind {self.kind} needs one")
         return self
 
     @property
