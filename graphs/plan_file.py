@@ -28,6 +28,7 @@ from pydantic import Field, StrictFloat, StrictInt, ValidationError
 from graphs.errors import UsageError
 from graphs.files import unreadable
 from graphs.plan import (
+    BY_ATTENTION,
     Guidance,
     PrunePoint,
     PruningPlan,
@@ -114,6 +115,7 @@ class PlanDocument(Record):
 
     def _vision_point(self, p: PointDocument) -> VisionPoint:
         self._refuse_fields(0, p, DECODER_ONLY, "at the vision stage")
+        self._refuse_fields(0, p, ("seed",) * (p.score != "random"), f"of score {p.score!r}")
         if p.score not in get_args(VisionScore):
             raise UsageError(
                 f"plan {self.name}: point 0 is at the vision stage, where there is no score {p.score!r}; "
@@ -133,6 +135,8 @@ class PlanDocument(Record):
                 f"plan {self.name}: point {i} is before a decoder layer, where there is no score {p.score!r}; "
                 f"known are {', '.join(get_args(Score))}"
             )
+        self._refuse_fields(i, p, ("rows",) * (p.score not in BY_ATTENTION), f"of score {p.score!r}")
+        self._refuse_fields(i, p, ("seed",) * (p.score != "random"), f"of score {p.score!r}")
         assert not isinstance(p.where, str)
         layer = p.where
         if isinstance(layer, float):
@@ -217,19 +221,24 @@ def _first(error: ValidationError) -> str:
     first = error.errors()[0]
     place = [part for part in first["loc"] if isinstance(part, int) or part in FIELDS]
     name = ".".join(map(str, place)) or "schema"
-    if place and place[-1] == "where":
-        return f'{name} is {first["input"]!r}; give "vision", a layer (2) or a share of the depth below 1 (0.25)'
-    if place and place[-1] == "score":
-        return (
-            f"{name} is {first['input']!r}; known are {', '.join(sorted({*get_args(Score), *get_args(VisionScore)}))}"
-        )
     if first["type"] == "extra_forbidden":
-        return f"there is no {'.'.join(map(str, first['loc']))}; known are {', '.join(sorted(FIELDS))}"
+        table = TABLES.get(str(first["loc"][0]), PlanDocument)
+        known = sorted(field.alias or key for key, field in table.model_fields.items())
+        return f"there is no {'.'.join(map(str, first['loc']))}; known are {', '.join(known)}"
+    said = "missing" if first["type"] == "missing" else repr(first["input"])
+    if place and place[-1] in WANTED:
+        return f"{name} is {said}; {WANTED[place[-1]]}"
     if first["type"] == "missing":
         return f"{name} is missing"
     return f"{name}: {first['msg']}, got {str(first['input'])[:60]!r}"
 
 
+TABLES: dict[str, type[Record]] = {"point": PointDocument, "guidance": GuidanceDocument}
+WANTED = {
+    "where": 'give "vision", a layer (2) or a share of the depth below 1 (0.25)',
+    "score": f"known are {', '.join(sorted({*get_args(Score), *get_args(VisionScore)}))}",
+    "layers": 'give "all", or layers ([0, 1])',
+}
 FIELDS = {*PointDocument.model_fields, *PlanDocument.model_fields, "layers", "schema"} - {"schema_id"}
 
 

@@ -153,7 +153,7 @@ POLICIES: dict[str, Policy] = {policy.name: policy for policy in TABLE}
 
 
 def policy_document(policy: str, role: Role) -> PlanDocument:
-    """The plan of a name, or of several joined by ``+``, whose points follow each other (``star+sgl``)."""
+    """The plan of a name, or of several joined by ``+``, whose points follow each other (``visionzip+sgl``)."""
     parts = []
     for name in policy.split("+"):
         if name not in POLICIES:
