@@ -12,6 +12,7 @@ from graphs.plan import (
     Guidance,
     PrunePoint,
     PruningPlan,
+    VisionPoint,
     average_retention,
     checked_keep,
     keep_for_retention,
@@ -37,6 +38,10 @@ RETENTION = [
 
 def point(layer, keep=0.5, score="priority"):
     return PrunePoint(layer=layer, score=score, keep=keep)
+
+
+def counted(layer, count):
+    return PrunePoint(layer=layer, score="priority", count=count)
 
 
 def plan_with(*points, **more):
@@ -105,6 +110,13 @@ def test_more_keep_never_keeps_less(tokens, a, b):
     assert kept_count(tokens, 1) == tokens
 
 
+@pytest.mark.parametrize("budget", [counted(1, 8), VisionPoint(score="received", count=8)], ids=["decoder", "vision"])
+@pytest.mark.parametrize(("tokens", "kept"), [(0, 0), (5, 5), (8, 8), (16, 8)])
+def test_a_count_keeps_at_most_what_is_there(budget, tokens, kept):
+    assert budget.kept_of(tokens) == kept
+    assert budget.share_of(tokens) == (kept / tokens if tokens else 1)
+
+
 @pytest.mark.parametrize("keep", [0, -0.1, 1.0001, 5, float("nan"), float("inf")])
 def test_keep_outside_its_range(keep):
     with pytest.raises(UsageError, match=r"must lie in \(0, 1\]"):
@@ -159,6 +171,7 @@ def test_segments_are_the_layers_in_order(layers, data):
         (plan_with(guidance=Guidance(layers=())), "guidance"),
         (plan_with(guidance=Guidance(layers=(1, 1))), "guidance"),
         (plan_with(point(2), guidance=Guidance(layers=(0,))), "cannot prune inside"),
+        (plan_with(counted(1, 3), counted(2, 4)), r"keep \[3, 4\] .* order them down"),
     ],
 )
 def test_what_a_plan_may_not_say(plan, says):

@@ -171,6 +171,19 @@ def test_merge_context(batch, tokens, data, seed, dtype):
         np.testing.assert_allclose(merged, np.stack([t for t, _ in wanted]), atol=1e-5 if dtype is np.float32 else 5e-3)
 
 
+@pytest.mark.parametrize(("nought", "other"), [(3, 1), (1, 3)])
+def test_a_key_of_zeros_is_like_no_other(nought, other):
+    """Of two targets one has such a key; whoever is like the other one joins that, whichever comes first."""
+    x, key = drawn(1, 6, 3), drawn(1, 6, 4, seed=1)
+    key[0, [2, 4]] = key[0, other]
+    key[0, nought] = 0
+    wanted = x[0].copy()
+    wanted[other] += (x[0, 2] + x[0, 4]) / 2
+    for merged, kept in both("MergeContext", ((1, 3), (7, 2)), x, key, np.array([[0, 5]]), carrier(2)):
+        assert kept.tolist() == [[0, 1, 3, 5]]
+        np.testing.assert_allclose(merged[0], wanted[[0, 1, 3, 5]], atol=1e-6)
+
+
 def merged_pairs(x, size, place, key, keep):
     """ToMe's step, in numpy, one image, by its words: lists of what each token holds."""
     unit = key / np.linalg.norm(key, axis=1, keepdims=True)

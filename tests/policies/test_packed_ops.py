@@ -134,3 +134,40 @@ def test_merge_dropped_leaves_text_alone(rows):
     for got, kept in both("MergeDropped", ((10, 3), (7, 2)), *arrays):
         assert kept.tolist() == [list(range(rows))]
         assert (got == x).all()
+
+
+def merge_dropped(x, score, is_visual, keep, merges, recycles):
+    carriers = (carrier(keep), carrier(merges), carrier(recycles))
+    return both("MergeDropped", ((1, 3), (7, 2)), x, score, is_visual, *carriers)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_merge_dropped_makes_one_cluster_of_equal_rows_however_large(seed):
+    """Their distance is what rounding leaves, below nought too, and still the nearest."""
+    x = np.repeat(drawn(1, 3, 96, seed=seed) * 300, 6, axis=1)
+    score = np.arange(18, 0, -1, dtype=np.float32)[None]
+    for got, kept in merge_dropped(x, score, np.ones((1, 18), bool), 3, 3, 18):
+        assert sorted(k // 6 for k in kept[0].tolist()) == [0, 1, 2]
+        np.testing.assert_allclose(got[0], x[0, ::6], rtol=1e-5)
+
+
+def test_merge_dropped_puts_no_score_above_text():
+    x, score, is_visual = drawn(1, 8, 4), np.arange(8, dtype=np.float32)[None], np.ones((1, 8), bool)
+    is_visual[0, [3, 7]] = False
+    score[0, 4] = np.inf
+    for got, kept in merge_dropped(x, score, is_visual, 3, 1, 2):
+        at = kept[0].tolist()
+        assert {3, 7} < set(at)
+        assert (got[0, [at.index(3), at.index(7)]] == x[0, [3, 7]]).all()
+
+
+@pytest.mark.parametrize("row", range(8))
+def test_merge_dropped_takes_a_score_that_is_no_number_for_the_lowest(row):
+    x, score, is_visual = drawn(1, 8, 4), drawn(1, 8, seed=1), np.ones((1, 8), bool)
+    no_number = score.copy()
+    score[0, row], no_number[0, row] = -9, np.nan
+    wanted, wanted_kept = next(iter(merge_dropped(x, score, is_visual, 4, 1, 2)))
+    assert row not in wanted_kept
+    for got, kept in merge_dropped(x, no_number, is_visual, 4, 1, 2):
+        assert kept.tolist() == wanted_kept.tolist()
+        np.testing.assert_allclose(got, wanted, rtol=1e-5)

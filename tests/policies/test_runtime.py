@@ -178,6 +178,17 @@ def test_random_is_seeded(exported, llava_model, tower, plain):
     assert kept[0] == kept[1] != kept[2]
 
 
+@pytest.mark.parametrize("beside_a_small_one", [False, True])
+def test_guidance_that_is_given_wins_over_a_draw(exported, beside_a_small_one):
+    plan = PruningPlan(name="x", points=(PrunePoint(layer=0, score="random", keep=0.5, seed=0),))
+    small = exported("sgl", "small") if beside_a_small_one else None
+    cascade = Cascade(Model(small.folder, small.spec) if small else None, with_plan(exported("random"), plan))
+    guidance = -random_guidance(16, 0)
+    answer = cascade.ask(an_image(4), QUESTION, guidance=guidance, max_new_tokens=1)
+    assert answer.model == ("large" if small else "alone")
+    assert answer.kept[0].tolist() == best(guidance, 8)
+
+
 def test_a_count_is_a_count(exported):
     stages = exported("random")
     plan = PruningPlan(name="x", points=(PrunePoint(layer=0, score="random", count=5),))
