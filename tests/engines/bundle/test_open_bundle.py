@@ -87,6 +87,10 @@ def manifest_no_utf8(bundle):
     (bundle / "manifest.json").write_bytes(b"\xff\xfe{}")
 
 
+def manifest_nested_without_end(bundle):
+    (bundle / "manifest.json").write_text("[" * 100_000)
+
+
 def manifest_of_another_tool(bundle):
     (bundle / "manifest.json").write_text('{"name": "app"}')
 
@@ -125,6 +129,10 @@ def threshold_impossible(bundle):
 
 def member_missing(bundle):
     edit_manifest(bundle, lambda d: d["members"].pop("small"))
+
+
+def target_that_no_member_has(bundle):
+    edit_manifest(bundle, lambda d: d["targets"].append("rtx"))
 
 
 def file_listed_outside(bundle):
@@ -180,6 +188,7 @@ BROKEN = {
     manifest_missing: r"is no bundle: manifest.json is missing",
     manifest_truncated: r"is no JSON, so it is damaged or truncated",
     manifest_no_utf8: r"is no JSON",
+    manifest_nested_without_end: r"is no JSON",
     manifest_of_another_tool: r"is no manifest of a bundle",
     manifest_newer: r"bundle format 2, written by saccade 9.1, and this saccade reads up to 1; upgrade",
     manifest_numbered_by_another_digit: r"is no manifest of a bundle \(schema 'saccade.bundle/²'",
@@ -189,6 +198,7 @@ BROKEN = {
     file_listed_too_long: r"x' is longer than a file's name can be",
     unknown_key: r"extra: Extra inputs are not permitted",
     threshold_impossible: r"threshold: Input should be less than or equal to 1",
+    target_that_no_member_has: r"has not the bundle's targets",
     member_missing: r"holds large, not a pair or one",
     file_listed_outside: r"'\.\./elsewhere/spec.json' leaves the bundle",
     file_listed_absolutely: r"'/etc/passwd' leaves the bundle",

@@ -79,6 +79,11 @@ def test_the_walk_ends_before_the_first_that_is_not_rejected() -> None:
     assert found.p_value == pytest.approx(tests[first - 1], rel=1e-9)
 
 
+def test_a_score_on_the_threshold_does_not_exit() -> None:
+    """So the walk goes down to a level where every question stands, and no further."""
+    assert walk(np.full(500, 0.5), np.ones(500), 0.02, 0.95, graded=False).threshold == 0.5
+
+
 def test_never_exit_where_every_exit_loses() -> None:
     found = walk(np.full(500, 1.0), np.ones(500), 0.02, 0.95, graded=False)
     assert (found.threshold, found.losses, found.p_value, found.accepted) == (1, 0, 1, 0)

@@ -85,6 +85,7 @@ TEN = ["yes"] * 6 + ["no"] * 3 + ["maybe"]
         ("choice", "", ["A", "a cat"], 0),
         ("yesno", "Yes, it is", ["Yes"], 1),
         ("yesno", "n", ["No"], 1),
+        ("yesno", "A no", ["no"], 1),  # the word ends with the fourth letter
         ("yesno", "It is not", ["No"], 0),
         ("yesno", "no.", ["Yes"], 0),
         # [100, 100, 300, 200] and [200, 100, 400, 200] share a third; half of a box is a half
@@ -93,6 +94,7 @@ TEN = ["yes"] * 6 + ["no"] * 3 + ["maybe"]
         ("iou", "[0.10, 0.10, 0.30, 0.20]", ["[0.1, 0.1, 0.3, 0.2]"], 1),
         ("iou", '[{"bbox_2d": [100, 100, 300, 200]}]', ["[0.1, 0.1, 0.3, 0.2]"], 1),
         ("iou", "(300,200),(100,100)", ["[0.1, 0.1, 0.3, 0.2]"], 0),
+        ("iou", "[0, 0, 0.5, 0.5]", ["[0, 0, 0.25, 0.5]"], 1),
         ("iou", "on the left", ["[0.1, 0.1, 0.3, 0.2]"], 0),
         ("relaxed", "105", ["100"], 1),
         ("relaxed", "105.1", ["100"], 0),
@@ -100,13 +102,24 @@ TEN = ["yes"] * 6 + ["no"] * 3 + ["maybe"]
         ("relaxed", "5.2%", ["5%"], 1),
         ("relaxed", "5", ["5%"], 0),
         ("relaxed", "0.01", ["0"], 0),
+        ("relaxed", "0.0", ["0"], 0),
         ("relaxed", "Blue", ["blue"], 1),
         ("relaxed", "nan", ["1"], 0),
+        # what is not finite is no number: it is compared as it stands
+        ("relaxed", "Inf", ["inf"], 1),
+        ("relaxed", "inf", ["1"], 0),
+        ("relaxed", "1", ["inf"], 0),
+        ("relaxed", "2", ["-inf"], 0),
         ("relaxed", "12 apples", ["12"], 0),
     ],
 )
 def test_an_answer_is_worth_what_the_source_says(metric: str, answer: str, truths: list[str], worth: float) -> None:
     assert METRICS[metric].value(answer, truths) == pytest.approx(worth)
+
+
+@pytest.mark.parametrize(("truths", "possible"), [(["Yes"], True), (["no"], True), (["maybe"], False)])
+def test_only_yes_and_no_can_be_answered_with_yes_or_no(truths: list[str], possible: bool) -> None:
+    assert METRICS["yesno"].possible(truths) == possible
 
 
 @pytest.mark.parametrize(("a", "b", "edits"), [("", "", 0), ("", "abc", 3), ("kitten", "sitting", 3), ("ab", "ba", 2)])

@@ -57,6 +57,27 @@ def test_greedy_takes_the_lower_id_of_equals_and_notes_it() -> None:
     assert sampler.seed is None
 
 
+def test_top_p_takes_the_lower_id_of_equals() -> None:
+    got = probabilities(np.zeros(4, np.float32), Options(temperature=1.0, top_p=0.5))
+    assert got.tolist() == [0.5, 0.5, 0, 0]
+
+
+def test_a_token_that_was_said_and_is_beyond_the_vocabulary_is_not_penalised() -> None:
+    logits = np.array([2.0, -1.0], np.float32)
+    assert penalised(logits, {0, 1, 7}, 2.0).tolist() == [1.0, -2.0]
+
+
+class LowestDraw:
+    def random(self) -> float:
+        return 0.0
+
+
+def test_a_draw_of_0_takes_no_token_that_cannot_be() -> None:
+    sampler = Sampler(Options(temperature=1.0, top_k=1, seed=0), [])
+    sampler._draw = LowestDraw()  # type: ignore[assignment]
+    assert sampler.choose(np.array([0.0, 5.0], np.float32)) == 1
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
