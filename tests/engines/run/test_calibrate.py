@@ -19,7 +19,10 @@ from engines.bundles.bundle import open_bundle
 from engines.bundles.manifest import MANIFEST_FILE, manifest_of
 from engines.calibration import calibrate as calibration
 from engines.calibration.learn import grid
+from engines.calibration.promise import tied_keep
 from engines.cascade import Cascade
+from engines.evaluation.data import data_from_records
+from graphs.plan import PrunePoint, PruningPlan
 from tests.conftest import Outcome
 from tests.engines.run.conftest import TinyPair, picture_of, question_of
 
@@ -142,7 +145,7 @@ def anls(answer: str, truth: str) -> float:
             row.append(min(table[j] + 1, row[-1] + 1, table[j - 1] + (a != b)))
         table = np.array(row)
     worth = 1 - table[-1] / max(len(answer), len(truth), 1)
-    return float(worth) if worth > 0.5 else 0.0
+    return float(worth) if worth >= 0.5 else 0.0
 
 
 def test_without_answers_a_difference_is_a_loss(
@@ -155,6 +158,44 @@ def test_without_answers_a_difference_is_a_loss(
     assert found.threshold == expected(np.array([row["S"] for row in asked]), loss)
     assert found.metric == "agreement"
     assert ("never exit" in told.stdout) == (found.threshold == 1)
+
+
+def test_an_exit_that_is_better_than_the_baseline_loses_nothing() -> None:
+    data = data_from_records([{"image": picture_of(0), "question": "red ?", "answer": "right"}], "one")
+    for small, baseline, loss in (("right", "wrong", 0), ("wrong", "wrong", 0), ("wrong", "right", 1)):
+        outcome = calibration.Outcome(0.9, small, baseline, baseline, 2, 10)
+        assert calibration.losses_of([outcome], data.examples, "exact").tolist() == [loss]
+
+
+def test_only_an_exit_spares_the_large_models_time() -> None:
+    outcomes = [calibration.Outcome(score, "a", "a", "a", 2, 10) for score in (0.9, 0.5)]
+    for threshold, ms in ((0.4, 2), (0.5, 7), (0.95, 12)):
+        told = calibration.gains(outcomes, (), None, threshold)["ms_per_question"]
+        assert told == {"cascade": ms, "never_exit": 12}
+
+
+def test_opening_a_models_sessions_is_no_time_of_a_question() -> None:
+    assert calibration._spent({"large_open": 100.0, "large_prefill": 3.0, "small_prefill": 9.0}, "large") == 3
+
+
+def test_no_question_hangs_on_the_one_before(
+    saccade_cli: Cli, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reused = []
+
+    def noted(cascade: Cascade, *_: object) -> calibration.Outcome:
+        reused.append(cascade.reuses_beginnings)
+        return calibration.Outcome(0.5, "a", "a", "a", 1.0, 1.0)
+
+    monkeypatch.setattr(calibration, "outcome_of", noted)
+    assert saccade_cli("calibrate", bundle, data_of(tmp_path, None), *PROMISE).code == 0
+    assert reused == [False] * (1 + QUESTIONS)
+
+
+def test_a_plan_of_counts_is_tied_to_no_share() -> None:
+    plan = PruningPlan(name="counts", points=(PrunePoint(layer=1, score="priority", count=8),))
+    assert tied_keep(plan, None) is None
+    assert tied_keep(plan, 0.5) == (0.5,)
 
 
 def test_run_uses_it_under_the_same_conditions_only(saccade_cli: Cli, bundle: Path, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from PIL import Image
 
 from engines.answer import Answer
 from engines.cascade import Cascade
-from engines.generate import Generation
+from engines.generate import Generation, first_stop
 from engines.model import Model
 from engines.processing import Processor
 from engines.stream import Stream
 from engines.talk.conversation import Conversation
-from engines.talk.messages import asked
+from engines.talk.messages import Talk, asked
 from graphs.errors import BadArtefact, OperationFailed, UsageError
 from tests.engines.run.conftest import NEW_TOKENS, TinyPair, picture_of, question_of
 from tests.reference_sgl import Reference, best_visual
@@ -252,27 +253,77 @@ def test_pixels_are_dropped_once_nobody_is_to_see_them(tiny_pair: TinyPair) -> N
     assert pixels_in(alone) == [False]
 
 
-def test_pixels_are_made_again_where_a_turn_failed(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks: list[int] = []
-    look, generate = Processor.look, Model.generate
-    monkeypatch.setattr(Processor, "look", lambda self, *images: (looks.append(1), look(self, *images))[1])
-    talk, fresh = (tiny_pair.cascade().chat(keep=0.25, max_new_tokens=NEW_TOKENS) for _ in range(2))
+@contextmanager
+def large_that_fails(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within, the large model has no memory for its answer."""
+    generate = Model.generate
 
     def fails(self: Model, *rest: Any) -> Generation:
         if self.spec.role == "large":
             raise OperationFailed("no memory")
         return generate(self, *rest)
 
-    image = picture_of(3)
     with monkeypatch.context() as broken:
         broken.setattr(Model, "generate", fails)
-        with pytest.raises(OperationFailed):
-            talk.ask("what colour is 3 ?", image)
+        yield
+
+
+def test_pixels_are_made_again_where_a_turn_failed(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    look = Processor.look
+    monkeypatch.setattr(Processor, "look", lambda self, *images: (looks.append(1), look(self, *images))[1])
+    talk, fresh = (tiny_pair.cascade().chat(keep=0.25, max_new_tokens=NEW_TOKENS) for _ in range(2))
+    image = picture_of(3)
+    with large_that_fails(monkeypatch), pytest.raises(OperationFailed):
+        talk.ask("what colour is 3 ?", image)
     assert pixels_in(talk) == [False]
     answer, wanted = (each.ask("what colour is 3 ?", image) for each in (talk, fresh))
     assert np.array_equal(answer.guidance, wanted.guidance)
     assert answer.tokens == wanted.tokens
     assert answer.confidence == wanted.confidence
+
+
+def test_a_follow_up_that_failed_is_asked_again_as_if_for_the_first_time(
+    tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk, fresh = (tiny_pair.cascade().chat(keep=0.25, max_new_tokens=NEW_TOKENS) for _ in range(2))
+    for each in (talk, fresh):
+        each.ask("what colour is 3 ?", picture_of(3))
+    with large_that_fails(monkeypatch), pytest.raises(OperationFailed):
+        talk.ask("which digit is red ?")
+    answer, wanted = (each.ask("which digit is red ?") for each in (talk, fresh))
+    assert np.array_equal(answer.guidance, wanted.guidance)
+    assert answer.confidence == wanted.confidence
+
+
+def test_a_turn_begins_where_the_last_one_ended_however_often_it_is_asked(tiny_pair: TinyPair) -> None:
+    """A settling of another turn than the one that was asked, as that of a turn that failed, moves nothing."""
+    cascade = tiny_pair.cascade()
+    memories = cascade.memories()
+
+    def ask(talk: Talk) -> Answer:
+        turn = cascade.turn(talk, memories, max_new_tokens=NEW_TOKENS)
+        return Stream(cascade.parts(turn, 0.25, 1.0)).finish()
+
+    def settle(talk: Talk) -> None:
+        for memory in memories.values():
+            memory.settle(talk)
+
+    one = (asked("what colour is 3 ?", picture_of(1)),)
+    two = (*one, asked("which digit ?", picture_of(2)))
+    ask(one)
+    settle(one)
+    first, again = ask(two), ask(two)
+    settle(one)
+    answers = (first, again, ask(two))
+    assert first.cached_tokens > 0
+    assert first.kept is not None
+    assert len(first.kept[0]) == 32
+    for answer in answers[1:]:
+        assert answer.cached_tokens == first.cached_tokens
+        assert np.array_equal(answer.guidance, first.guidance)
+        assert answer.kept is not None
+        assert answer.kept[0].tolist() == first.kept[0].tolist()
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
@@ -309,6 +360,18 @@ def test_a_stop_string_ends_the_answer_before_it(cascade: Cascade) -> None:
     assert (short.text, short.stopped) == (whole.text[: whole.text.index(stop)].strip(), "stop")
     stream = cascade.stream(picture_of(4), question_of(4), threshold=1, max_new_tokens=NEW_TOKENS, stop=["3 3", "?"])
     assert "".join(stream) == stream.answer.text
+
+
+def test_the_stop_string_that_comes_first_ends_the_answer() -> None:
+    assert first_stop("a b c", ["c", "b", "z"]) == 2
+    assert first_stop("a b c", ["z"]) is None
+
+
+def test_the_large_model_draws_with_the_small_ones_seed(cascade: Cascade) -> None:
+    """Also where it is asked with other options."""
+    looked = cascade.look(picture_of(1), question_of(1), max_new_tokens=3, temperature=1.0)
+    assert looked.seed is not None
+    assert cascade.answer_large(looked, max_new_tokens=2, temperature=0.7).seed == looked.seed
 
 
 def test_a_seed_writes_the_same_answer_again(cascade: Cascade) -> None:

@@ -16,7 +16,7 @@ import pytest
 from engines.bundles.manifest import Manifest, manifest_of
 from engines.cascade import Cascade
 from engines.evaluation import sweep
-from engines.evaluation.data import data_from_file
+from engines.evaluation.data import Data, Example, data_from_file
 from engines.evaluation.settings import Setting
 from engines.model import Model
 from engines.tuning import layers
@@ -59,6 +59,22 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "_answer_row", row)
 
 
+def is_right(said: dict[str, Any], example: Example) -> bool:
+    return " ".join(said["text"].split()) in {" ".join(a.split()) for a in example.answers}
+
+
+def lost_by_hand(folder: Path, threshold: float | None, data: Data) -> np.ndarray:
+    """What the choice loses beside the large model that sees everything, question by question of those to report on."""
+    [journal] = folder.glob("chosen-*.jsonl")
+    rows = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
+    lost = []
+    for row, example in zip(rows, halves(data, 0)[1].examples, strict=True):
+        whole, pruned = row["large"].values()
+        exits = threshold is not None and row["small"]["0"]["score"] > threshold
+        lost.append(is_right(whole, example) - is_right(row["small"]["0"] if exits else pruned, example))
+    return np.array(lost)
+
+
 def by_hand(folder: Path, journals: list[str], data: Path) -> dict[tuple[Any, ...], tuple[float, float]]:
     """Every system of the journals: (layer, keep, threshold) → accuracy, ms."""
     tuned_on, _ = halves(data_from_file(data), 0)
@@ -71,7 +87,7 @@ def by_hand(folder: Path, journals: list[str], data: Path) -> dict[tuple[Any, ..
                 for row, example in zip(rows, tuned_on.examples, strict=True):
                     exits = bar is not None and row["small"]["0"]["score"] > bar
                     said = row["small"]["0"] if exits else row["large"][name]
-                    right.append(" ".join(said["text"].split()) in {" ".join(a.split()) for a in example.answers})
+                    right.append(is_right(said, example))
                     ms = {**(row["large"][name]["milliseconds"] if not exits else {})}
                     if bar is not None or name != "1":
                         ms |= row["small"]["0"]["milliseconds"]
@@ -141,6 +157,10 @@ def test_the_front_and_the_choice_are_those_of_a_search_by_hand(
     assert [(p.layer, p.score, p.keep) for p in plan.points] == [(1, "priority", chosen["keep"][0])]
     reported = document["reported"]
     assert reported["loss"] == pytest.approx(reported["baseline"]["accuracy"] - reported["chosen"]["accuracy"])
+    lost = lost_by_hand(out, chosen["threshold"], data_from_file(data))
+    assert lost.std(), "choose answers of which some are lost or won"
+    assert reported["loss"] == pytest.approx(lost.mean())
+    assert reported["loss_standard_error"] == pytest.approx(lost.std() / len(lost) ** 0.5)
     assert saccade_cli(*ask[:5], "--keep", "0.3", *COMMON).code == 2, "the journal is of other shares"
 
 
