@@ -230,7 +230,9 @@ def compaction_rows(bandwidth: float) -> list[dict[str, Any]]:
         x = torch.randn(1, count, width, device=DEVICE, dtype=torch.float16)
         at = torch.randperm(count, device=DEVICE)[:kept].sort().values[None]
         kernel_us = median_us(partial(run, "CompactRows", (x, at)))
-        peer_us, peer = min((median_us(partial(gather, x, at)), name) for name, gather in GATHERS.items())
+        gather = partial(x.gather, 1, at[..., None].expand(1, kept, width))
+        peers = {"gather": gather, "index_select": partial(x.index_select, 1, at[0])}
+        peer_us, peer = min((median_us(call), name) for name, call in peers.items())
         sizes = {"S": count, "K": kept, "width": width}
         moved = 2 * kept * width * x.element_size() + 8 * kept
         rows.append(row("CompactRows", sizes, kernel_us, peer, peer_us, moved, bandwidth))

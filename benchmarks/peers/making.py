@@ -132,7 +132,11 @@ def _run(name: str, folder: Path, exports: Path, python: str) -> str:
         with log.open("a") as file:
             # A peer's command may be a module of ours; no results hold this machine's paths.
             environment = os.environ | {"PYTHONPATH": str(ROOT)}
-            if subprocess.run(words, stdout=file, stderr=file, env=environment, check=False).returncode:
+            try:
+                ended = subprocess.run(words, stdout=file, stderr=file, env=environment, check=False).returncode
+            except OSError as e:
+                return f"{Path(words[0]).name} cannot be run: {e.strerror}"
+            if ended:
                 last = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
                 return f"{Path(words[0]).name} failed: {last.replace(f'{folder}/', '')[:200]}"
         seconds.append(round(time.perf_counter() - start, 1))

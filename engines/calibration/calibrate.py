@@ -181,8 +181,8 @@ def _refuse_too_few(data: Data, wanted: Wanted) -> None:
     if len(data.examples) < least:
         raise UsageError(
             f"{len(data.examples)} distinct questions are too few to promise a loss of at most {wanted.max_loss:g} "
-            f"with confidence {wanted.confidence:g}: even without a single loss it takes {least}; nothing was asked "
-            "and nothing written; give more questions or promise less"
+            f"with confidence {wanted.confidence:g}: even without a single loss it takes {least}; nothing was "
+            "written; give more questions or promise less"
         )
 
 

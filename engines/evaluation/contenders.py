@@ -74,7 +74,7 @@ def opened(bundles: Sequence[Path], target: str | None, threads: int | None) -> 
     found: list[Contender] = []
     for path in bundles:
         manifest = manifest_of(path)
-        if twin := next((c for c in found if c.manifest.models_sha256 == manifest.models_sha256), None):
+        if twin := next((c for c in found if c.manifest.sha256 == manifest.sha256), None):
             raise UsageError(f"{path} is the same bundle as {twin.path}, so it adds nothing; leave it out")
         one = Contender(path, manifest, Cascade.open(path, target, threads))
         _meter(one)

@@ -90,7 +90,10 @@ class Data:
 
     def once(self) -> Data:
         """The same with each distinct example once, at its first place."""
-        return replace(self, examples=tuple({e.digest: e for e in reversed(self.examples)}.values())[::-1])
+        first: dict[str, Example] = {}
+        for example in self.examples:
+            first.setdefault(example.digest, example)
+        return replace(self, examples=tuple(first.values()))
 
     @property
     def digest(self) -> str:
@@ -185,10 +188,10 @@ def _example(
             pixels[source] = checked
         digest.update(checked)
     category = record.get("category") or ""
-    if not isinstance(category, str):
-        raise BadArtefact(f"{where}: category must be a text, got {category!r:.60}; quote numbers too")
+    if not isinstance(category, str | int):
+        raise BadArtefact(f"{where}: category must be a text or a number, got {category!r:.60}; correct it")
     group = "" if isinstance(line, str) else str(record.get("group", ""))  # readers say it, a JSONL line's is its own
-    return Example(where, sources, asked, answers, digest.hexdigest(), category, group)
+    return Example(where, sources, asked, answers, digest.hexdigest(), str(category), group)
 
 
 def _record(where: str, line: str | Mapping[str, Any]) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,6 +18,7 @@ from graphs.errors import BadArtefact, UsageError
 from graphs.files import unreadable
 
 SCHEMA = "saccade.eval-journal/4"
+REMEDY = "give another folder, or remove this one"
 Row: TypeAlias = dict[str, Any]
 
 
@@ -35,19 +36,21 @@ def opened_journal(path: Path, header: Row, examples: Sequence[Example]) -> list
         raise unreadable(path, e, "give another folder") from None
     if b"\n" not in content and first_line.encode().startswith(content):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(first_line, "utf-8")
-        return []
+        with path.open("a"), alone(path):
+            if path.read_bytes() == content:
+                path.write_text(first_line, "utf-8")
+                return []
+        return opened_journal(path, header, examples)  # another run began it meanwhile
     try:
         first, *rows = [json.loads(line) for line in _whole_lines(content)] or [None]
     except ValueError:
-        raise BadArtefact(f"{path} is no journal of an evaluation; remove it or give another folder") from None
+        raise BadArtefact(f"{path} is no journal of an evaluation; {REMEDY}") from None
     if first != wanted:
-        raise UsageError(f"{path} is of another bundle, data or settings; give another folder, or remove that one")
+        raise UsageError(f"{path} is of another bundle, data or settings; {REMEDY}")
     for i, row in enumerate(rows):
         if i >= len(examples) or not _is_of(row, examples[i]):
             raise BadArtefact(
-                f"{path}, line {i + 2}, is not the answer to question {i + 1}, as if two runs had written to it; "
-                "remove it or give another folder"
+                f"{path}, line {i + 2}, is not the answer to question {i + 1}, as if two runs had written; {REMEDY}"
             )
     return rows
 
@@ -58,26 +61,32 @@ def appending(path: Path, done: int) -> Iterator[Callable[[Row], None]]:
 
     UsageError where another run writes to the journal, or wrote to it since it was read.
     """
-    try:
-        held = locked(path)
-        held.__enter__()
-    except OSError:
-        raise UsageError(f"another run writes to {path}; wait until it is done or give another folder") from None
-    try:
+    with alone(path):
         content = path.read_bytes()
         lines = _whole_lines(content)
         if len(lines) != 1 + done:
             raise UsageError(f"another run wrote to {path} meanwhile; give the same command again")
         os.truncate(path, content.rfind(b"\n") + 1)
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8", errors="replace") as file:  # of file names that are no UTF-8
 
             def add(row: Row) -> None:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
 
             yield add
-    finally:
-        held.__exit__(None, None, None)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep other runs from writing to a file; UsageError where one does."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path))
+        except BlockingIOError:
+            raise UsageError(f"another run writes to {path}; wait until it is done or give another folder") from None
+        except OSError as e:
+            raise unreadable(path, e, "give another folder") from None
+        yield
 
 
 def _whole_lines(content: bytes) -> list[bytes]:

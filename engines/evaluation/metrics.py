@@ -85,7 +85,8 @@ def vqa(answer: str, truths: Sequence[str]) -> float:
 BEHIND = re.compile(r"\b(?i:answer|option|choice)(?i: is)?:?\s+(?i:option )?\(?([A-Z])\b")
 MARKS = re.compile(r"[*#\[\]{}$]|\\boxed|\\text")  # of Markdown and LaTeX
 LONE = re.compile(r"(?<![\w'’-])([A-H])(?![\w'’-])")
-ARTICLE = re.compile(r"A (?!is\b|and\b|or\b)[a-z]")
+ARTICLE = re.compile(r"A (?!is\b|and\b|or\b)\w")
+NAME = re.compile(r"\b[A-Z]\w+ $")  # "Hepatitis C", "Vitamin C"
 
 
 def choice(answer: str, truths: Sequence[str]) -> float:
@@ -97,14 +98,22 @@ def choice(answer: str, truths: Sequence[str]) -> float:
     """
     said = MARKS.sub("", answer).strip()
     if alone := re.fullmatch(r"\(?([A-Za-z])\)?[.:,]?", said):
+        if len(answer.strip()) > 1 and _named(answer, truths[1:]):  # an option "C#"
+            return 1.0
         return float(alone[1].upper() == truths[0])
-    if plain(said.rstrip(".")) in {plain(truth.rstrip(".")) for truth in truths}:
+    if _named(said, truths) or _named(answer, truths):
         return 1.0
     found = re.match(r"\(?([A-Za-z])(?:[).:,]|$)", said) or BEHIND.search(said)
     if not found:
-        lone = [m for m in LONE.finditer(said) if not ARTICLE.match(said, m.start())]
+        lone = [
+            m for m in LONE.finditer(said) if not (ARTICLE.match(said, m.start()) or NAME.search(said[: m.start()]))
+        ]
         found = lone[0] if len({m[1] for m in lone}) == 1 else None
     return float(found is not None and found[1].upper() == truths[0])
+
+
+def _named(answer: str, options: Sequence[str]) -> bool:
+    return plain(answer.strip().rstrip(".")) in {plain(option.rstrip(".")) for option in options}
 
 
 def yesno(answer: str, truths: Sequence[str]) -> float:

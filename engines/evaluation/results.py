@@ -115,7 +115,7 @@ def evaluate_bundles(
 
 def _asked(contenders: Sequence[Contender], data: Data, plan: Plan, journal: Path) -> list[Row]:
     """The rows of the journal and new ones; what was asked before says nothing about how much time is left."""
-    done = asked_before(journal, plan, data.examples)
+    done = asked_before(journal, plan, data)
     if done:
         say(f"{journal} holds {len(done)} of {len(data.examples)} questions")
     left = len(data.examples) - len(done)

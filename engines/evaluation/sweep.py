@@ -46,9 +46,16 @@ class Plan:
         return {**vars(self), **listed, "settings": settings}
 
 
-def asked_before(journal: Path, plan: Plan, examples: Sequence[Example]) -> list[Row]:
-    """The rows that a journal of the same plan holds; raises what ``opened_journal`` raises."""
-    return opened_journal(journal, plan.header(), examples)
+def asked_before(journal: Path, plan: Plan, data: Data) -> list[Row]:
+    """The rows that a journal of the same plan holds; raises what ``opened_journal`` raises.
+
+    BadArtefact too for a question among them that could not be asked, where such ones end it all.
+    """
+    rows = opened_journal(journal, plan.header(), data.examples)
+    refused = next((row["bad"] for row in rows if "bad" in row), None)
+    if refused and not data.skip_bad:
+        raise BadArtefact(f"{refused} (--skip-bad goes on without such lines)")
+    return rows
 
 
 def rows_of(contenders: Sequence[Contender], data: Data, plan: Plan, journal: Path, done: int) -> Iterator[Row]:
@@ -72,8 +79,6 @@ def rows_of(contenders: Sequence[Contender], data: Data, plan: Plan, journal: Pa
 def answered(rows: Sequence[Row], data: Data) -> tuple[list[Row], Data]:
     """The rows of questions that were answered, with the data of these alone."""
     bad = {i: row["bad"] for i, row in enumerate(rows) if "bad" in row}
-    if bad and not data.skip_bad:
-        raise BadArtefact(f"{next(iter(bad.values()))} (--skip-bad goes on without such lines)")
     return [row for row in rows if "bad" not in row], data.without(bad) if bad else data
 
 

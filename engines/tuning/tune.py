@@ -71,7 +71,7 @@ class Search:
             threads=self.cascade.large.threads,
         )
         journal = self.out / f"{name}.jsonl"
-        done = asked_before(journal, plan, data.examples)
+        done = asked_before(journal, plan, data)
         if len(done) == len(data.examples):
             return done
         with cut_before(self.cascade, self.manifest, self.wanted.checkpoint, layer, self.out) as cascade:
@@ -110,6 +110,7 @@ def tune_bundle(
         whole, *others = (asked_of(rows, truths, wanted.metric, layer, setting, guided) for setting in settings)
         wholes.append(whole)
         cut += others
+    refuse_too_few(there, reported_on, wanted.max_loss)
     systems, baseline = systems_of([wholes[0], *cut]), wholes[0].system(None)
     best = cheapest(systems, baseline.accuracy - wanted.max_loss)
     assert best  # the baseline is one of them
@@ -124,11 +125,11 @@ def tune_bundle(
         "max_loss": wanted.max_loss,
         "max_new_tokens": wanted.max_new_tokens,
         "seed": wanted.seed,
-        "bad": list(data.bad),
+        "bad": list(there.bad),
         "layers": layers,
         "layers_walked": wanted.checkpoint is not None,
         "keep": [list(setting.keep) for setting in pruned],
-        "tuned_on": len(tuned_on.examples),
+        "tuned_on": len(there.examples),
         "reported_on": len(reported_on.examples),
         "baseline": baseline.document(),
         "baseline_ms_median_by_layer": [round(float(np.median(whole.ms)), 3) for whole in wholes],
@@ -139,19 +140,28 @@ def tune_bundle(
     }
     if found:
         setting = Setting(found.keep, found.policy)
-        document["reported"] = told = reported(search, reported_on, found, setting, everything, guided)
+        told, rest = reported(search, reported_on, found, setting, everything, guided)
+        refuse_too_few(there, rest, wanted.max_loss)
+        document |= {
+            "reported": told,
+            "reported_on": len(rest.examples),
+            "bad": [*there.bad, *rest.bad[len(data.bad) :]],
+        }
         document["plan"] = str(write_plan(search, found, told))
     else:
         (out / PLAN_FILE).unlink(missing_ok=True)  # of a search that allowed more
     with atomic_file(out / DOCUMENT) as partial:
-        partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8", "replace")
     return document
 
 
 def reported(
     search: Search, data: Data, found: System, setting: Setting, everything: Setting, guided: bool
-) -> dict[str, Any]:
-    """The choice and the baseline on questions that had no part in it; the loss is paired, question by question."""
+) -> tuple[dict[str, Any], Data]:
+    """The choice and the baseline on questions that had no part in it, with what of these could be asked.
+
+    The loss is paired, question by question.
+    """
     assert search.cascade.large
     layer = own_layer(search.cascade.large.spec.plan) if found.layer is None else found.layer
     settings = tuple(dict.fromkeys((everything, setting)))
@@ -165,7 +175,7 @@ def reported(
         "chosen": one.system(found.threshold).document(),
         "loss": float(loss_N.mean()),
         "loss_standard_error": float(loss_N.std() / math.sqrt(len(loss_N))),
-    }
+    }, data
 
 
 def write_plan(search: Search, found: System, told: dict[str, Any]) -> Path:
@@ -222,7 +232,7 @@ def refuse_too_few(tuned_on: Data, reported_on: Data, max_loss: float) -> None:
     if min(sizes) < least:
         raise UsageError(
             f"{sizes[0]} questions to tune on and {sizes[1]} to report on are too few for a loss of at most "
-            f"{max_loss:g}: below {least} in each part one answer is more than that; nothing was asked; give at least "
+            f"{max_loss:g}: below {least} in each part one answer is more than that; give at least "
             f"{2 * least} questions or a larger --max-loss"
         )
 

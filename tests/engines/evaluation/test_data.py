@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from engines.evaluation.data import How, data_from_file, data_from_records
+from engines.evaluation.metrics import METRICS
 from graphs.errors import BadArtefact
 
 GOOD = {"image": "red.png", "question": "what colour ?", "answers": ["red", "crimson"], "id": 7}
@@ -89,7 +90,7 @@ BAD: list[tuple[object, str]] = [
     ({**GOOD, "question": " "}, "no question"),
     ({"image": "red.png", "answers": ["red"]}, "no question"),
     ({**GOOD, "answers": []}, "answers must be texts"),
-    ({**GOOD, "category": 3}, "category must be a text"),
+    ({**GOOD, "category": [3]}, "category must be a text or a number"),
     ({**GOOD, "answers": [3]}, "quote numbers"),
     ({**GOOD, "answer": "red"}, "both answer and answers"),
     ({"image": "red.png", "question": "what ?"}, "no answers, but"),
@@ -162,12 +163,21 @@ def test_a_mark_of_unicode_and_keys_of_ones_own_do_not_matter(folder: Path) -> N
     assert (one.digest, one.category, one.group) == (other.digest, other.category, "")
 
 
-def test_a_person_who_said_nothing_agrees_with_nobody(folder: Path) -> None:
+def test_a_person_who_said_nothing_is_one_of_ten(folder: Path) -> None:
     path = written(folder, {**GOOD, "answers": ["yes"] * 9 + [""]})
     [example] = data_from_file(path, How("vqa")).examples
     assert example.answers == ("yes",) * 9 + ("",)
+    assert METRICS["vqa"].value("yes", example.answers) == 1
+    assert METRICS["vqa"].value("", example.answers) == pytest.approx(0.3), "as the official code counts"
     for how in (How("exact"), How()):
         with pytest.raises(BadArtefact, match="texts that are not empty"):
             data_from_file(path, how)
     with pytest.raises(BadArtefact, match="texts that are not empty"):
         data_from_file(written(folder, {**GOOD, "answers": [""] * 10}), How("vqa"))
+
+
+def test_each_question_once_is_in_the_order_of_first_places(folder: Path) -> None:
+    other = {**GOOD, "question": "which ?"}
+    data = data_from_file(written(folder, GOOD, other, GOOD))
+    assert [e.question for e in data.once().examples] == [GOOD["question"], "which ?"]
+    assert data.once().digest == data_from_file(written(folder, GOOD, other)).digest
