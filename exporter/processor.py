@@ -24,13 +24,14 @@ PROCESSOR_FILES = (
     "chat_template.json",
 )
 
-# What generate does in greedy decoding too where generation_config.json says so, and no run here does.
-UNHEARD = (
-    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "num_beams"),
-    *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "guidance_scale"),
-    *("min_length", "min_new_tokens", "exponential_decay_length_penalty", "encoder_repetition_penalty"),
-)
-NEUTRAL: tuple[object, ...] = (None, 0, 1, [], {})
+# What generate does in greedy decoding too where generation_config.json says so, and no run here → what asks nothing.
+UNHEARD: dict[str, tuple[object, ...]] = {
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
+    **dict.fromkeys(("num_beams", "guidance_scale", "encoder_repetition_penalty"), (1,)),
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens"), ([],)),
+    **dict.fromkeys(("sequence_bias", "exponential_decay_length_penalty"), ({}, [])),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"), ()),
+}
 
 
 def tokens_of(source: Checkpoint) -> Tokens:
@@ -58,13 +59,13 @@ def tokens_of(source: Checkpoint) -> Tokens:
     eos = (asked or GenerationConfig.from_model_config(source.config)).eos_token_id
     if eos is None and (eos := source.text.eos_token_id) is not None:
         say(f"{path} names no end-of-sequence token, so an answer ends with {eos}, the language model's")
-    if left := [name for name in UNHEARD if asked and getattr(asked, name, None) not in NEUTRAL]:
+    if left := [name for name, idle in UNHEARD.items() if getattr(asked, name, None) not in (None, *idle)]:
         warn(f"{path} asks for {' and '.join(left)}, which is not done here: answers will differ from generate's")
     listed = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
     if not listed:
         raise BadArtefact(f"{source.folder} names no end-of-sequence token; add eos_token_id to generation_config.json")
     if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in listed):
-        raise BadArtefact(f"{path}: eos_token_id is {eos!r:.60}, wanted the number of a token; correct it")
+        raise BadArtefact(f"{source.folder}: eos_token_id is {eos!r:.60}, wanted the number of a token; correct it")
     return Tokens(image=source.config.image_token_id, image_text=text, eos=listed, pad=source.text.pad_token_id)
 
 

@@ -233,6 +233,8 @@ def _aside(target: Path) -> Path:
 
 def _end_exchange(target: Path) -> None:
     """After a kill in the middle of ``_exchange``: the old folder back, or away where the new one stands."""
+    if not target.name:
+        return
     aside = _aside(target)
     with suppress(OSError), locked(aside):
         try:

@@ -84,8 +84,12 @@ def path_inside(folder: Path, name: str) -> Path | None:
         try:
             if path.is_symlink():
                 return None
-        except (OSError, ValueError):  # too long, or no text that names a file
+        except ValueError:  # no text that names a file
             return None
+        except OSError as e:
+            if e.errno == errno.ENAMETOOLONG:
+                return None
+            raise
     return path
 
 

@@ -55,7 +55,7 @@ class StageSpec(Record):
 class LanguageModel(Record):
     """Sizes of the decoder that the runtime needs for caches and limits."""
 
-    layers: Positive
+    layers: Annotated[int, Field(ge=1, le=10_000)]
     width: Positive
     heads: Positive
     kv_heads: Positive
@@ -221,7 +221,7 @@ def spec_from_folder(folder: Path) -> ExportSpec:
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError:
-        if (Path(folder) / "manifest.json").is_file():
+        if (Path(folder) / "manifest.json").is_file() and not (Path(folder) / "config.json").is_file():
             raise BadArtefact(f"{folder} is a bundle, no export; give the folder that saccade export wrote") from None
         raise BadArtefact(
             f"{folder} is no export folder: {SPEC_FILE} is missing; make one with: saccade export CHECKPOINT -o DIR"

@@ -51,7 +51,8 @@ class Bounds:
         The length of the caches does not depend on it. room: what the defaults make room for, as far as it goes.
         """
         positions = spec.language.max_positions
-        wanted = self.max_prompt or min(max(DEFAULT_PROMPT, -(-room.rows // STEP) * STEP), positions)
+        most = min(positions, self.max_length or positions)
+        wanted = self.max_prompt or min(max(DEFAULT_PROMPT, -(-room.rows // STEP) * STEP), most)
         prompt = self.max_prompt or min(wanted, most_rows or wanted)
         length = self.max_length or max(wanted, min(positions, max(DEFAULT_LENGTH, wanted + ANSWER_ROWS)))
         given = {
@@ -71,6 +72,8 @@ class Bounds:
             )
         if max(prompt, length) > positions:
             raise UsageError(f"a bound of {max(prompt, length)} rows is beyond the model's {positions} positions")
+        if prompt > length:
+            raise UsageError(f"--max-prompt is {prompt}, but the caches have {length} rows; give at most those")
         for name in ("max-guide", "max-tail"):
             if given[name] > prompt:
                 raise UsageError(

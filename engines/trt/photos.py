@@ -12,7 +12,7 @@ from engines.trt.bounds import Bounds, Room, profiles_of
 from graphs.errors import SaccadeError
 from graphs.spec import ExportSpec
 
-PHOTOS = ((640, 480), (1920, 1080))  # from the smaller to the larger
+PHOTOS = ((640, 480), (1920, 1080))
 TEXT_ROWS = 64  # of a short question and its template
 MOST_ROWS = 4096  # of a chunk that is made room for unasked: its maps and activations are an engine's memory
 
@@ -53,9 +53,9 @@ def photos_seen(folder: Path, spec: ExportSpec) -> list[Photo]:
 
 
 def room_for(photos: list[Photo]) -> Room:
-    """Room for the largest of them that takes at most MOST_ROWS rows; none for any where all take more."""
+    """Room for those of them that take at most MOST_ROWS rows; none for any where all take more."""
     fitting = [photo for photo in photos if photo.rows <= MOST_ROWS]
-    return Room(fitting[-1].rows, max(photo.tiles for photo in fitting)) if fitting else Room()
+    return Room(*(max(of) for of in zip(*((p.rows, p.tiles) for p in fitting), strict=True))) if fitting else Room()
 
 
 def misfits_in_words(photos: list[Photo], spec: ExportSpec, bounds: Bounds) -> list[str]:

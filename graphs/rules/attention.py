@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from graphs.ops import DOMAIN
@@ -58,23 +59,26 @@ def _is_cut_to_tail(graph: Any, makers: dict[str, Node], head: Node) -> bool:
     for node in graph.node:
         if of_tail.intersection(all_inputs_of(node)):
             of_tail.update(node.output)
-    node = makers.get(head.input[0])
-    while node is not None:
-        if node.op_type in ROW_CUTS and of_tail.intersection(node.input[1:]):
-            return True
-        node = makers.get(node.input[0]) if node.input else None
-    return False
+    return any(
+        node.op_type in ROW_CUTS and of_tail.intersection(node.input[1:]) for node in _way_back(makers, head.input[0])
+    )
 
 
 def _head(makers: dict[str, Node], output: str) -> tuple[Node | None, list[Node]]:
     """The last matrix product before ``output`` on the way back along first inputs, and the cuts behind it."""
     cuts: list[Node] = []
-    name = output
-    while name in makers:
-        node = makers[name]
+    for node in _way_back(makers, output):
         if node.op_type in MATRIX_PRODUCTS:
             return node, cuts
         if node.op_type in ROW_CUTS:
             cuts.append(node)
-        name = node.input[0] if node.input else ""
     return None, cuts
+
+
+def _way_back(makers: Mapping[str, Node], name: str) -> Iterator[Node]:
+    """The nodes before a value along first inputs; a damaged graph may go round in a circle."""
+    seen: set[str] = set()
+    while name in makers and name not in seen:
+        seen.add(name)
+        yield makers[name]
+        name = makers[name].input[0] if makers[name].input else ""

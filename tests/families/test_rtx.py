@@ -11,9 +11,9 @@ from PIL import Image
 from engines.bundles.golden import cases_of, fed, told
 from engines.processing import Processor
 from engines.sessions.session import open_session
-from engines.trt.bounds import Bounds, profiles_of
+from engines.trt.bounds import Bounds, Room, profiles_of
 from engines.trt.engine import engine_from_onnx
-from engines.trt.photos import MOST_ROWS, PHOTOS, TEXT_ROWS, misfits_in_words, photos_seen, room_for
+from engines.trt.photos import MOST_ROWS, PHOTOS, TEXT_ROWS, Photo, misfits_in_words, photos_seen, room_for
 from engines.trt.reading import reading_from
 from graphs.compare import compare
 from graphs.lowering import Lowering
@@ -81,6 +81,13 @@ def test_photos_that_do_not_fit_are_told(sample: Sample) -> None:
         few = misfits_in_words(photos, spec, replace(wide, max_images=tiles - 1))
         assert f"in {tiles} tiles" in few[0]
         assert "--max-images" in few[0]
+
+
+def test_there_is_room_for_each_photo_that_fits_whichever_is_larger() -> None:
+    """With LLaVA-NeXT's pinpoints the wider photo takes fewer rows, for its padding is cut off."""
+    photos = [Photo(640, 480, 2340, 5, {}), Photo(1920, 1080, 1948, 3, {}), Photo(1, 1, 9000, 12, {})]
+    assert room_for(photos) == Room(2340 + TEXT_ROWS, 5)
+    assert room_for(photos[2:]) == Room()
 
 
 def test_a_photo_fits_unasked(sample: Sample) -> None:

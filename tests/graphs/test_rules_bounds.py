@@ -142,3 +142,16 @@ def test_a_vision_point_that_merges_needs_the_op_that_does(large):
     edit_spec(large, lambda s: s["plan"].update(vision=vision))
     found = [str(finding) for finding in findings_in(export_from_folder(large)) if finding.code == "G504"]
     assert any("MergeContext:" in finding for finding in found), found
+
+
+def test_a_circle_behind_the_head_ends(small):
+    """A damaged file is a finding (the checker's), not a run without end."""
+
+    def change(model):
+        head = next(node for node in model.graph.node if "logits" in node.output)
+        head.input[0] = "round"
+        model.graph.node.append(helper.make_node("Mul", ["round_too", "round_too"], ["round"]))
+        model.graph.node.append(helper.make_node("Mul", ["round", "round"], ["round_too"]))
+
+    edit_model(small, "decoder", change)
+    assert "G602" in codes_of(small)

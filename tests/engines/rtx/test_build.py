@@ -14,7 +14,7 @@ from engines.bundles.bundle import checked_manifest, open_bundle
 from engines.bundles.manifest import EngineFile, Manifest, manifest_of
 from engines.cascade import Cascade
 from engines.trt import engine as builder
-from engines.trt.bounds import BODY_ROWS, Bounds, profiles_of
+from engines.trt.bounds import BODY_ROWS, Bounds, Room, profiles_of
 from engines.trt.engine import engine_from_onnx
 from engines.trt.member import _most_rows, build_member
 from engines.trt.options import EngineOptions
@@ -169,6 +169,14 @@ def test_profiles_follow_the_bounds(exports: Exports) -> None:
     )
 
 
+def test_a_chunk_unasked_is_no_longer_than_the_cache(exports: Exports) -> None:
+    spec = spec_from_folder(exports["large"])
+    long = spec.model_copy(update={"language": spec.language.model_copy(update={"max_positions": 9999})})
+    for length, prompt in ((1024, 1024), (2500, 2500), (5000, 2816)):
+        bounds = Bounds(max_length=length).fitted(long, None, Room(2764, 0))
+        assert (bounds.max_prompt, bounds.max_length) == (prompt, length)
+
+
 @pytest.mark.parametrize(
     ("bounds", "sentence"),
     [
@@ -177,6 +185,7 @@ def test_profiles_follow_the_bounds(exports: Exports) -> None:
         (Bounds(max_prompt=300), "beyond the model's 256 positions"),
         (Bounds(max_prompt=16, max_tail=17), "more than the 16 rows"),
         (Bounds(max_images=-1), "nothing fits"),
+        (Bounds(max_prompt=100, max_length=90), "the caches have 90 rows"),
     ],
 )
 def test_a_bound_that_cannot_be_had_is_refused(exports: Exports, bounds: Bounds, sentence: str) -> None:
