@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from exporter import trace
+from exporter.attention import Blocks, block_attention_function
 from exporter.golden import wide_products
 
 
@@ -80,3 +81,17 @@ def test_wide_products_are_float16_products_rounded_once(bias: bool) -> None:
     with torch.no_grad():
         assert torch.equal(few, model(x[:, :3]))
     assert "forward" not in vars(model[0])
+
+
+def test_packed_rows_attend_to_the_rows_of_their_own_block_the_first_too() -> None:
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 5, 4, generator=rng) for _ in range(3))
+    rows = torch.tensor([[3, 0, -1], [1, 4, 2]])
+    place = torch.tensor([1, 3, 5, 0, 4])
+    blocks = Blocks(rows, place)
+    got, _ = block_attention_function(nn.Identity(), q, k, v, None, 0.5, saccade_blocks=blocks)
+    wanted = torch.empty(1, 5, 2, 4)
+    for block in ([3, 0], [1, 4, 2]):
+        share = torch.softmax(q[0][:, block] @ k[0][:, block].transpose(1, 2) * 0.5, -1)
+        wanted[0, block] = (share @ v[0][:, block]).transpose(0, 1)
+    torch.testing.assert_close(got, wanted)

@@ -281,6 +281,41 @@ def test_what_two_names_share_is_converted_once(tmp_path):
     assert torch.equal(weight_from_slice(placed["turned"]), table.half().reshape(8, 16))
 
 
+def test_only_matrices_that_are_equal_to_the_last_byte_are_stored_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("exporter.parameters.CHUNK", 4096)  # several pieces
+    table, vector = torch.randn(64, 64), torch.randn(64 * 64)
+    late, few = table.clone(), torch.randn(4, 4)
+    late[-1, -1] += 1
+    same = {
+        "again": table.clone(),
+        "vector": vector,
+        "vector_again": vector.clone(),
+        "few": few,
+        "few_again": few.clone(),
+    }
+    save_file({"a": table, "late": late, **same}, tmp_path / "model.safetensors")
+    slices = tensors_from_checkpoint(tmp_path)
+    assert {name for name, where in once_each(slices).items() if where != slices[name]} == {"again"}
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_weights_that_are_stored_and_differ_are_not_tied_whatever_the_configuration_says(
+    checkpoint, tmp_path, capsys, alike
+):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint("tied"), folder)
+    [file] = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    [(name, table)] = [item for item in tensors.items() if item[0].endswith("embed_tokens.weight")]
+    head = name.replace("model.embed_tokens", "lm_head")
+    save_file({**tensors, head: table.clone() if alike else table + 1}, file)
+    model = skeleton_of(checkpoint_from_folder(folder), torch.float32)
+    one = model.lm_head.weight is model.get_input_embeddings().weight
+    assert one is alike
+    assert ("lm_head.weight" in model.all_tied_weights_keys) is alike
+    assert ("both are stored and differ: they are not tied" in capsys.readouterr().err) is not alike
+
+
 def test_what_float16_cannot_hold_is_named(tmp_path):
     (tmp_path / "out").mkdir()
     save_file({"fine": torch.ones(3), "big.weight": torch.tensor([1.0, 7e4])}, tmp_path / "model.safetensors")

@@ -3,7 +3,9 @@
 import ctypes
 import errno
 import os
+import signal
 import socket
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,3 +167,74 @@ def test_what_is_read_and_what_is_written_lie_apart(tmp_path):
     with pytest.raises(UsageError, match="lies in the export"):
         refuse_overlap(tmp_path / "link" / "b", tmp_path / "in", "the export")
     refuse_overlap(tmp_path / "input", tmp_path / "in", "the export")
+    refuse_overlap(tmp_path / "link" / "b", tmp_path / "in", "the export", within=True)
+    with pytest.raises(UsageError, match="would be replaced"):
+        refuse_overlap(tmp_path / "in", tmp_path / "in", "the export", within=True)
+
+
+@pytest.mark.parametrize("opened", [atomic_file, atomic_folder])
+def test_what_is_written_is_on_the_disk_before_it_has_its_name_and_the_name_after(tmp_path, monkeypatch, opened):
+    out, synced, written = tmp_path / "out", [], set()
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append((os.fstat(handle).st_ino, out.exists())))
+    with opened(out) as partial:
+        if partial.is_dir():
+            (partial / "a").mkdir()
+            (partial / "a" / "b").write_text("new")
+            written |= {path.stat().st_ino for path in partial.rglob("*")}
+        written.add(partial.stat().st_ino)
+    assert {inode for inode, named in synced if not named} == written
+    assert synced[-1] == (tmp_path.stat().st_ino, True)
+
+
+def test_a_file_in_an_old_folders_place_does_not_cost_the_old_folder(tmp_path):
+    out = tmp_path / "out"
+    folder_of_work(atomic._aside(out))
+    out.write_text("years")
+    with pytest.raises(UsageError, match="no folder"), atomic_folder(out, overwrite=True):
+        pass
+    assert (atomic._aside(out) / "work").read_text() == "years"
+
+
+@pytest.mark.parametrize(("name", "like"), [("out[12]", "out1"), ("out?", "outs"), ("out*", "out-of-others")])
+def test_only_partials_of_that_very_name_are_removed(tmp_path, name, like):
+    dead, others = (tmp_path / f".{n}.partial-1-abc" for n in (name, like))
+    dead.touch()
+    others.touch()
+    with atomic_file(tmp_path / name):
+        pass
+    assert sorted(tmp_path.iterdir()) == sorted([others, tmp_path / name])
+
+
+def test_signals_are_taken_for_the_while_and_only_where_nobody_handles_them(tmp_path):
+    def handled(*_):
+        raise AssertionError("no signal was sent")
+
+    old = signal.signal(signal.SIGHUP, handled)
+    try:
+        with atomic_file(tmp_path / "f"):
+            assert signal.getsignal(signal.SIGHUP) is handled
+            assert signal.getsignal(signal.SIGTERM) is atomic._exit_on
+        assert signal.getsignal(signal.SIGHUP) is handled
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
+def test_a_thread_writes_without_taking_signals(tmp_path):
+    def write():
+        with atomic_file(tmp_path / "f") as partial:
+            partial.write_text("new")
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+    assert (tmp_path / "f").read_text() == "new"
+
+
+def test_a_file_may_be_written_beside_the_folder_that_is_to_hold_no_other(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with atomic_file(tmp_path / "folder" / "f", beside=tmp_path / "folder") as partial:
+        assert partial.parent == tmp_path
+        partial.write_text("new")
+    assert (tmp_path / "folder" / "f").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]

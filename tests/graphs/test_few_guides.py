@@ -23,10 +23,14 @@ SCALE = 0.7
 
 
 @cache
-def lowered(rated: bool, heads: int = H) -> bytes:
-    """One canonical attention over a buffer, whose keys' received attention is asked for."""
+def lowered(rated: bool, heads: int = H, asks: str = "q", scale: float = SCALE) -> bytes:
+    """One canonical attention over a buffer, whose keys' received attention is asked for.
+
+    asks, scale: the rows that they receive it from, and its scale, where these are not the attention's.
+    """
     f, values = TensorProto.FLOAT, helper.make_tensor_value_info
     inputs = [values(name, f, [1, n, "S", D]) for name, n in (("q", heads), ("k", V), ("v", V))]
+    inputs += [values(asks, f, [1, heads, "S", D])] if asks != "q" else []
     inputs += [values(f"past_{side}_0", f, [1, V, "P_0", D]) for side in "kv"]
     inputs.append(values("weight", f, [1, "G"]) if rated else values("guide", TensorProto.INT32, ["G"]))
     outputs = [values("out", f, [1, heads, "S", D]), *(values(f"present_{side}_0", f, [1, V, "T", D]) for side in "kv")]
@@ -36,7 +40,7 @@ def lowered(rated: bool, heads: int = H) -> bytes:
     nodes = [
         helper.make_node("Attention", ["q", "k", "v", "", "past_k_0", "past_v_0"], told, is_causal=1, scale=SCALE),
         helper.make_node(
-            name, ["q", "present_k_0", inputs[-1].name], ["attention_received"], domain=DOMAIN, scale=SCALE
+            name, [asks, "present_k_0", inputs[-1].name], ["attention_received"], domain=DOMAIN, scale=scale
         ),
     ]
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)]
@@ -47,10 +51,10 @@ def lowered(rated: bool, heads: int = H) -> bytes:
     return bytes(ir.to_proto(model).SerializeToString())
 
 
-def shares(q_HSD: np.ndarray, k_VTD: np.ndarray) -> np.ndarray:
+def shares(q_HSD: np.ndarray, k_VTD: np.ndarray, scale: float = SCALE) -> np.ndarray:
     """[H,S,T] of the last S rows."""
     k_HTD = np.repeat(k_VTD, len(q_HSD) // V, axis=0).astype(np.float64)
-    logit_HST = SCALE * q_HSD @ k_HTD.transpose(0, 2, 1)
+    logit_HST = scale * q_HSD @ k_HTD.transpose(0, 2, 1)
     rows, keys = logit_HST.shape[1:]
     logit_HST[:, np.arange(keys) > np.arange(rows)[:, None] + keys - rows] = -np.inf
     share_HST = np.exp(logit_HST - logit_HST.max(-1, keepdims=True))
@@ -91,6 +95,22 @@ def test_received_is_what_the_formula_gives(rows: int, past: int, guides: int, r
     received = binding.get_outputs()[-1].numpy()
     np.testing.assert_allclose(received[0, :filled], wanted_T, atol=1e-5 * guides)
     assert not received[0, filled:].any()
+
+
+@pytest.mark.parametrize(("asks", "scale"), [("others", SCALE), ("q", 2 * SCALE)])
+def test_one_row_that_asks_otherwise_than_its_attention_does_is_not_given_the_attentions_shares(
+    asks: str, scale: float
+) -> None:
+    rng, filled = np.random.default_rng(3), 30
+    feeds = {name: rng.standard_normal((1, n, 1, D), np.float32) for name, n in (("q", H), ("k", V), ("v", V))}
+    feeds |= {asks: rng.standard_normal((1, H, 1, D), np.float32)}
+    feeds |= {f"past_{side}_0": rng.standard_normal((1, V, filled, D), np.float32) for side in "kv"}
+    feeds |= {"guide": np.zeros(1, np.int32), "length_0": np.array([filled - 1])}
+    feeds["received_before"] = np.zeros((1, filled), np.float32)
+    k_VTD = np.concatenate([feeds["past_k_0"][0, :, : filled - 1], feeds["k"][0]], axis=1)
+    session = ort.InferenceSession(lowered(False, asks=asks, scale=scale), providers=["CPUExecutionProvider"])
+    [received] = session.run(["attention_received"], feeds)
+    np.testing.assert_allclose(received[0], shares(feeds[asks][0], k_VTD, scale).sum((0, 1)), atol=1e-5)
 
 
 def test_both_forms_stand_in_one_graph() -> None:

@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 
 from graphs.lowering.many_rows import ManyRows
+from graphs.lowering.one_row import LONG, OneRow
 
 D = 16
 FORMS = ("GroupQueryAttention", "Scan")
@@ -114,3 +115,39 @@ def test_a_map_is_whole_up_to_its_size(rows: int, past: int, whole: bool) -> Non
     model.graph.outputs.append(choice.inputs[0])
     ran = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     assert ran.run(None, fed(4, 2, rows, past, rows + past))[-1] == whole
+
+
+@pytest.mark.parametrize(("past", "in_pieces"), [(0, True), (384, True), (385, False)])
+def test_pieces_are_for_a_past_of_few_chunks(past: int, in_pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products of the pieces are made wrong here, which shows where they are taken."""
+    monkeypatch.setattr("graphs.lowering.many_rows.MAP", 0)
+    _, model = session(4, 2, pieces=True)
+    for node in model.graph.all_nodes():
+        if node.op_type == "FusedMatMul":
+            node.attributes["alpha"] = ir.AttrFloat32("alpha", 0.0)
+    feeds = fed(4, 2, 192, past, 600)
+    ran = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    wanted = session(4, 2, pieces=False)[0].run(None, feeds)[0]
+    assert np.allclose(ran.run(None, feeds)[0], wanted, atol=2e-6) is not in_pieces
+
+
+@pytest.mark.parametrize(
+    ("heads", "keys", "softcap", "gains"),
+    [(36, 6, 0.0, True), (35, 7, 0.0, False), (30, 5, 0.0, False), (36, 6, 30.0, False)],
+)
+def test_one_row_has_a_form_where_many_heads_share_wide_keys_and_no_cap_bends_their_logits(
+    heads: int, keys: int, softcap: float, gains: bool
+) -> None:
+    _, model = session(heads, keys, pieces=False, softcap=softcap)
+    assert OneRow()(model).modified is gains
+    assert any(node.op_type == "If" for node in model.graph) is gains
+
+
+@pytest.mark.parametrize(("rows", "capacity", "taken"), [(1, LONG, True), (1, LONG - 1, False), (2, LONG, False)])
+def test_the_form_for_one_row_is_taken_over_a_long_buffer(rows: int, capacity: int, taken: bool) -> None:
+    """The graph's own condition, asked for as an output."""
+    _, model = session(36, 6, pieces=False)
+    OneRow()(model)
+    model.graph.outputs.append(next(node for node in model.graph if node.op_type == "If").inputs[0])
+    ran = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    assert ran.run(None, fed(36, 6, rows, 5, capacity))[-1] == taken

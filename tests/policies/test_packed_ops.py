@@ -5,6 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from graphs.merging import recycling
 from tests.policies.test_ops import SCALE, TYPES, both, carrier, contextual, drawn, softmax
 
 
@@ -171,3 +172,18 @@ def test_merge_dropped_takes_a_score_that_is_no_number_for_the_lowest(row):
     for got, kept in merge_dropped(x, no_number, is_visual, 4, 1, 2):
         assert kept.tolist() == wanted_kept.tolist()
         np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("before", "kept", "merge", "recycle", "wanted"),
+    [
+        (105, 10, 0.5, 0.29, (5, 30)),  # 0.29 · 100 is a hair below 29 in floats
+        (20, 7, 0.5, 0.5, (4, 9)),
+        (12, 10, 0.8, 0.1, (8, 8)),  # as many as the clusters at least
+        (10, 10, 0.5, 1.0, (5, 5)),  # as many as were dropped at most
+        (9, 3, 0.0, 0.5, (1, 4)),
+        (0, 0, 0.5, 0.5, (1, 1)),
+    ],
+)
+def test_clusters_are_a_share_of_the_kept_and_made_of_a_share_of_the_dropped(before, kept, merge, recycle, wanted):
+    assert recycling(before, kept, merge, recycle) == wanted

@@ -13,11 +13,11 @@ import pytest
 from engines.bundles import footprint as footprint_module
 from engines.bundles.bundle import open_bundle
 from engines.bundles.footprint import free_bytes, live_bytes, refuse_what_cannot_fit
-from engines.bundles.manifest import manifest_of
+from engines.bundles.manifest import EngineEntry, manifest_of
 from engines.sessions.host_memory import free_memory
-from engines.trt.bounds import Bounds
+from engines.trt.bounds import Bounds, profiles_of
 from graphs.errors import OperationFailed
-from graphs.rules.rule import Stage, export_from_folder
+from graphs.rules.rule import Export, Stage, export_from_folder
 from tests.conftest import Outcome
 
 # y is a graph's output and w a weight with its transpose: neither is counted.
@@ -45,8 +45,8 @@ def stage(text: str) -> Stage:
 
 
 @pytest.mark.parametrize("width", [2, 4])
-def test_what_lives_at_once(width: int) -> None:
-    rows = 10
+@pytest.mark.parametrize("rows", [10, 2])  # of two, the weight's transpose would be the most
+def test_what_lives_at_once(rows: int, width: int) -> None:
     model = stage(CHAIN % ", ".join(["0.5"] * 128))
     at_add = 3 * rows * 8 * width  # a, b and c
     at_cast = rows * 16 * (width + 8)  # d and its integers
@@ -57,6 +57,24 @@ def test_an_attention_takes_its_map() -> None:
     rows, keys = 6, 20
     sizes = {"S": rows, "T": keys, "P": keys - rows}
     assert live_bytes(stage(ATTENTION), sizes, 4) == 4 * (rows * 8 + 2 * rows * keys)
+
+
+def test_an_attention_with_its_heads_apart_and_no_past_takes_the_map_of_its_own_keys() -> None:
+    text = """<ir_version: 11, opset_import: ["" : 23]>
+    look (float[1,3,S,8] q, float[1,3,V,8] k) => (float[1,3,S,8] y) {
+      y = Attention (q, k, k)
+    }"""
+    assert live_bytes(stage(text), {"S": 6, "V": 5, "T": 20}, 2) == 3 * 6 * 5 * 2
+
+
+@pytest.mark.parametrize(("guides", "at_once"), [(10, 10), (64, 64), (200, 64)])
+def test_received_attention_takes_the_map_of_the_guide_rows_that_are_walked_at_once(guides: int, at_once: int) -> None:
+    text = """<ir_version: 11, opset_import: ["" : 23, "saccade" : 1]>
+    receive (float[1,3,S,8] q, float[1,3,T,8] k, int32[G] guide) => (float[1,T] y) {
+      y = saccade.AttentionReceived (q, k, guide)
+    }"""
+    sizes = {"S": 300, "T": 320, "G": guides}
+    assert live_bytes(stage(text), sizes, 2) == 3 * at_once * 320 * 4
 
 
 @pytest.mark.parametrize(
@@ -102,6 +120,49 @@ def test_openvino_holds_the_caches_of_fp16_in_fp32(exports: dict[str, Path]) -> 
 
     wide = of("openvino", "float32")
     assert (of("openvino", "float16"), of("openvino", "bfloat16"), of("cpu", "float16")) == (wide, wide // 2, wide // 2)
+
+
+def engines_of(export: Export, bounds: Bounds) -> dict[str, EngineEntry]:
+    """What a manifest tells of engines of these bounds."""
+    return {
+        name: EngineEntry(
+            file=f"{name}.engine",
+            target="rtx",
+            tensorrt="1.7",
+            sms=(89,),
+            precision="float16",
+            profiles=profiles_of(name, export.spec, bounds),
+            served={},
+            bytes=100 + i,
+            weight_bytes=7,
+        )
+        for i, name in enumerate(("vision", "embed", "decoder"))
+    }
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_bounds_of_engines_are_read_back_from_their_profiles(exports: dict[str, Path], in_place: bool) -> None:
+    export = export_from_folder(exports["small"])
+    bounds = Bounds(max_prompt=40, max_length=60, max_guide=20, max_tail=10, max_images=3)
+    engines = engines_of(export, bounds)
+    if in_place:  # a buffer of all rows, in every profile, and how many of them are filled
+        for profile in engines["decoder"].profiles.values():
+            for name, shapes in profile.items():
+                if name.startswith("past_"):
+                    profile[name] = ((*shapes[0][:2], 60, shapes[0][3]),) * 3
+            profile["length_0"] = ((1,), (1,), (1,))
+    assert footprint_module._bounds_of(engines) == bounds
+    found = footprint_module.footprint_of(export, "rtx", "float16", 1000, engines)
+    assert (found.rows, found.images, found.weight_bytes) == (60, 3, 100 + 101 + 102)
+
+
+def test_a_cpu_computes_fp16_in_fp32(exports: dict[str, Path]) -> None:
+    export = export_from_folder(exports["small"])
+    half, full = (
+        footprint_module.footprint_of(export, "cpu", dtype, 1000, {}).activation_bytes
+        for dtype in ("float16", "float32")
+    )
+    assert half == full
 
 
 def system(root: Path, files: dict[str, str]) -> Path:

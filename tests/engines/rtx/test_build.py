@@ -21,7 +21,7 @@ from engines.trt.options import EngineOptions
 from engines.trt.reading import reading_from
 from graphs.errors import BackendMissing, BadArtefact, OperationFailed, UsageError
 from graphs.files import sha256_of
-from graphs.spec import spec_from_folder
+from graphs.spec import ExportSpec, spec_from_folder
 from tests.conftest import Outcome
 from tests.engines.rtx import stand_in
 from tests.engines.rtx.conftest import Exports, Lower
@@ -161,6 +161,9 @@ def test_profiles_follow_the_bounds(exports: Exports) -> None:
     assert decoder["decode"]["inputs_embeds"] == ((1, 1, 64), (1, 1, 64), (1, 2, 64))
     assert decoder["prefill"]["past_k_0"][0][2] == 0
     assert decoder["decode"]["past_v_2"][2][2] == 255
+    assert decoder["decode"]["past_k_0"] == ((1, 2, 1, 16), (1, 2, 128, 16), (1, 2, 255, 16))
+    assert decoder["prefill"]["keep_0"] == ((1,), (64,), (256,))
+    assert decoder["decode"]["keep_0"] == ((1,), (1,), (2,))
     assert decoder["prefill"]["tail"] == ((1,), (1,), (128,))
     assert profiles_of("vision", spec, bounds)["any"]["pixel_values"] == (
         (1, 3, 32, 32),
@@ -177,9 +180,37 @@ def test_a_chunk_unasked_is_no_longer_than_the_cache(exports: Exports) -> None:
         assert (bounds.max_prompt, bounds.max_length) == (prompt, length)
 
 
+def roomy(exports: Exports) -> ExportSpec:
+    """Of a model with positions enough for the defaults."""
+    spec = spec_from_folder(exports["large"])
+    return spec.model_copy(update={"language": spec.language.model_copy(update={"max_positions": 32768})})
+
+
+def test_defaults_make_room_for_what_is_shown_and_an_answer_behind_it(exports: Exports) -> None:
+    spec = roomy(exports)
+    assert Bounds().fitted(spec, None) == Bounds(2048, 4096, 512, 128, 8)
+    assert Bounds().fitted(spec, None, Room(3300, 13)) == Bounds(3328, 4352, 512, 128, 13)
+    assert Bounds().fitted(spec, 1024, Room(3300, 3)) == Bounds(1024, 4352, 512, 128, 8)
+    assert Bounds(max_prompt=64).fitted(spec, None) == Bounds(64, 4096, 64, 64, 8)
+
+
+def test_bounds_may_be_as_large_as_the_model_the_ranking_and_the_chunk(exports: Exports) -> None:
+    exact = Bounds(max_prompt=2, max_length=32768, max_guide=2, max_tail=2, max_images=1)
+    assert exact.fitted(roomy(exports), BODY_ROWS) == exact
+    ranked = Bounds(BODY_ROWS, 32768, BODY_ROWS, BODY_ROWS, 1)
+    assert ranked.fitted(roomy(exports), BODY_ROWS) == ranked
+    with pytest.raises(UsageError, match="--ops plugin"):
+        Bounds(max_prompt=BODY_ROWS + 1).fitted(roomy(exports), BODY_ROWS)
+    with pytest.raises(UsageError, match=r"give at most 100$"):
+        Bounds(max_prompt=101).fitted(roomy(exports), 100)
+
+
 @pytest.mark.parametrize(
     ("bounds", "sentence"),
     [
+        (Bounds(max_length=1), "is 1, but nothing fits"),
+        (Bounds(max_length=257), "a bound of 257 rows is beyond the model's 256 positions"),
+        (Bounds(max_prompt=16, max_guide=17), "--max-guide is 17, more than the 16 rows"),
         (Bounds(max_prompt=1), "nothing fits"),
         (Bounds(max_prompt=4000), "chunks of at most 3840"),
         (Bounds(max_prompt=300), "beyond the model's 256 positions"),

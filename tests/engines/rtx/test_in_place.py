@@ -260,3 +260,44 @@ def test_what_cannot_be_in_place_is_left_or_refused(exports: Exports) -> None:
     with pytest.raises(ir.passes.PassError, match="the length of past_k_1 is T"):
         CacheInPlace("grouped")(model)
     assert not grouped(ir.load(exports["large"] / "embed.onnx"))
+
+
+def test_a_cache_of_another_type_or_with_another_reader_is_left(exports: Exports) -> None:
+    model = ir.load(exports["large"] / "decoder.onnx")
+    past = next(value for value in model.graph.inputs if value.name == "past_k_1")
+    past.type = ir.TensorType(ir.DataType.FLOAT16)
+    assert not grouped(model), "the operator's forms for the CPU are of fp32"
+    past.type = ir.TensorType(ir.DataType.FLOAT)
+    model.graph.insert_before(model.graph[0], ir.node("Concat", [past, past], {"axis": 2}))
+    assert not grouped(model), "a layer's keys are read before it runs"
+    with pytest.raises(ir.passes.PassError, match="past_k_1 is read by more than its layer's attention"):
+        CacheInPlace("grouped")(model)
+
+
+def test_what_the_exporter_does_not_write_is_refused(exports: Exports) -> None:
+    model = ir.load(exports["large"] / "decoder.onnx")
+    attention = next(node for node in model.graph if node.op_type == "Attention")
+    attention.attributes["is_causal"] = ir.AttrInt64("is_causal", 0)
+    with pytest.raises(ir.passes.PassError, match="is no causal attention on top of a cache"):
+        CacheInPlace("grouped")(model)
+    model = ir.load(exports["large"] / "decoder.onnx")
+    past = next(value for value in model.graph.inputs if value.name == "past_k_0")
+    size = ir.node("Shape", [past], {"start": 2, "end": 3})
+    attention = next(node for node in model.graph if node.op_type == "Attention")
+    behind = ir.node("Slice", [attention.outputs[0], size.outputs[0], model.graph.inputs[0]])
+    model.graph.insert_before(attention, size)
+    model.graph.insert_after(attention, behind)
+    with pytest.raises(ir.passes.PassError, match="reads the length of a cache in a way that is not known"):
+        CacheInPlace("grouped")(model)
+
+
+def test_each_segments_buffer_has_a_length_of_its_own_unless_one_is_given(exports: Exports) -> None:
+    lengths = {}
+    for capacity in (None, 96):
+        model = ir.load(exports["large"] / "decoder.onnx")
+        segments = {v.name: str(v.shape[2]) for v in model.graph.inputs if v.shape and str(v.name).startswith("past_")}
+        CacheInPlace("grouped", capacity)(model)
+        lengths[capacity] = {v.name: str(v.shape[2]) for v in model.graph.inputs if v.shape and v.name in segments}
+    assert set(segments.values()) == {"P_0", "P_1"}
+    assert lengths[None] == {name: symbol.replace("P_", "C_") for name, symbol in segments.items()}
+    assert lengths[96] == dict.fromkeys(segments, "96")

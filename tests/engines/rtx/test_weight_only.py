@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
+from onnx import TensorProto, helper
+from onnx.external_data_helper import convert_model_to_external_data
 
 from engines.bundles.manifest import manifest_of
 from engines.sessions.session import open_session
@@ -18,9 +21,10 @@ from engines.trt.options import EngineOptions
 from engines.trt.reading import reading_from
 from graphs.errors import UsageError
 from graphs.lowering import Lowering
+from graphs.lowering.derived import DerivedWeights
 from graphs.lowering.export import LoweredExport, lowered_export
 from graphs.lowering.roles import Width
-from graphs.lowering.weight_only import BLOCK, narrowed
+from graphs.lowering.weight_only import BLOCK, WeightOnly, narrowed
 from graphs.spec import spec_from_folder
 from tests.conftest import Outcome
 from tests.engines.rtx.conftest import golden, run_onnx
@@ -159,3 +163,49 @@ def test_files_for_others(export: Path, tmp_path: Path, saccade_cli: Callable[..
 def test_a_precision_that_is_not_known() -> None:
     with pytest.raises(UsageError, match="choose fp16, bf16, fp32, int8, int4"):
         EngineOptions((89,), "int2").checked()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_row_whose_scale_fp16_rounds_is_clipped_and_keeps_its_signs(bits: Width) -> None:
+    """Its least number is 2⁻²⁴, so that a scale of 1.4 of them becomes one, and a value 1.4 times the largest code."""
+    largest = {8: 127, 4: 7}[bits]
+    value_K = np.linspace(-1, 1, BLOCK, dtype=np.float32) * np.float32(1.4 * largest * 2**-24)
+    q, scale = narrowed(np.stack([value_K, np.zeros_like(value_K)]), bits, BLOCK)
+    assert (scale == 2**-24).all(), "none is 0, also of zeros"
+    assert (q[0, 0], q[0, -1]) == (-largest, largest)
+    assert (np.sign(q[0]) == np.sign(np.rint(value_K * 2**24))).all()
+    assert not q[1].any()
+
+
+def test_rows_of_no_whole_blocks_are_int8_made_in_pieces_and_what_is_read_otherwise_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, k = 5, BLOCK + 64
+    monkeypatch.setattr("graphs.lowering.weight_only.CHUNK", 2 * k)
+    rng = np.random.default_rng(0)
+    held = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in (("w", (n, k)), ("g", (k, k)))}
+    nodes = [
+        helper.make_node("Transpose", ["w"], ["wt"], "turned", perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "wt"], ["y"], "product"),
+        helper.make_node("Gemm", ["x", "g"], ["z"], "not_turned"),
+        helper.make_node("Gather", ["g", "ids"], ["columns"], "columns", axis=1),
+    ]
+    kinds = {"x": (TensorProto.FLOAT, ["S", k]), "ids": (TensorProto.INT64, ["I"])}
+    given = [helper.make_tensor_value_info(name, *kind) for name, kind in kinds.items()]
+    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("y", "z", "columns")]
+    stored = [helper.make_tensor(name, TensorProto.FLOAT, v.shape, v.tobytes(), raw=True) for name, v in held.items()]
+    model = helper.make_model(helper.make_graph(nodes, "g", given, results, stored))
+    convert_model_to_external_data(model, location="wide.bin", size_threshold=0)
+    onnx.save(model, tmp_path / "wide.onnx")
+    read, derived = ir.load(tmp_path / "wide.onnx"), DerivedWeights(tmp_path)
+    WeightOnly(derived, ir.DataType.FLOAT, lambda value: 4, tables=True)(read)
+    derived.write()
+    made = {name: value.const_value for name, value in read.graph.initializers.items() if name not in held}
+    assert set(made) == {"w.q", "w.scale"}
+    q, scale = narrowed(held["w"], 8, k, np.float32)
+    narrow, scales = made["w.q"], made["w.scale"]
+    assert narrow is not None
+    assert scales is not None
+    assert narrow.dtype == ir.DataType.INT8
+    assert (narrow.numpy() == q).all()
+    assert (scales.numpy() == scale[:, 0]).all()

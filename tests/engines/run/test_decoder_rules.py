@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from engines.budgets import cuts_of, image_index
 from engines.decoder import checked_priority, composed, guide_rows, keep_ratios, rows_behind
-from engines.guidance import GuidanceSum, priority_of_rows, top_visual
+from engines.guidance import GuidanceSum, priority_of, priority_of_rows, top_visual
+from engines.sessions.session import Later
 from graphs.errors import OperationFailed, UsageError
 from graphs.plan import Guidance, PrunePoint, PruningPlan, average_retention, retention_of
 
@@ -113,3 +117,63 @@ def test_retention_of_several_points_is_the_share_summed_over_segments() -> None
     assert retention_of(ONE, 8, (0.5,)) == pytest.approx(average_retention(8, 2, 0.5))
     assert retention_of(TWO, 8, (0.5, 0.25)) == pytest.approx((2 * 1 + 2 * 0.5 + 4 * 0.25) / 8)
     assert retention_of(NONE, 8, ()) == 1
+
+
+def test_each_image_keeps_its_share_of_what_it_had_and_no_more_than_is_left() -> None:
+    points = [PrunePoint(layer=n, score="priority", keep=0.5, per_image=n < 6) for n in (2, 4, 6)]
+    first, second, third = cuts_of(PruningPlan(name="each", points=tuple(points)), 3, [8, 1], [8, 4], (0.5, 0.25, 0.5))
+    assert first.feeds["pick_0"].tolist() == [0, 1, 2, 3, 4, 5, 6, 11], "one is left of the two that the second keeps"
+    assert second.feeds["pick_1"].tolist() == [0, 1, 2, 3, 4, 7]
+    assert (first.rows, second.rows, third.rows) == (8, 6, 6)
+    assert len(third.feeds["keep_2"]) == 6, "half of twelve, but three are left"
+
+
+def test_no_more_rows_stay_than_are_left() -> None:
+    assert [cut.rows for cut in cuts_of(TWO, 5, [8], [8], (0.25, 0.5))] == [7, 7]
+    assert [cut.rows for cut in cuts_of(ONE, 5, [3], [8], None)] == [8]
+
+
+def test_what_is_merged_is_counted_from_the_rows_that_reach_the_point() -> None:
+    point = PrunePoint(layer=2, score="attention", keep=0.25, merge=0.5, recycle=0.5)
+    [cut] = cuts_of(PruningPlan(name="merges", points=(point,)), 5, [12], [16], None)
+    assert {name: len(value) for name, value in cut.feeds.items()} == {"keep_0": 9, "merge_0": 2, "recycle_0": 6}
+
+
+def test_a_text_row_is_of_no_image() -> None:
+    is_visual = np.array([0, 1, 1, 0, 1], bool)
+    assert image_index(is_visual, np.array([0, 0, 1])).tolist() == [-1, 0, 0, -1, 1]
+    assert image_index(is_visual, None).tolist() == [-1, 0, 0, -1, 0]
+
+
+class Made(Later):
+    """Guidance of some steps, each 1 for every key."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def and_then(self, later: Made) -> Made:
+        return Made(self.steps + later.steps)
+
+
+def test_guidance_that_is_made_later_is_made_once_for_all_steps_and_counted_once() -> None:
+    made: list[int] = []
+
+    def to_host(later: Made) -> np.ndarray:
+        made.append(later.steps)
+        return np.full((1, 4), later.steps, np.float32)
+
+    total = GuidanceSum(np.array([1, 3]), to_host)  # type: ignore[arg-type]
+    total.add(np.full(4, 0.5, np.float32))
+    total.add(Made(1))
+    total.add(Made(1))
+    assert total.total.tolist() == total.total.tolist() == [2.5, 2.5]
+    total.add(Made(1))
+    assert total.total.tolist() == [3.5, 3.5]
+    assert made == [2, 1]
+
+
+def test_guidance_of_a_conversation_is_that_of_the_chunks_own_visual_rows() -> None:
+    prompt = SimpleNamespace(
+        all_visual_tokens=5, of_visual=lambda values: values[3:], is_visual=np.array([0, 1, 0, 1], bool)
+    )
+    assert priority_of(prompt, np.arange(5, dtype=np.float32)).tolist() == [0, 3, 0, 4]  # type: ignore[arg-type]

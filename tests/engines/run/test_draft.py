@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,14 @@ import pytest
 from benchmarks.draft_words import BLOCK, README, RESULTS, filled
 from engines.cache import Cache
 from engines.cascade import Cascade
-from engines.draft import drafted_by
+from engines.decoder import Chunk
+from engines.draft import drafted_by, takes_draft, usable, with_draft
 from engines.generate import Generation
 from engines.guidance import priority_of
 from engines.model import Model
 from engines.sampling import Options
 from graphs.errors import UsageError
+from graphs.plan import PrunePoint, PruningPlan
 from graphs.spec import past_names, spec_from_folder
 from tests.conftest import Outcome
 from tests.engines.run.conftest import TinyPair, picture_of, question_of
@@ -129,6 +132,39 @@ def test_the_cascade_answers_as_without(cascade: Cascade, keep: float) -> None:
         ended = looked.stopped == "end"
         usable = min(len(looked.tokens) - ended, LENGTH - 1)
         assert (with_one.draft.tokens if with_one.draft else 0) == usable
+
+
+@pytest.mark.parametrize(
+    ("rows", "limit", "wanted"), [(30, 100, 5), (37, 100, 3), (44, 100, 0), (30, 4, 3), (30, 1, 0)]
+)
+def test_a_draft_is_no_longer_than_an_engines_rows_and_logits(large: Model, rows: int, limit: int, wanted: int) -> None:
+    """Six rows with logits, one of them the prompt's last; forty rows of a chunk."""
+    largest = {"tail": (6,), "inputs_embeds": (1, 40, 64)}.__getitem__
+    model = SimpleNamespace(spec=large.spec, session=lambda stage: SimpleNamespace(largest=largest))
+    draft = [token for token in range(20) if token not in large.spec.tokens.eos][:10]
+    assert usable(model, draft, rows, limit) == tuple(draft[:wanted])  # type: ignore[arg-type]
+
+
+def test_a_draft_stands_behind_the_chunk_as_text_without_features() -> None:
+    given = np.arange(1, 7, dtype=np.float32).reshape(1, 3, 2)
+    positions, is_visual = np.array([[0, 1, 2]]), np.array([0, 1, 0], bool)
+    chunk = Chunk(inputs_embeds=given, is_visual=is_visual, positions=positions, deepstack={"deep": given})
+    model: Any = SimpleNamespace(to_host=np.asarray, embed_text=lambda draft: np.full((1, len(draft), 2), 9.0))
+    got = with_draft(model, chunk, (4, 5))
+    assert got.inputs_embeds[0, :, 0].tolist() == [1, 3, 5, 9, 9]  # type: ignore[index,call-overload,union-attr]
+    assert got.is_visual.tolist() == [False, True, False, False, False]
+    assert got.positions is not None
+    assert got.positions.tolist() == [[0, 1, 2, 3, 4]]
+    assert got.deepstack["deep"][0, :, 0].tolist() == [1, 3, 5, 0, 0]  # type: ignore[index,call-overload,union-attr]
+
+
+def test_a_plan_whose_own_rows_guide_too_takes_no_draft() -> None:
+    """The draft's rows would be among them."""
+    outside = PrunePoint(layer=2, score="priority", keep=0.25)
+    own = PrunePoint(layer=1, score="attention", keep=0.5)
+    for points, takes in (((outside,), True), ((own, outside), False), ((own,), False), ((), False)):
+        plan = PruningPlan(name="p", points=points)
+        assert takes_draft(SimpleNamespace(spec=SimpleNamespace(plan=plan))) is takes  # type: ignore[arg-type]
 
 
 def test_a_conversation_goes_on_from_the_trimmed_cache(tiny_pair: TinyPair) -> None:

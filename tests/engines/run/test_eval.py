@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -20,9 +21,11 @@ from engines.bundles.manifest import manifest_of
 from engines.cascade import Cascade
 from engines.evaluation import sweep
 from engines.evaluation.charts import Chart
+from engines.evaluation.journal import appending, opened_journal
 from engines.evaluation.sweep import from_bits
 from engines.guidance import random_guidance
 from graphs.atomic import locked
+from graphs.errors import BadArtefact, UsageError
 from tests.conftest import Outcome
 from tests.engines.run.conftest import TinyPair, picture_of, question_of
 from tests.engines.run.test_calibrate import data_of
@@ -163,6 +166,27 @@ def test_a_journal_that_two_runs_wrote_to_is_refused(
         journal.write_text("".join([first, *rows[:3]]))
         told = saccade_cli(*ask)
     assert (told.code, "another run writes to" in told.stderr) == (2, True)
+
+
+def test_a_row_without_both_models_and_rows_that_came_meanwhile_are_refused(tmp_path: Path) -> None:
+    path, header = tmp_path / "out" / "answers.jsonl", {"data": "d"}
+    examples: Any = [SimpleNamespace(digest=digest) for digest in "ab"]
+    assert opened_journal(path, header, examples) == []
+    rows = [{"digest": digest, "small": {}, "large": {}} for digest in "ab"]
+    with appending(path, 0) as add:
+        for row in rows:
+            add(row)
+            assert opened_journal(path, header, examples)[-1] == row, "on disk when the call returns"
+    with appending(path, 2):
+        pass
+    for done in (0, 1, 3):
+        with pytest.raises(UsageError, match=r"wrote to .* meanwhile"), appending(path, done):
+            pass
+    with locked(path):
+        pass
+    path.write_text(path.read_text().replace('"small": {}, "large": {}', '"small": {}', 1))
+    with pytest.raises(BadArtefact, match="line 2, is not the answer to question 1"):
+        opened_journal(path, header, examples)
 
 
 def test_a_question_that_cannot_be_asked_is_named_and_can_be_left_out(

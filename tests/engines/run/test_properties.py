@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engines.cascade import Cascade
-from engines.confidence import confidence_of, consistency_of, log_probs
+from engines.confidence import _rows_of, confidence_of, consistency_of, log_probs
 from engines.guidance import top_visual
 from graphs.plan import kept_count
 from tests.engines.run.conftest import picture_of, question_of
@@ -87,3 +87,8 @@ def test_log_probs_are_a_log_softmax(length: int, seed: int, scale: float) -> No
     got = log_probs(logits, tokens.tolist())
     np.testing.assert_allclose(got, np.array(wanted, np.float64), rtol=1e-9, atol=1e-12)
     assert 0 <= confidence_of(got) <= 1
+
+
+def test_features_of_kept_rows_stand_before_the_answers_zeros() -> None:
+    given = np.arange(1, 9, dtype=np.float32).reshape(1, 4, 2)
+    assert _rows_of(given, np.array([0, 2]), 2)[0].tolist() == [[1, 2], [5, 6], [0, 0], [0, 0]]
