@@ -58,8 +58,8 @@ Medians of an interleaved run, with (least–most) of as many questions as are t
 models of up to 16 MiB of weights, as the pair's are, take one since 22 November 2026. Figures of two machines are
 not of one run, and the EPYC's of `cpu` are of the code before that day ([LOG](../benchmarks/LOG.md)). The Xeon's shape
 (b) is from before the small maps were made whole and the one arena. Vision of OpenVINO GenAI contains the preparation
-of the image, that of no other system does. ONNX Runtime GenAI's steps of 21 and 22 November were taken while Python
-read its log. Made in s: all commands; "build alone" where the export was there and its time was not kept."""
+of the image, that of no other system does. ONNX Runtime GenAI's steps were taken while Python read its log, but for
+those of shape (a) on the Xeon. Made in s: all commands; "build alone" where the export was there and its time was not kept."""
 
 MACHINERY = ("cpu-fp32", "openvino-fp32", "openvino-bf16")
 
