@@ -98,7 +98,19 @@ def processor_files(folder: Path) -> list[Path]:
             f"{folder}: its image processor cannot prepare a grey image ({_first_line(e)}); correct "
             "preprocessor_config.json or download it again"
         ) from None
+    if not _has_template(folder):
+        warn(
+            f"{folder} has no chat template, without which an export cannot be asked; add chat_template.jinja and "
+            "export again"
+        )
     return found
+
+
+def _has_template(folder: Path) -> bool:
+    holders = (folder / name for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"))
+    return (folder / "chat_template.jinja").is_file() or any(
+        '"chat_template"' in path.read_text("utf-8", "replace") for path in holders if path.is_file()
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Which tokens end an answer, and what a generation config asks for that is not done."""
+"""Which tokens end an answer, what a generation config asks for that is not done, and a template that is missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from transformers import GenerationConfig
 
 from exporter.checkpoint import checkpoint_from_folder
-from exporter.processor import tokens_of
+from exporter.processor import processor_files, tokens_of
 from graphs.errors import BadArtefact
 from tests.tiny import tiny_llava
 
@@ -63,3 +63,16 @@ def test_what_is_asked_for_and_not_done_is_told(folder: Path, capsys: pytest.Cap
     generation(folder, eos_token_id=2, no_repeat_ngram_size=1, bad_words_ids=[[4]], num_beams=3)
     tokens_of(checkpoint_from_folder(folder))
     assert "no_repeat_ngram_size and num_beams and bad_words_ids, which is not done here" in capsys.readouterr().err
+
+
+def test_a_missing_chat_template_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    processor_files(folder)
+    assert "chat template" not in capsys.readouterr().err
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    for name in ("tokenizer_config.json", "processor_config.json", "chat_template.json"):
+        if (folder / name).is_file():
+            document = json.loads((folder / name).read_text())
+            document.pop("chat_template", None)
+            (folder / name).write_text(json.dumps(document))
+    processor_files(folder)
+    assert "has no chat template, without which an export cannot be asked" in capsys.readouterr().err

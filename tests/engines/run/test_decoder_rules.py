@@ -9,7 +9,7 @@ import pytest
 
 from engines.budgets import cuts_of, image_index
 from engines.decoder import checked_priority, composed, guide_rows, keep_ratios, rows_behind
-from engines.guidance import GuidanceSum, priority_of, priority_of_rows, top_visual
+from engines.guidance import GuidanceSum, drawn_priority, priority_of, priority_of_rows, random_guidance, top_visual
 from engines.sessions.session import Later
 from graphs.errors import OperationFailed, UsageError
 from graphs.plan import Guidance, PrunePoint, PruningPlan, average_retention, retention_of
@@ -177,3 +177,15 @@ def test_guidance_of_a_conversation_is_that_of_the_chunks_own_visual_rows() -> N
         all_visual_tokens=5, of_visual=lambda values: values[3:], is_visual=np.array([0, 1, 0, 1], bool)
     )
     assert priority_of(prompt, np.arange(5, dtype=np.float32)).tolist() == [0, 3, 0, 4]  # type: ignore[arg-type]
+
+
+def test_a_plan_of_chance_draws_with_its_own_seed() -> None:
+    drawn = [
+        drawn_priority(PruningPlan(name="r", points=(PrunePoint(layer=1, score="random", keep=0.5, seed=seed),)), 9)
+        for seed in (3, 4)
+    ]
+    assert [
+        d is not None and np.array_equal(d, random_guidance(9, seed)) for d, seed in zip(drawn, (3, 4), strict=True)
+    ] == [True, True]
+    plan = PruningPlan(name="g", points=(PrunePoint(layer=1, score="priority", keep=0.5),))
+    assert drawn_priority(plan, 9) is None
