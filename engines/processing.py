@@ -22,7 +22,7 @@ from PIL import Image
 from engines.families import FAMILIES, HostFamily, Seen, expanded, folded
 from engines.names import read_once
 from engines.talk.messages import Talk
-from graphs.errors import BadArtefact, UnaskableQuestion
+from graphs.errors import BadArtefact, UnaskableQuestion, first_line
 from graphs.spec import PROCESSOR_FOLDER, ExportSpec
 from graphs.versions import require_once
 
@@ -235,9 +235,8 @@ class Processor:
                 self.folder, local_files_only=True, trust_remote_code=False, **options
             )
         except Exception as e:  # what a broken file raises is not documented
-            reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
             raise BadArtefact(
-                f"{auto_class} cannot read {self.folder} ({reason}); export the checkpoint again"
+                f"{auto_class} cannot read {self.folder} ({first_line(e)}); export the checkpoint again"
             ) from None
 
 

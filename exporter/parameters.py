@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from graphs.errors import BadArtefact
+from graphs.rules.tensors import HEAD
+from graphs.rules.weights import SAME_FROM
 from graphs.talk import say
 from graphs.weights import TensorSlice
 
 CHUNK = 1 << 24  # bytes that are compared at a time
-HEAD = 4096  # bytes by which most weights differ
-SAME_FROM = 256  # smaller weights may well be equal by what they mean
 
 
 def stored_parameters(model: Any, tensors: Mapping[str, TensorSlice], folder: object) -> dict[str, TensorSlice]:

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from exporter.checkpoint import Checkpoint
-from graphs.errors import BadArtefact
+from graphs.errors import BadArtefact, first_line
 from graphs.spec import Tokens
 from graphs.talk import say, warn
 
@@ -85,7 +85,7 @@ def processor_files(folder: Path) -> list[Path]:
         made = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False, backend="pil")
     except Exception as e:
         raise BadArtefact(
-            f"{folder}: transformers cannot load its image processor ({_first_line(e)}); name one that it knows in "
+            f"{folder}: transformers cannot load its image processor ({first_line(e)}); name one that it knows in "
             "preprocessor_config.json, or take a newer revision of the checkpoint"
         ) from None
     try:
@@ -95,7 +95,7 @@ def processor_files(folder: Path) -> list[Path]:
             raise ValueError("it makes pixels that are no numbers")
     except Exception as e:
         raise BadArtefact(
-            f"{folder}: its image processor cannot prepare a grey image ({_first_line(e)}); correct "
+            f"{folder}: its image processor cannot prepare a grey image ({first_line(e)}); correct "
             "preprocessor_config.json or download it again"
         ) from None
     if not _has_template(folder):
@@ -111,10 +111,6 @@ def _has_template(folder: Path) -> bool:
     return (folder / "chat_template.jinja").is_file() or any(
         '"chat_template"' in path.read_text("utf-8", "replace") for path in holders if path.is_file()
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def copy_processor(files: list[Path], target: Path) -> None:

@@ -43,3 +43,8 @@ class BackendMissing(SaccadeError):
     """This machine or this installation lacks what the verb needs."""
 
     exit_code = 4
+
+
+def first_line(error: Exception, most: int = 200) -> str:
+    """What another's exception says first, at most ``most`` characters of it; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import RESULTS
+from benchmarks.figures import RESULTS, ROOT
 from benchmarks.peers.systems import MADE, SYSTEMS
 
-ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "peers.md"
 BEGIN, END = "<!-- peers: python -m benchmarks.peers.table -->", "<!-- end of peers -->"
 Document = dict[str, Any]

@@ -143,11 +143,9 @@ def _check_tokenizers(small: Source, large: Source) -> None:
 def tokenizer_parts(source: Source) -> dict[str, Any]:
     """What makes a tokenizer, by name; BadArtefact where the processor folder is broken."""
     folder = source.folder / PROCESSOR_FOLDER
-    tokenizer = _json_of(folder / "tokenizer.json")
-    model, added = (
-        (tokenizer.get(key) for key in ("model", "added_tokens")) if isinstance(tokenizer, dict) else ((), ())
-    )
-    added = added or []
+    document = _json_of(folder / "tokenizer.json")
+    tokenizer = document if isinstance(document, dict) else {}
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens") or []
     whole = isinstance(added, list) and all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in added)
     if not isinstance(model, dict) or not whole:
         raise BadArtefact(f"{folder / 'tokenizer.json'} holds no tokenizer; export the checkpoint again")

@@ -32,6 +32,7 @@ from graphs.talk import warn
 
 DATA_URI = "data:image/"
 PLACE = "{question}"
+GO_ON = "(--skip-bad goes on without such lines)"
 GIVE_JSONL = "give a JSONL file, one question a line, or say what the files are with --format"
 
 
@@ -77,7 +78,7 @@ class Data:
         """What is wrong with an example that a model cannot be asked; BadArtefact where such ones end it all."""
         said = f"{example.where}: {why}"
         if not self.skip_bad:
-            raise BadArtefact(f"{said} (--skip-bad goes on without such lines)") from None
+            raise BadArtefact(f"{said} {GO_ON}") from None
         warn(f"left out: {said}")
         return said
 
@@ -158,7 +159,7 @@ def data_from_items(
             examples.append(example)
         except SaccadeError as e:
             if not how.skip_bad:
-                raise BadArtefact(f"{e} (--skip-bad goes on without such lines)") from None
+                raise BadArtefact(f"{e} {GO_ON}") from None
             bad.append(str(e))
     if not examples:
         what = f"{len(bad)} lines and all are bad, the first: {bad[0]}" if bad else "no lines"

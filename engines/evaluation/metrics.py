@@ -97,12 +97,11 @@ def choice(answer: str, truths: Sequence[str]) -> float:
     no article ("B is correct", "I choose B."). Marks of Markdown and LaTeX do not count ("**B**").
     """
     said = MARKS.sub("", answer).strip()
-    if alone := re.fullmatch(r"\(?([A-Za-z])\)?[.:,]?", said):
-        if len(answer.strip()) > 1 and _named(answer, truths[1:]):  # an option "C#"
+    for text in (answer.strip(), said):  # as it stands first, for an option may hold marks ("C#")
+        if alone := re.fullmatch(r"\(?([A-Za-z])\)?[.:,]?", text):
+            return float(alone[1].upper() == truths[0])
+        if _named(text, truths):
             return 1.0
-        return float(alone[1].upper() == truths[0])
-    if _named(said, truths) or _named(answer, truths):
-        return 1.0
     found = re.match(r"\(?([A-Za-z])(?:[).:,]|$)", said) or BEHIND.search(said)
     if not found:
         lone = [
@@ -113,7 +112,7 @@ def choice(answer: str, truths: Sequence[str]) -> float:
 
 
 def _named(answer: str, options: Sequence[str]) -> bool:
-    return plain(answer.strip().rstrip(".")) in {plain(option.rstrip(".")) for option in options}
+    return plain(answer.rstrip(".")) in {plain(option.rstrip(".")) for option in options}
 
 
 def yesno(answer: str, truths: Sequence[str]) -> float:

@@ -76,8 +76,9 @@ def evaluate_bundles(
     """
     refuse_foreign_folder(out, JOURNAL)
     contenders = opened(bundles, target, threads)
+    asked = data.once().digest
     for one in contenders:
-        if any(found.data_sha256 == data.once().digest for found in one.manifest.calibrations):
+        if any(found.data_sha256 == asked for found in one.manifest.calibrations):
             warn(f"{one.path} was calibrated on these very questions; ask others, to learn what its threshold is worth")
     settings = settings_of(contenders, keeps or [], policies or [], layers or [])
     if thresholds and not any(one.pair for one in contenders):

@@ -16,7 +16,7 @@ import numpy as np
 
 from engines.answer import Answer, SmallPass
 from engines.evaluation.contenders import Contender
-from engines.evaluation.data import Data, Example
+from engines.evaluation.data import GO_ON, Data, Example
 from engines.evaluation.flops import stage_flops
 from engines.evaluation.journal import Row, appending, opened_journal
 from engines.evaluation.settings import RANDOM, Setting
@@ -54,7 +54,7 @@ def asked_before(journal: Path, plan: Plan, data: Data) -> list[Row]:
     rows = opened_journal(journal, plan.header(), data.examples)
     refused = next((row["bad"] for row in rows if "bad" in row), None)
     if refused and not data.skip_bad:
-        raise BadArtefact(f"{refused} (--skip-bad goes on without such lines)")
+        raise BadArtefact(f"{refused} {GO_ON}")
     return rows
 
 

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from engines.sessions.heap import give_back
 from engines.sessions.host_buffers import Bound, HostBuffer, Shelf
 from engines.sessions.session import NOTHING, Value
-from graphs.errors import BadArtefact, OperationFailed, SaccadeError
+from graphs.errors import BadArtefact, OperationFailed, SaccadeError, first_line
 from graphs.packed import packed_as
 from graphs.spec import CacheForm, form_of
 from graphs.versions import require_once
@@ -60,7 +60,7 @@ class OrtSession:
             raise
         except Exception as e:  # the binding's exceptions share no base class
             raise BadArtefact(
-                f"ONNX Runtime cannot open {self._file} ({_first_line(e)}); "
+                f"ONNX Runtime cannot open {self._file} ({first_line(e, 300)}); "
                 "replay its golden tensors with: saccade verify, or build the bundle again"
             ) from None
         self._inputs = {i.name for i in self._session.get_inputs()}
@@ -126,7 +126,7 @@ class OrtSession:
             arrays = {name: outputs[i].numpy() for i, name in enumerate(returned)}
         except Exception as e:
             raise OperationFailed(
-                f"ONNX Runtime failed in {self._file.name} ({_first_line(e)}); {_remedy(e)}"
+                f"ONNX Runtime failed in {self._file.name} ({first_line(e, 300)}); {_remedy(e)}"
             ) from None
         results = {name: x if name in host else ort.OrtValue.ortvalue_from_numpy(x) for name, x in arrays.items()}
         # A buffer's memory is its feeder's.
@@ -214,8 +214,3 @@ def _remedy(error: Exception) -> str:
     if "allocate memory" in str(error):
         return "memory is full: keep fewer visual tokens, give smaller images, or begin a new conversation"
     return "check the bundle with: saccade verify"
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -90,11 +90,11 @@ def build_member(
     OperationFailed where memory is short, fp16 overflows, or TensorRT refuses.
     """
     lowering = options.lowering(spec, flavour)
+    _refuse_width(name, spec, lowering, flavour)
+    sms = options.sms_for(flavour)
     photos = photos_seen(source, spec)
     room = room_for(photos)
     lowering = replace(lowering, capacity=_capacity(name, spec, options.bounds, room, lowering.parser))
-    _refuse_width(name, spec, lowering, flavour)
-    sms = options.sms_for(flavour)
     out.mkdir()
     held = out / "lowered"
     held.mkdir()

@@ -55,7 +55,7 @@ def photos_seen(folder: Path, spec: ExportSpec) -> list[Photo]:
 def room_for(photos: list[Photo]) -> Room:
     """Room for those of them that take at most MOST_ROWS rows; none for any where all take more."""
     fitting = [photo for photo in photos if photo.rows <= MOST_ROWS]
-    return Room(*(max(of) for of in zip(*((p.rows, p.tiles) for p in fitting), strict=True))) if fitting else Room()
+    return Room(max((p.rows for p in fitting), default=0), max((p.tiles for p in fitting), default=0))
 
 
 def misfits_in_words(photos: list[Photo], spec: ExportSpec, bounds: Bounds) -> list[str]:
