@@ -23,7 +23,7 @@ from engines.families import FAMILIES, HostFamily, Seen, expanded, folded
 from engines.names import read_once
 from engines.talk.messages import Talk
 from graphs.errors import BadArtefact, UnaskableQuestion, first_line
-from graphs.spec import PROCESSOR_FOLDER, ExportSpec
+from graphs.spec import PROCESSOR_FOLDER, TEMPLATE_FILE, TEMPLATE_HOLDERS, ExportSpec
 from graphs.versions import require_once
 
 # In an environment without torch, transformers would say so on every start.
@@ -242,13 +242,13 @@ class Processor:
 
 def chat_template_of(folder: Path) -> str:
     """Return a processor folder's chat template; BadArtefact where it has none."""
-    plain = folder / "chat_template.jinja"
+    plain = folder / TEMPLATE_FILE
     try:
         if plain.is_file():
             return plain.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise BadArtefact(f"{plain} cannot be read ({e}); export the checkpoint again") from None
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+    for name in TEMPLATE_HOLDERS:
         path = folder / name
         template = _json_of(path).get("chat_template") if path.is_file() else None
         if isinstance(template, str):

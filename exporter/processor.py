@@ -8,7 +8,7 @@ from PIL import Image
 
 from exporter.checkpoint import Checkpoint
 from graphs.errors import BadArtefact, first_line
-from graphs.spec import Tokens
+from graphs.spec import TEMPLATE_FILE, TEMPLATE_HOLDERS, Tokens
 from graphs.talk import say, warn
 
 PROCESSOR_FILES = (
@@ -107,8 +107,8 @@ def processor_files(folder: Path) -> list[Path]:
 
 
 def _has_template(folder: Path) -> bool:
-    holders = (folder / name for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"))
-    return (folder / "chat_template.jinja").is_file() or any(
+    holders = (folder / name for name in TEMPLATE_HOLDERS)
+    return (folder / TEMPLATE_FILE).is_file() or any(
         '"chat_template"' in path.read_text("utf-8", "replace") for path in holders if path.is_file()
     )
 

@@ -24,6 +24,12 @@ from graphs.plan import PrunePoint, PruningPlan, Record, Role
 SPEC_FILE = "spec.json"
 GOLDEN_FILE = "golden.safetensors"
 PROCESSOR_FOLDER = "processor"
+TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_HOLDERS = (
+    "chat_template.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+)  # where it lies else, the first that has one
 STAGES = ("vision", "embed", "decoder")
 
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "bool"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from graphs.errors import BadArtefact, UsageError
 from graphs.files import unreadable
-from graphs.spec import PROCESSOR_FOLDER, ExportSpec
+from graphs.spec import PROCESSOR_FOLDER, TEMPLATE_FILE, TEMPLATE_HOLDERS, ExportSpec
 
 ROLE_AGAIN = "export it again with --role"
 
@@ -163,10 +163,10 @@ def tokenizer_parts(source: Source) -> dict[str, Any]:
 
 def chat_template(folder: Path) -> Any:
     """The template of a processor folder, wherever this version of the file format keeps it."""
-    plain = folder / "chat_template.jinja"
+    plain = folder / TEMPLATE_FILE
     if plain.is_file():
         return _text_of(plain)
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+    for name in TEMPLATE_HOLDERS:
         if (folder / name).is_file():
             document = _json_of(folder / name)
             if isinstance(document, dict) and document.get("chat_template"):
