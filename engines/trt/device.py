@@ -66,7 +66,7 @@ class Device:
         self._read: list[np.ndarray] = []  # arrays of the host that the stream may not have read yet
         pool = self.ask("cudaDeviceGetDefaultMemPool", self.ask("cudaGetDevice"))
         threshold = self._cuda.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
-        self.ask("cudaMemPoolSetAttribute", pool, threshold, self._cuda.cuuint64_t(KEEP_ALL))
+        self.ask("cudaMemPoolSetAttribute", pool, threshold, _uint64(KEEP_ALL))
         self.room = int(self.ask("cudaMalloc", ROOM_BYTES))
         weakref.finalize(self, self._cuda.cudaFree, self.room).atexit = False
 
@@ -211,6 +211,13 @@ def cuda_runtime() -> Any:
     except ImportError as e:
         raise missing("cuda") from e
     return runtime
+
+
+def _uint64(number: int) -> Any:
+    """A number as the runtime's calls take it: the type is in the driver's module alone."""
+    from cuda.bindings import driver
+
+    return driver.cuuint64_t(number)
 
 
 def _refuse_no_device(cuda: Any) -> None:

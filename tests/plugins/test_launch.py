@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cuda.bindings import driver as binding
+from cuda.bindings import runtime
+from cuda.pathfinder import DynamicLibNotFoundError
 
 from graphs.errors import BackendMissing, OperationFailed
 from plugins.creator import ALIGNMENT, plugin_class_of
@@ -17,29 +21,41 @@ from plugins.table import bits_of
 from plugins.trt import TYPES as TRT_TYPES
 
 TYPES, SHAPES = ("fp16", "fp16", "i32"), ((1, 8, 100, 64), (1, 2, 300, 64), (24,))
+FUNCTION = binding.CUfunction(7)
+# With a driver the same arguments would be acted on.
+HAS_DRIVER = int(runtime.cudaGetDeviceCount()[0]) == 0
 SUMS, SHARES = SERVED["AttentionReceived"].variants(TYPES, SHAPES)
 
 
 class Driver:
-    """Every call answers 0 and is written down."""
+    """Every call answers 0 and is written down; cuda-python has taken its arguments, and has no driver to act with."""
 
-    CUdevice_attribute = SimpleNamespace(
-        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR="major", CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR="minor"
-    )
-    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
+    CUdevice_attribute = binding.CUdevice_attribute
+    CUfunction_attribute = binding.CUfunction_attribute
 
     def __init__(self, sm: int = 89, failing: str = "") -> None:
         self.sm, self.failing, self.calls = sm, failing, []  # type: ignore[var-annotated]
 
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any) -> tuple[Any, ...]:
+            if not HAS_DRIVER:
+                with contextlib.suppress(DynamicLibNotFoundError):  # looked for when the arguments are taken
+                    getattr(binding, name)(*arguments)
             self.calls.append((name, arguments))
-            answer: Any = {"cuCtxGetCurrent": 5, "cuModuleGetFunction": "function"}.get(name)
-            if name == "cuDeviceGetAttribute":
-                answer = self.sm // 10 if arguments[0] == "major" else self.sm % 10
-            return (int(name == self.failing), answer)
+            return (int(name == self.failing), self.answer(name, arguments))
 
         return call
+
+    def answer(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        major = binding.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+        if name == "cuDeviceGetAttribute":
+            return self.sm // 10 if arguments[0] == major else self.sm % 10
+        return {
+            "cuCtxGetCurrent": binding.CUcontext(5),
+            "cuCtxGetDevice": binding.CUdevice(0),
+            "cuModuleLoadData": binding.CUmodule(1),
+            "cuModuleGetFunction": FUNCTION,
+        }.get(name)
 
     def named(self, name: str) -> list[Any]:
         return [arguments for called, arguments in self.calls if called == name]
@@ -60,7 +76,7 @@ def test_arguments_are_in_the_tables_order_with_two_scratch_pointers_behind():
     Launcher([cubin()], driver).launch(SUMS, values(), stream=99)
     [(function, *rest)] = driver.named("cuLaunchKernel")
     grid, block, (shared, stream, (numbers, kinds), extra) = rest[:3], rest[3:6], rest[6:]
-    assert (function, grid, block, shared, stream, extra) == ("function", [6, 2, 1], [128, 1, 1], 20480, 99, 0)
+    assert (function, grid, block, shared, stream, extra) == (FUNCTION, [6, 2, 1], [128, 1, 1], 20480, 99, 0)
     assert numbers == (11, 12, 13, 0x3E000000, 100, 300, 24, 8, 2, 64, 14, 15, 0, 0)
     assert kinds == (*[ctypes.c_void_p] * 3, *[ctypes.c_int] * 7, *[ctypes.c_void_p] * 4)
 
@@ -82,7 +98,8 @@ def test_a_cubin_is_loaded_once_and_asks_for_shared_memory_only_where_it_has_to(
     assert driver.named("cuModuleLoadData") == [(b"image",)]
     assert driver.named("cuFuncSetAttribute") == []
     Launcher([cubin(shared=50_000)], driver).launch(SUMS, values(), 0)
-    assert driver.named("cuFuncSetAttribute") == [("function", "shared", 50_000)]
+    shared = binding.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    assert driver.named("cuFuncSetAttribute") == [(FUNCTION, shared, 50_000)]
 
 
 def test_a_device_without_a_cubin_is_told_so():

@@ -1,6 +1,7 @@
 """CUDA and TensorRT by stand-ins: device memory is the host's, an engine is a lowered file run by ONNX Runtime.
 
-What the session does with them is real: addresses, shapes, profiles, copies and frees, and so the numbers. A captured
+What the session does with them is real: addresses, shapes, profiles, copies and frees, and so the numbers. Every call
+of CUDA is put to cuda-python first, which takes its arguments or refuses them, and does nothing without a driver. A captured
 run reads and writes the addresses that it was captured with, which must still be live and bound in its context; what
 may not be done while capturing (allocating, freeing, copying from pageable memory, waiting) breaks the capture.
 """
@@ -8,6 +9,8 @@ may not be done while capturing (allocating, freeing, copying from pageable memo
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+from cuda.bindings import runtime
 
 KINDS = {
     "tensor(float)": ("FLOAT", np.float32),
@@ -28,21 +32,42 @@ DESERIALISED: list[tuple[bytes, bool]] = []  # what was asked of any runtime, an
 stand_in_cuda: list[Any] = []  # every device that was made, the newest last
 
 
+# With a driver the same arguments would be acted on, and these addresses are the host's.
+HAS_DRIVER = int(runtime.cudaGetDeviceCount()[0]) == 0
+
+
+def put_to_the_binding(cls: type) -> type:
+    """The class with every call of CUDA put to the real one of its name first."""
+    for name, method in [(n, m) for n, m in vars(cls).items() if n.startswith("cuda") and callable(m)]:
+        setattr(cls, name, _behind(getattr(runtime, name), method))
+    return cls
+
+
+def _behind(real: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def call(self: Any, *arguments: Any) -> Any:
+        if not HAS_DRIVER:
+            real(*arguments)
+        return method(self, *arguments)
+
+    return call
+
+
+@put_to_the_binding
 class Cuda:
     """``cuda.bindings.runtime`` over the host's memory; ``live`` are the addresses that were not given back."""
 
-    cudaStreamNonBlocking = 1
-    cuuint64_t = int
-    cudaMemPoolAttr = SimpleNamespace(cudaMemPoolAttrReleaseThreshold=0)
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
-    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
-    cudaError_t = SimpleNamespace(cudaErrorMemoryAllocation=2)
-    cudaDeviceAttr = SimpleNamespace(cudaDevAttrComputeCapabilityMajor=75, cudaDevAttrComputeCapabilityMinor=76)
+    def __getattr__(self, name: str) -> Any:
+        """Constants and enumerations are the binding's own."""
+        if not name.startswith("cuda"):
+            raise AttributeError(name)
+        return getattr(runtime, name)
 
     def __init__(self, room: int = 1 << 30, sm: int = 89) -> None:
         self.live: dict[int, Any] = {}
         self.room, self.sm, self.copied, self.waits, self.streams = room, sm, [0, 0, 0], 0, 0
         self.recorded: list[Any] | None = None  # the runs captured so far, None where nothing is being captured
+        self.kept: dict[int, list[Any]] = {}  # handle of a graph → its runs
         self.broken, self.captures, self.launches, self.graphs = False, 0, 0, 0
         stand_in_cuda.append(self)
 
@@ -55,15 +80,16 @@ class Cuda:
     def cudaDeviceGetAttribute(self, which: int, device: int) -> tuple[int, int]:
         return 0, self.sm // 10 if which == 75 else self.sm % 10
 
-    def cudaDeviceGetDefaultMemPool(self, device: int) -> tuple[int, str]:
-        return 0, "pool"
+    def cudaDeviceGetDefaultMemPool(self, device: int) -> tuple[int, Any]:
+        return 0, runtime.cudaMemPool_t(1)
 
-    def cudaMemPoolSetAttribute(self, *_: Any) -> tuple[int]:
+    def cudaMemPoolSetAttribute(self, pool: Any, attribute: Any, value: Any) -> tuple[int]:
+        self.keeps = int(value)
         return (0,)
 
-    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, Any]:
         self.streams += 1
-        return 0, self.streams
+        return 0, runtime.cudaStream_t(self.streams)
 
     def cudaStreamDestroy(self, stream: int) -> tuple[int]:
         return (0,)
@@ -83,7 +109,13 @@ class Cuda:
 
     def cudaStreamEndCapture(self, stream: int) -> tuple[int, Any]:
         recorded, self.recorded = self.recorded, None
-        return (901, None) if self.broken else (0, recorded)
+        if self.broken or recorded is None:
+            return 901, None
+        return 0, runtime.cudaGraph_t(self._handle_of(recorded))
+
+    def _handle_of(self, runs: list[Any]) -> int:
+        self.kept[handle := len(self.kept) + 1] = list(runs)
+        return handle
 
     def cudaGetLastError(self) -> tuple[int]:
         return (0,)
@@ -91,7 +123,7 @@ class Cuda:
     def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[int, Any]:
         self.captures += 1
         self.graphs += 1
-        return 0, list(graph)
+        return 0, runtime.cudaGraphExec_t(self._handle_of(self.kept[int(graph)]))
 
     def cudaGraphDestroy(self, graph: Any) -> tuple[int]:
         return (0,)
@@ -102,7 +134,7 @@ class Cuda:
 
     def cudaGraphLaunch(self, graph: Any, stream: int) -> tuple[int]:
         self.launches += 1
-        for run in graph:
+        for run in self.kept[int(graph)]:
             run()
         return (0,)
 
