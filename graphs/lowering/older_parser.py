@@ -1,7 +1,7 @@
 """For TensorRT 10.3: what its parser does not know, written out in what it does.
 
-Attention, RMSNormalization and RotaryEmbedding become ONNX's own definitions of them, our ops their bodies, and the
-opset 20, which for every operator that is left differs from 23 in types only. Those definitions compute axes from
+Attention, RMSNormalization and RotaryEmbedding become ONNX's own definitions of them, our ops their bodies (of
+BlockAttention the one whose Loop stacks nothing), and the opset 20, which for every operator that is left differs from 23 in types only. Those definitions compute axes from
 shapes; what is known when the file is written is folded, for the parser wants axes as constants.
 """
 
@@ -16,7 +16,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from graphs.errors import UsageError
 from graphs.lowering.operators_10_3 import CONSTANT_INPUT, OPERATORS, OPSET
-from graphs.ops import DOMAIN
+from graphs.ops import DOMAIN, OPS
 
 INLINED = [("", "Attention"), ("", "RMSNormalization"), ("", "RotaryEmbedding")]
 FOLDED_SIZE = 64  # values of a folded constant at most: axes and shapes, never a weight
@@ -39,6 +39,7 @@ def written_out(model: ir.Model) -> ir.Model:
     import onnx.inliner
 
     weights = {name: value.const_value for name, value in model.graph.initializers.items()}
+    _carry(model)
     for node in model.graph:
         if node.op_type == "Attention":
             node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", ir.DataType.FLOAT.value)
@@ -55,6 +56,15 @@ def written_out(model: ir.Model) -> ir.Model:
     if lacking := _lacking(plain.graph):
         raise UsageError(f"TensorRT 10.3 cannot take this graph: {lacking}; build for a newer parser")
     return plain
+
+
+def _carry(model: ir.Model) -> None:
+    """Give the ops whose Loop stacks its output the body that carries it."""
+    for domain, name, overload in list(model.functions):
+        if domain == DOMAIN and OPS[name].carried_body:
+            function = ir.serde.deserialize_function(OPS[name].carried_function)
+            function.opset_imports[""] = model.opset_imports[""]
+            model.functions[domain, name, overload] = function
 
 
 def _lacking(graph: ir.Graph) -> str:

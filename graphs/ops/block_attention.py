@@ -7,7 +7,8 @@ Legend: B blocks (windows, or images), H heads, K places of a block, D head widt
 Source: the vision towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL (transformers, cu_seqlens attention).
 Shape rule: q, k, v [B,H,K,D], is_real bool [B,K] → q's [B,H,K,D]; what stands in padding rows is not defined.
 The body walks the query rows in pieces of at most 256, so the largest intermediate is B·H·256·K: linear in
-the number of patches both for windows (K fixed, B grows) and for one large image (B = 1, K grows).
+the number of patches both for windows (K fixed, B grows) and for one large image (B = 1, K grows). The carried
+body does the same for a parser whose Loop stacks nothing, and copies the output once for every piece.
 """
 
 from typing import Any
@@ -16,16 +17,13 @@ from graphs.ops.op import Op
 
 PIECE = 256
 
-BODY = f"""
+START = f"""
 <domain: "saccade", opset_import: ["" : 23]>
 BlockAttention <scale> (q, k, v, is_real) => (out)
 {{
   zero = Constant <value_int: int = 0> ()
   one = Constant <value_int: int = 1> ()
-  zero_1 = Constant <value_ints: ints = [0]> ()
-  axis_2 = Constant <value_ints: ints = [2]> ()
   head_and_row = Constant <value_ints: ints = [1, 2]> ()
-  joined = Constant <value_ints: ints = [0, 0, -1]> ()
   none = Constant <value: tensor = float {{-inf}}> ()
   limit_1 = Constant <value_ints: ints = [{PIECE}]> ()
   scale = Constant <value_float: float = @scale> ()
@@ -34,7 +32,6 @@ BlockAttention <scale> (q, k, v, is_real) => (out)
   k_turned = Transpose <perm: ints = [0, 1, 3, 2]> (k)
   visible = Unsqueeze (is_real, head_and_row)
   row_1 = Shape <start: int = 2, end: int = 3> (q)
-  width_1 = Shape <start: int = 3, end: int = 4> (q)
   piece_1 = Min (row_1, limit_1)
   piece = Squeeze (piece_1)
   rows = Squeeze (row_1)
@@ -43,9 +40,10 @@ BlockAttention <scale> (q, k, v, is_real) => (out)
   pieces = Div (rows_up, piece)
   row_of_piece = Range (zero, piece, one)
   yes = Constant <value: tensor = bool {{1}}> ()
-  out_pieces = Loop (pieces, yes) <body: graph = one_piece
-    (int64 i, bool going) => (bool goes_on, out_piece)
-    {{
+"""
+
+# Inside of the Loop: the output of piece i, whose rows past the last are the last one's.
+PIECE_OUT = """
       goes_on = Identity (going)
       offset = Mul (i, piece)
       row_of = Add (offset, row_of_piece)
@@ -57,11 +55,42 @@ BlockAttention <scale> (q, k, v, is_real) => (out)
       share_wide = Softmax <axis: int = -1> (logit_seen)
       share = CastLike (share_wide, v)
       out_piece = MatMul (share, v)
-    }}>
+"""
+
+BODY = f"""{START}
+  zero_1 = Constant <value_ints: ints = [0]> ()
+  axis_2 = Constant <value_ints: ints = [2]> ()
+  joined = Constant <value_ints: ints = [0, 0, -1]> ()
+  width_1 = Shape <start: int = 3, end: int = 4> (q)
+  out_pieces = Loop (pieces, yes) <body: graph = one_piece
+    (int64 i, bool going) => (bool goes_on, out_piece)
+    {{{PIECE_OUT}    }}>
   out_turned = Transpose <perm: ints = [1, 2, 0, 3, 4]> (out_pieces)
   out_shape = Concat <axis: int = 0> (joined, width_1)
   out_padded = Reshape (out_turned, out_shape)
   out = Slice (out_padded, zero_1, row_1, axis_2)
+}}
+"""
+
+# Every pass writes its own rows into what the passes before it wrote: each row is written once.
+CARRIED_BODY = f"""{START}
+  row_then_width = Constant <value_ints: ints = [1]> ()
+  last_place = Sub (piece, one)
+  all_rows = Range (zero, rows, one)
+  unwritten = Sub (q, q)
+  out = Loop (pieces, yes, unwritten) <body: graph = one_piece
+    (int64 i, bool going, so_far) => (bool goes_on, out_so_far)
+    {{{PIECE_OUT}
+      place = Sub (all_rows, offset)
+      before = Less (place, zero)
+      behind = Greater (place, last_place)
+      elsewhere = Or (before, behind)
+      others = Unsqueeze (elsewhere, row_then_width)
+      place_up = Max (place, zero)
+      place_in_piece = Min (place_up, last_place)
+      spread = Gather <axis: int = 2> (out_piece, place_in_piece)
+      out_so_far = Where (others, so_far, spread)
+    }}>
 }}
 """
 
@@ -84,4 +113,4 @@ def define() -> Any:
     return block_attention
 
 
-OP = Op("BlockAttention", BODY, define)
+OP = Op("BlockAttention", BODY, define, carried_body=CARRIED_BODY)

@@ -20,12 +20,14 @@ class Op:
     body: an ONNX FunctionProto in onnx.parser's text form.
     define: registers the torch custom op (meaning and fake) and returns it; imports torch, so call it late.
     flat_body: the same meaning without a Loop, for a compiler that fails on one; '' where the body has none.
+    carried_body: the same with a Loop that carries its output and stacks nothing; '' where the body stacks nothing.
     """
 
     name: str
     body: str
     define: Callable[[], Any]
     flat_body: str = ""
+    carried_body: str = ""
 
     @cached_property
     def function(self) -> Any:
@@ -40,6 +42,13 @@ class Op:
         import onnx.parser
 
         return onnx.parser.parse_function(self.flat_body or self.body)
+
+    @cached_property
+    def carried_function(self) -> Any:
+        """``carried_body`` as onnx.FunctionProto; the body where that stacks nothing."""
+        import onnx.parser
+
+        return onnx.parser.parse_function(self.carried_body or self.body)
 
     @cached_property
     def torch_op(self) -> Any:

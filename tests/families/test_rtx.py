@@ -49,6 +49,15 @@ def test_every_stage_equals_the_canonical_one(sample: Sample, tmp_path: Path) ->
             assert compare(name, got[name], value, 1e-6).agrees, (case.stage, case.name, name)
 
 
+def test_every_stage_written_out_for_tensorrt_10_3_equals_the_canonical_one(sample: Sample, tmp_path: Path) -> None:
+    old = lowered_export(sample.onnx.folder, sample.onnx.spec, tmp_path, Lowering("float32", parser="10.3"))
+    for case in cases_of(sample.onnx.folder, sample.onnx.spec):
+        got = open_session(old.file(case.stage), threads=1).run(fed(case, old.spec), host=list(case.outputs))
+        got = told(case, got)
+        for name, value in case.outputs.items():
+            assert compare(name, got[name], value, 1e-4).agrees, (case.stage, case.name, name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["vision", "embed"])
 def test_the_other_stages_build(sample: Sample, tmp_path: Path, stage: str) -> None:

@@ -6,8 +6,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
 from graphs.compare import TOLERANCES, compare
@@ -65,9 +67,10 @@ def graph_of(text: str, *ops: str) -> ir.Model:
     ("text", "ops", "sentence"),
     [
         (
-            "g (float[2,2,K,4] q, bool[2,K] real) => (float[2,2,K,4] out) {"
-            " out = saccade.BlockAttention <scale: float = 0.5> (q, q, q, real) }",
-            ["BlockAttention"],
+            "g (float[2,K] x, int64 n, bool yes) => (float[n,2,K] out) {"
+            " out = Loop (n, yes) <body: graph = b (int64 i, bool going) => (bool on, y)"
+            " { on = Identity (going) y = Neg (x) }> }",
+            [],
             "stacks as many rows as its input has",
         ),
         ("g (float[N] x) => (float[N] out) { out = Det (x) }", [], "it has no Det"),
@@ -81,6 +84,26 @@ def graph_of(text: str, *ops: str) -> ir.Model:
 def test_what_the_parser_lacks_is_refused(text: str, ops: list[str], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=sentence):
         written_out(graph_of(text, *ops))
+
+
+@pytest.mark.parametrize("rows", [1, 255, 256, 257, 700])
+def test_block_attention_is_carried_by_a_loop_that_stacks_nothing(rows: int) -> None:
+    text = (
+        "g (float[2,3,K,4] q, float[2,3,K,4] k, float[2,3,K,4] v, bool[2,K] real) => (float[2,3,K,4] out) {"
+        " out = saccade.BlockAttention <scale: float = 0.5> (q, k, v, real) }"
+    )
+    rng = np.random.default_rng(rows)
+    q, k, v = rng.standard_normal((3, 2, 3, rows, 4), np.float32)
+    real = np.ones((2, rows), bool)
+    real[1, rows // 2 + 1 :] = False
+    feeds = {"q": q, "k": k, "v": v, "real": real}
+    logits = np.where(real[:, None, None], 0.5 * q @ k.transpose(0, 1, 3, 2), -np.inf)
+    shares = np.exp(logits - logits.max(-1, keepdims=True))
+    wanted = shares / shares.sum(-1, keepdims=True) @ v
+    old = ir.to_proto(written_out(graph_of(text, "BlockAttention")))
+    for proto in (old, ir.to_proto(graph_of(text, "BlockAttention"))):
+        session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+        np.testing.assert_allclose(session.run(["out"], feeds)[0], wanted, atol=1e-5)
 
 
 def test_the_verb_writes_them_for_a_build_elsewhere(
