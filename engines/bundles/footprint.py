@@ -146,8 +146,11 @@ def _free_on_device() -> int | None:
         return None
     try:
         error, free, _ = runtime.cudaMemGetInfo()
+        _, integrated = runtime.cudaDeviceGetAttribute(runtime.cudaDeviceAttr.cudaDevAttrIntegrated, 0)
     except RuntimeError:  # the binding's own, where no driver can be loaded
         return None
+    if integrated:  # the host's memory is the GPU's, and CUDA counts pages of files in it as taken
+        return free_memory()
     return int(free) if int(error) == 0 else None
 
 

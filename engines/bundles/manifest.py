@@ -60,7 +60,8 @@ class EngineEntry(Record):
 
     sms: compute capabilities, as 89. profiles: profile → input → its least, best served and largest shape, in the
     engine's order. served: node of ours → what the parsed network serves it with. plugins: what the kernels are in it;
-    ``python`` needs our plugins at run, ``aot`` nothing. parser: whose operators the file was lowered to.
+    ``python`` needs our plugins at run, ``aot`` nothing. parser: whose operators the file was lowered to. platform: the
+    system it was built on, as ``Linux x86_64``; '' in bundles of before.
     """
 
     file: str
@@ -75,6 +76,7 @@ class EngineEntry(Record):
     compatibility: Compatibility = Compatibility()
     plugins: Plugins = "none"
     parser: Parser = "current"
+    platform: str = ""
 
 
 @dataclass(frozen=True)

@@ -47,15 +47,16 @@ def memory_needed(weight_bytes: int) -> int:
     return int(WEIGHTS_IN_MEMORY * weight_bytes) + OVERHEAD_BYTES
 
 
-def refuse_too_large(weight_bytes: int, what: str) -> None:
+def refuse_too_large(weight_bytes: int, what: str, flavour: Flavour) -> None:
     """OperationFailed where a build needs more host memory than is free; said where that is not known."""
     needed, free = memory_needed(weight_bytes), free_memory()
     if free is None:
         say(f"building {what} takes about {needed / 1e9:.1f} GB of memory, and how much is free cannot be told here")
     elif needed > free:
+        where = "on a larger machine, for the engine may run elsewhere" if flavour.sms else "where such a GPU has more"
         raise OperationFailed(
-            f"building {what} takes about {needed / 1e9:.1f} GB of memory ({WEIGHTS_IN_MEMORY:g} × weights), "
-            f"and {free / 1e9:.1f} GB are free; build on a larger machine, for an engine may run elsewhere"
+            f"building {what} takes about {needed / 1e9:.1f} GB of memory ({WEIGHTS_IN_MEMORY:g} × weights), and "
+            f"{free / 1e9:.1f} GB are free; free some, choose --precision int8 or int4, or build it {where}"
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.bundles.manifest import Compatibility, Hardware, Plugins
-from engines.trt.flavour import FULL, out_of_range
+from engines.trt.flavour import FULL, LEAST_WRITTEN_OUT, out_of_range
 from engines.trt.running import tensorrt_reasons
 from graphs.errors import BackendMissing, UsageError
 from graphs.lowering import PARSERS, Parser
@@ -120,10 +120,12 @@ def own_sm(sms: tuple[int, ...], options: TensorrtOptions, ops: str, *, alone: b
     if installed and options.parser == "current":
         # What runs a graph that was written out is found too; only the build asks for more.
         found += [why for why in [out_of_range(installed, options.parser)] if why and why not in found]
+        if found and not out_of_range(installed, LEAST_WRITTEN_OUT):
+            found[-1] += f" (this one takes --parser {LEAST_WRITTEN_OUT})"
     if found:
         raise BackendMissing(
-            f"target tensorrt cannot be built here: {'; '.join(found)}; build for --target rtx, which needs no GPU, "
-            "or on a machine with TensorRT and the GPU"
+            f"target tensorrt cannot be built here: {'; '.join(found)}; build on a machine with TensorRT and the GPU, "
+            "or for --target rtx, which needs no GPU and serves GeForce and RTX GPUs"
         )
     from engines.trt.device import capability
 

@@ -17,6 +17,7 @@ from engines.trt.full import TensorrtOptions, refuse_for_parser
 from engines.trt.options import EngineOptions
 from engines.trt.photos import misfits_in_words, photos_seen, room_for
 from engines.trt.reading import Reading, reading_from
+from engines.trt.running import here
 from graphs.errors import OperationFailed, UsageError
 from graphs.files import atomic_folder, refuse_overlap
 from graphs.lowering import Lowering, Parser
@@ -25,6 +26,7 @@ from graphs.lowering.in_place import refusal
 from graphs.rules import refuse_findings
 from graphs.spec import SPEC_FILE, ExportSpec
 from graphs.talk import say, step, warn
+from graphs.versions import require
 
 IN_PLACE = "KV_CACHE_UPDATE"  # TensorRT's kind of layer that writes a chunk into a cache's buffer
 RANKING = {"KeepTopK", "KeepPerImage", "MergeDropped"}  # ops whose bodies hold a TopK over a chunk's rows
@@ -90,6 +92,8 @@ def build_member(
     OperationFailed where memory is short, fp16 overflows, or TensorRT refuses.
     """
     lowering = options.lowering(spec, flavour)
+    if lowering.precision == "float16":
+        require("onnxruntime")  # replays the golden tensors
     _refuse_width(name, spec, lowering, flavour)
     sms = options.sms_for(flavour)
     photos = photos_seen(source, spec)
@@ -102,7 +106,7 @@ def build_member(
         lowered = lowered_export(source, spec, held, lowering, link=True)
         plainer = _plainer(source, spec, lowered, lowering)
     for stage, weight_bytes in lowered.weight_bytes.items():
-        refuse_too_large(weight_bytes, f"{stage} of the {name} model")
+        refuse_too_large(weight_bytes, f"{stage} of the {name} model", flavour)
     if lowered.spec.dtype == "float16":
         with step(f"replaying the {name} model for overflow"):
             guard_against_overflow(plainer, source)
@@ -225,6 +229,7 @@ class _Build:
             compatibility=full.compatibility if of_full else Compatibility(),
             plugins=form if "kernel" in reading.served.values() else "none",
             parser=full.parser if of_full else "current",
+            platform=here(),
         )
 
     def say_warnings(self) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import platform
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 
 from packaging.version import Version
 
 from engines.bundles.manifest import EngineEntry
+from engines.sessions.nvidia import driver_reasons
 from engines.trt.flavour import BEYOND, FULL, LEAST_WRITTEN_OUT, RTX, Flavour, out_of_range
 from graphs.errors import BackendMissing
 
 LEAST_AMPERE = 80
+CUDA = 13  # of cuda-python's libraries
 
 
 def reasons(engines: Sequence[EngineEntry] = ()) -> list[str]:
@@ -28,11 +31,12 @@ def tensorrt_reasons(engines: Sequence[EngineEntry] = ()) -> list[str]:
 
 
 def _reasons(flavour: Flavour, engines: Sequence[EngineEntry]) -> list[str]:
-    from engines.sessions.machine import driver_version
-
     found, gpus = [], _gpus(engines)
-    if driver_version() is None:
-        found.append("no NVIDIA driver is loaded" + (f", and the engines are for {gpus}" if gpus else ""))
+    if reasons := driver_reasons(CUDA):
+        found += [reasons[0] + (f", and the engines are for {gpus}" if gpus else ""), *reasons[1:]]
+    # NVIDIA, support matrix: full TensorRT's engines are not portable across platforms, TensorRT-RTX's are.
+    built_on = {engine.platform for engine in engines} - {"", here()} if flavour is FULL else set()
+    found += [f"the engines were built on {other}, and this is {here()}" for other in sorted(built_on)]
     installed = flavour.version()
     if installed is None:
         found.append(f"{flavour.distributions[0]} is not installed (pip install {flavour.extra})")
@@ -47,12 +51,20 @@ def _reasons(flavour: Flavour, engines: Sequence[EngineEntry]) -> list[str]:
     from engines.trt.device import capability
 
     try:
-        here = capability()
+        sm = capability()
     except BackendMissing as e:
         return [str(e)]
-    if not all(fits(engine, here) for engine in engines):
-        return [f"the engines are for {gpus}, and this one is {here // 10}.{here % 10}"]
+    this = f"this one is {sm // 10}.{sm % 10}"
+    if not all(fits(engine, sm) for engine in engines):
+        return [f"the engines are for {gpus}, and {this}"]
+    if flavour.sms and sm not in flavour.sms:
+        return [f"{flavour.title} engines are built for GPUs of SM {_spelled(flavour.sms)}, and {this}"]
     return []
+
+
+def here() -> str:
+    """The system and processor, as ``Linux x86_64``."""
+    return f"{platform.system()} {platform.machine()}"
 
 
 def fits(engine: EngineEntry, sm: int) -> bool:
@@ -82,5 +94,9 @@ def _gpus(engines: Sequence[EngineEntry]) -> str:
     narrow = [engine for engine in engines if engine.compatibility.hardware != "ampere-plus"]
     if engines and not narrow:
         return "GPUs of SM 8.0 and newer"
-    sms = " and ".join(f"{sm // 10}.{sm % 10}" for sm in sorted({sm for engine in narrow for sm in engine.sms}))
-    return f"GPUs of SM {sms}" if sms else ""
+    sms = {sm for engine in narrow for sm in engine.sms}
+    return f"GPUs of SM {_spelled(sms)}" if sms else ""
+
+
+def _spelled(sms: Iterable[int]) -> str:
+    return " and ".join(f"{sm // 10}.{sm % 10}" for sm in sorted(sms))

@@ -9,9 +9,12 @@ writes its caches in place has one shape of decode step, so from the third on th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+import mmap
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -56,11 +59,12 @@ class TrtSession:
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         if engine is not None and engine.versions:
             self._runtime.engine_host_code_allowed = True  # the runtime that a version-compatible engine brings
-        self._engine = self._runtime.deserialize_cuda_engine(checked_bytes(self._file, engine))
+        with checked_bytes(self._file, engine) as data:
+            self._engine = self._runtime.deserialize_cuda_engine(data)
         if self._engine is None:
             raise BadArtefact(
-                f"TensorRT {trt.__version__} cannot open {self._file}, its own words stand above; "
-                "build the bundle again for this GPU and this version"
+                f"TensorRT {trt.__version__} cannot open {self._file}, see its message above; "
+                "build the bundle again for this GPU, this system and this version"
             )
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         mode = trt.TensorIOMode.INPUT
@@ -258,17 +262,34 @@ class TrtSession:
             raise OperationFailed(f"TensorRT refused {what} in {self._file.name}; its own words stand above")
 
 
-def checked_bytes(file: Path, engine: EngineFile | None) -> bytes:
-    """An engine's bytes, read once; BadArtefact where they cannot be read or are not those of the manifest."""
-    try:
-        data = file.read_bytes()
-    except OSError as e:
-        raise BadArtefact(f"{file} cannot be read ({e.strerror}); build the bundle again") from None
-    if engine is not None and hashlib.sha256(data).hexdigest() != engine.sha256:
-        raise BadArtefact(
-            f"{file} was changed after the bundle was opened (its digest does not match); build the bundle again"
-        )
-    return data
+@contextmanager
+def checked_bytes(file: Path, engine: EngineFile | None) -> Iterator[mmap.mmap]:
+    """An engine's bytes, mapped: the system may drop them while TensorRT copies them into what may be the same memory.
+
+    BadArtefact where they cannot be read, are not those of the manifest, or were changed while they were used.
+    """
+    changed = BadArtefact(
+        f"{file} was changed after the bundle was opened (its digest does not match); build the bundle again"
+    )
+    with ExitStack() as held:
+        try:
+            opened = held.enter_context(file.open("rb"))
+            before = _state(opened)
+            data = held.enter_context(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+        except (OSError, ValueError) as e:  # ValueError: an empty file
+            reason = getattr(e, "strerror", None) or e
+            raise BadArtefact(f"{file} cannot be read ({reason}); build the bundle again") from None
+        if engine is not None and hashlib.sha256(data).hexdigest() != engine.sha256:
+            raise changed
+        yield data
+        if _state(opened) != before:
+            raise changed
+
+
+def _state(opened: BinaryIO) -> tuple[int, int, int]:
+    """What differs where a file was written to: its length and its times, in ns."""
+    found = os.fstat(opened.fileno())
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def rtx_session(file: Path, threads: int | None = None, engine: EngineFile | None = None) -> TrtSession:

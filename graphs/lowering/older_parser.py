@@ -1,8 +1,9 @@
 """For TensorRT 10.3: what its parser does not know, written out in what it does.
 
 Attention, RMSNormalization and RotaryEmbedding become ONNX's own definitions of them, our ops their bodies (of
-BlockAttention the one whose Loop stacks nothing), and the opset 20, which for every operator that is left differs from 23 in types only. Those definitions compute axes from
-shapes; what is known when the file is written is folded, for the parser wants axes as constants.
+BlockAttention the one whose Loop stacks nothing), and the opset 20, which for every operator that is left differs from
+23 in types only. Those definitions compute axes from shapes; what is known when the file is written is folded, for the
+parser wants axes as constants.
 """
 
 from __future__ import annotations

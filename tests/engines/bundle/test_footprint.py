@@ -254,8 +254,19 @@ def test_free_memory_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_driver() -> None:
         raise RuntimeError("Failed to dlopen libcuda.so.1")
 
-    for answer, wanted in ((lambda: (0, 5, 9), 5), (lambda: (35, 0, 0), None), (no_driver, None)):
-        runtime = SimpleNamespace(cudaMemGetInfo=answer)
+    attribute = SimpleNamespace(cudaDevAttrIntegrated="integrated")
+    for answer, integrated, wanted in (
+        (lambda: (0, 5, 9), 0, 5),
+        (lambda: (0, 5, 9), 1, 7_000),
+        (lambda: (35, None, None), None, None),
+        (no_driver, None, None),
+    ):
+        runtime = SimpleNamespace(
+            cudaMemGetInfo=answer,
+            cudaDeviceAttr=attribute,
+            cudaDeviceGetAttribute=lambda which, device, found=integrated: (0, found),
+        )
+        monkeypatch.setattr(footprint_module, "free_memory", lambda: 7_000)
         monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(runtime=runtime))
         assert free_bytes("rtx") == wanted
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)

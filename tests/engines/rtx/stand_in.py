@@ -1,9 +1,9 @@
 """CUDA and TensorRT by stand-ins: device memory is the host's, an engine is a lowered file run by ONNX Runtime.
 
 What the session does with them is real: addresses, shapes, profiles, copies and frees, and so the numbers. Every call
-of CUDA is put to cuda-python first, which takes its arguments or refuses them, and does nothing without a driver. A captured
-run reads and writes the addresses that it was captured with, which must still be live and bound in its context; what
-may not be done while capturing (allocating, freeing, copying from pageable memory, waiting) breaks the capture.
+of CUDA is put to cuda-python first, which takes its arguments or refuses them, and does nothing without a driver. A
+captured run reads and writes the addresses that it was captured with, which must still be live and bound in its
+context; what may not be done while capturing (allocating, freeing, copying from pageable memory, waiting) breaks it.
 """
 
 from __future__ import annotations
@@ -306,9 +306,9 @@ class Runtime:
     def __init__(self, logger: Logger) -> None:
         self.logger = logger
 
-    def deserialize_cuda_engine(self, data: bytes) -> Engine | None:
-        DESERIALISED.append((data, self.engine_host_code_allowed))
-        file = data.decode("utf-8", "replace")
+    def deserialize_cuda_engine(self, data: Any) -> Engine | None:
+        DESERIALISED.append((bytes(data), self.engine_host_code_allowed))
+        file = bytes(data).decode("utf-8", "replace")
         return Engine(file) if Path(file).is_file() else None
 
 

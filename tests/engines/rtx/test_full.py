@@ -14,14 +14,16 @@ import pytest
 
 from engines.bundles.build import build_bundle
 from engines.bundles.manifest import Compatibility, EngineEntry, manifest_of
-from engines.trt import device
+from engines.trt import device, running
 from engines.trt.bounds import Bounds
-from engines.trt.engine import warnings_in
-from engines.trt.flavour import FLAVOURS, FULL
+from engines.trt.engine import refuse_too_large, warnings_in
+from engines.trt.flavour import FLAVOURS, FULL, RTX, Flavour
 from engines.trt.full import TensorrtOptions
+from engines.trt.member import build_member
 from engines.trt.options import EngineOptions
 from engines.trt.running import reasons, tensorrt_reasons
-from graphs.errors import OperationFailed
+from graphs.errors import BackendMissing, OperationFailed
+from graphs.spec import spec_from_folder
 from plugins.cubins import SMS
 from tests.conftest import Outcome
 from tests.engines.rtx import stand_in
@@ -55,7 +57,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.syspath_prepend(AS_FULL)
     monkeypatch.setenv("STAND_IN_BUILDS", str(tmp_path / "builds"))
-    monkeypatch.setattr("engines.sessions.machine.driver_version", lambda: "580.1")
+    monkeypatch.setattr(running, "driver_reasons", lambda cuda: [])
     made = Machine(monkeypatch, tmp_path / "builds")
     made.has()
     yield made
@@ -170,7 +172,7 @@ def test_without_it_nothing_is_written(exports: Exports, saccade_cli: Cli, tmp_p
     outcome = saccade_cli("build", exports["small"], "-o", tmp_path / "b", "--target", "tensorrt")
     assert outcome.code == 4
     assert "tensorrt is not installed (pip install 'saccade[tensorrt]')" in outcome.stderr
-    assert "build for --target rtx, which needs no GPU" in outcome.stderr
+    assert "or for --target rtx, which needs no GPU and serves GeForce and RTX GPUs" in outcome.stderr
     assert not any(tmp_path.iterdir())
 
 
@@ -180,7 +182,9 @@ def test_an_older_one_builds_what_is_written_out_only(
     machine.has("10.3.0")
     outcome = saccade_cli("build", exports["small"], "-o", tmp_path / "b", "--target", "tensorrt")
     assert outcome.code == 4
-    assert "tensorrt 10.3.0 is installed, and 10.16 or newer, but older than 12, is needed" in outcome.stderr
+    assert (
+        "tensorrt 10.3.0 is installed, and 10.16 or newer, but older than 12, is needed (this one takes --parser 10.3)"
+    ) in outcome.stderr
     assert not any(tmp_path.iterdir())
 
 
@@ -219,6 +223,8 @@ NEWER, WIDE = Compatibility(versions=True), Compatibility(hardware="ampere-plus"
             "tensorrt 12.0.0 is installed, and 10.16 or newer, but older than 12",
         ),
         ("10.3.0", 87, entry(tensorrt="10.3.0", sms=(87,), parser="10.3"), ""),
+        ("10.16.1.11", 89, entry(platform="Plan9 mips"), "the engines were built on Plan9 mips, and this is "),
+        ("10.16.1.11", 89, entry(platform=running.here()), ""),
         ("10.3.0", 89, entry(tensorrt="10.3.0"), "10.16 or newer, but older than 12, is needed"),
     ],
 )
@@ -231,7 +237,7 @@ def test_where_an_engine_runs_is_told_from_the_manifest(
 
 
 def test_every_reason_is_told_at_once(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engines.sessions.machine.driver_version", lambda: None)
+    monkeypatch.setattr(running, "driver_reasons", lambda cuda: ["no NVIDIA driver is loaded"])
     monkeypatch.setattr("engines.trt.flavour.find_spec", lambda name: None)
     assert tensorrt_reasons([entry()]) == [
         "no NVIDIA driver is loaded, and the engines are for GPUs of SM 8.9",
@@ -239,6 +245,38 @@ def test_every_reason_is_told_at_once(machine: Machine, monkeypatch: pytest.Monk
         "the engines are of tensorrt 10.16.1.11",
     ]
     assert reasons([entry(target="rtx", tensorrt="1")])[0].endswith("GPUs of SM 8.9")
+
+
+def test_an_engine_of_rtx_runs_on_other_systems_and_on_its_own_gpus_only(machine: Machine) -> None:
+    machine.has(sm=89)
+    ours = entry(target="rtx", tensorrt=RTX.version(), platform="Plan9 mips")
+    assert reasons([ours]) == []
+    machine.has(sm=87)
+    assert reasons() == [
+        "TensorRT-RTX engines are built for GPUs of SM 8.0 and 8.6 and 8.9 and 12.0 and 12.1, and this one is 8.7"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flavour", "advice"), [(FULL, "where such a GPU has more"), (RTX, "on a larger machine, for the engine may run")]
+)
+def test_a_build_that_memory_is_too_short_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch, flavour: Flavour, advice: str
+) -> None:
+    monkeypatch.setattr("engines.trt.engine.free_memory", lambda: 28_000_000_000)
+    refuse_too_large(8_000_000_000, "decoder of the large model", flavour)
+    with pytest.raises(OperationFailed, match=f"takes about 42.9 GB .* and 28.0 GB are free; .* {advice}"):
+        refuse_too_large(14_100_000_000, "decoder of the large model", flavour)
+
+
+def test_fp16_engines_want_onnxruntime_before_anything_is_lowered(
+    exports: Exports, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("graphs.versions.installed_version", lambda name: None)
+    spec = spec_from_folder(exports["small"])
+    with pytest.raises(BackendMissing, match=r"onnxruntime is not installed .* 'saccade\[cpu\]'"):
+        build_member("small", exports["small"], spec, tmp_path / "out", EngineOptions((89,), "fp16"))
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_flavour_is_a_line_of_the_targets() -> None:

@@ -11,14 +11,17 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 
 from graphs.compare import TOLERANCES, compare
 from graphs.errors import UsageError
+from graphs.lowering.flat import FlatBodies
 from graphs.lowering.older_parser import written_out
 from graphs.lowering.operators_10_3 import CONSTANT_INPUT, OPERATORS
 from graphs.ops import DOMAIN, OPS
 from graphs.spec import spec_from_folder
 from tests.conftest import Outcome
+from tests.engines.openvino.test_ops import CASES, SCALE, one_op
 from tests.engines.rtx.conftest import Exports, Lower, golden, run_onnx
 
 
@@ -84,6 +87,23 @@ def graph_of(text: str, *ops: str) -> ir.Model:
 def test_what_the_parser_lacks_is_refused(text: str, ops: list[str], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=sentence):
         written_out(graph_of(text, *ops))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_ops_body_is_written_out(name: str) -> None:
+    """In the form that engines are built from, beside ONNX Runtime on the body itself."""
+    for arrays in CASES[name]:
+        torch_op, scales = OPS[name].torch_op, [SCALE] * len(OPS[name].function.attribute)
+        wanted = torch_op(*(torch.from_numpy(np.array(a)) for a in arrays), *scales)
+        wanted = [t.numpy() for t in (wanted if isinstance(wanted, tuple) else (wanted,))]
+        model = FlatBodies()(ir.from_proto(one_op(name, arrays, wanted))).model
+        file = ir.to_proto(written_out(model)).SerializeToString()
+        session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+        feeds = dict(zip(OPS[name].function.input, arrays, strict=True))
+        read = {value.name for value in session.get_inputs()}
+        got = session.run(None, {name: array for name, array in feeds.items() if name in read})
+        for ours, reference in zip(got, wanted, strict=True):
+            np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 255, 256, 257, 700])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from engines.trt.bounds import Bounds, profiles_of
 from engines.trt.flavour import RTX
 from engines.trt.jit_cache import VARIABLE, JitCache
 from engines.trt.replay import SWITCH, Step
-from engines.trt.session import MOST_STEPS, TrtSession
+from engines.trt.session import MOST_STEPS, TrtSession, checked_bytes
 from graphs.errors import BadArtefact, OperationFailed
 from graphs.files import sha256_of
 from graphs.spec import spec_from_folder
@@ -262,7 +263,7 @@ def test_what_does_not_fit_is_one_sentence(lower: Lower, exports: Exports, cuda:
 
 def test_an_engine_of_another_sm_is_told_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "cuda_runtime", lambda: stand_in.Cuda(sm=80))
-    monkeypatch.setattr("engines.sessions.machine.driver_version", lambda: "580.1")
+    monkeypatch.setattr(running, "driver_reasons", lambda cuda: [])
     version = RTX.version()
     engine = EngineEntry(
         file="x", target="rtx", tensorrt=version or "", sms=(89,), precision="float32", profiles={}, served={},
@@ -294,6 +295,9 @@ def test_an_engine_that_was_swapped_after_the_bundle_was_opened_is_never_deseria
     assert registered == [], "neither bodies nor kernels built in take a plugin of ours"
     decoder = made.folder / made.spec.stages["decoder"].file
     good = decoder.read_bytes()
+    decoder.write_bytes(b"")
+    with pytest.raises(BadArtefact, match="cannot be read"):
+        model.session("decoder")
     decoder.write_bytes((made.folder / made.spec.stages["embed"].file).read_bytes())
     with pytest.raises(BadArtefact, match="changed after the bundle was opened"):
         model.session("decoder")
@@ -304,6 +308,19 @@ def test_an_engine_that_was_swapped_after_the_bundle_was_opened_is_never_deseria
     other = {file: entry for file, entry in said.items() if file != decoder}
     with pytest.raises(BadArtefact, match="is no engine of the bundle's manifest"):
         Model(made.folder, made.spec, target, engines=other).session("decoder")
+
+
+def test_an_engine_that_changes_while_it_is_deserialised_is_not_opened(tmp_path: Path) -> None:
+    file = tmp_path / "decoder.engine"
+    file.write_bytes(b"engine")
+    said = EngineFile(sha256_of(file), "none", False)
+    with checked_bytes(file, said) as data:
+        assert bytes(data) == b"engine"
+    with pytest.raises(BadArtefact, match="was changed after the bundle was opened"), checked_bytes(file, said):  # noqa: PT012
+        time.sleep(0.02)  # the clock of the file's times is coarse
+        file.write_bytes(b"another")
+    with pytest.raises(ZeroDivisionError), checked_bytes(file, None):
+        1 / 0  # noqa: B018
 
 
 def test_what_is_compiled_at_the_first_run_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
