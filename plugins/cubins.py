@@ -13,7 +13,7 @@ from graphs.versions import missing
 from plugins.cubin_file import Cubin
 from plugins.table import KERNELS, Variant
 
-SMS = (80, 86, 87, 89, 90, 100, 120)
+SMS = (80, 86, 87, 89, 90, 100, 110, 120, 121)
 
 
 def check_sms(sms: Sequence[int]) -> None:
