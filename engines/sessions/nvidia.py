@@ -15,8 +15,8 @@ NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE, which cuInit gives where CUDA_VISIBLE_D
 SM_MAJOR, SM_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 
 # CUDA of the libraries → the first driver that serves it, and the least compute capability it still has, as 75.
-LEAST_DRIVER = {13: "580"}
-LEAST_SM = {13: 75}
+LEAST_DRIVER = {12: "525", 13: "580"}
+LEAST_SM = {12: 50, 13: 75}
 
 Load = Callable[[str], Any]
 

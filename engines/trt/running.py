@@ -12,9 +12,10 @@ from engines.bundles.manifest import EngineEntry
 from engines.sessions.nvidia import driver_reasons
 from engines.trt.flavour import BEYOND, FULL, LEAST_WRITTEN_OUT, RTX, Flavour, out_of_range
 from graphs.errors import BackendMissing
+from graphs.versions import installed_version
 
 LEAST_AMPERE = 80
-CUDA = 13  # of cuda-python's libraries
+NEWEST_CUDA = 13  # that cuda-python brings
 
 
 def reasons(engines: Sequence[EngineEntry] = ()) -> list[str]:
@@ -32,7 +33,7 @@ def tensorrt_reasons(engines: Sequence[EngineEntry] = ()) -> list[str]:
 
 def _reasons(flavour: Flavour, engines: Sequence[EngineEntry]) -> list[str]:
     found, gpus = [], _gpus(engines)
-    if reasons := driver_reasons(CUDA):
+    if reasons := driver_reasons(_cuda()):
         found += [reasons[0] + (f", and the engines are for {gpus}" if gpus else ""), *reasons[1:]]
     # NVIDIA, support matrix: full TensorRT's engines are not portable across platforms, TensorRT-RTX's are.
     built_on = {engine.platform for engine in engines} - {"", here()} if flavour is FULL else set()
@@ -96,6 +97,11 @@ def _gpus(engines: Sequence[EngineEntry]) -> str:
         return "GPUs of SM 8.0 and newer"
     sms = {sm for engine in narrow for sm in engine.sms}
     return f"GPUs of SM {_spelled(sms)}" if sms else ""
+
+
+def _cuda() -> int:
+    """CUDA's major version, by the installed cuda-python: 12 on JetPack 6."""
+    return int((installed_version("cuda-python") or str(NEWEST_CUDA)).partition(".")[0])
 
 
 def _spelled(sms: Iterable[int]) -> str:
