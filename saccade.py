@@ -24,17 +24,20 @@ VERBS = {
     "build": ("engines.commands:build", "Turn one or two exports into a bundle for a target."),
     "lower": ("engines.commands:lower", "Write the ONNX files that TensorRT parses for an export."),
     "verify": ("engines.commands:verify", "Replay a bundle's golden tensors through its engines."),
-    "calibrate": ("engines.evaluation.commands:calibrate", "Find the exit threshold whose loss is bounded."),
+    "calibrate": (
+        "engines.evaluation.commands:calibrate",
+        "Find an exit threshold with a guaranteed bound on the loss.",
+    ),
     "pack": ("engines.commands:pack", "Write a bundle as one file, every digest checked."),
-    "unpack": ("engines.commands:unpack", "Make a bundle of one file again, every digest checked."),
+    "unpack": ("engines.commands:unpack", "Restore a bundle from one file, every digest checked."),
     "eval": (
         "engines.evaluation.commands:evaluate",
-        "Ask every question under every setting, and tell what each is worth.",
+        "Ask every question under every setting, and score each setting.",
     ),
     "tune": ("engines.tuning.commands:tune", "Find where and how much to prune for the least time within a loss."),
     "run": ("engines.commands:run", "Ask a bundle a question about an image."),
-    "chat": ("engines.commands:chat", "Talk with a bundle, turn after turn."),
-    "show": ("engines.commands:show", "Show a bundle, kept tokens, policies, ops or this machine."),
+    "chat": ("engines.commands:chat", "Talk with a bundle over several turns."),
+    "show": ("engines.commands:show", "Show a bundle, kept tokens, families, policies, formats, ops or this machine."),
     "demo": ("glyphs.demo:demo_command", "Export, build and run the shipped pair of small models."),
 }
 

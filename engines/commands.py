@@ -28,12 +28,12 @@ from graphs.talk import emit_json
 # subcommand of show → where its click command lives, its line in `saccade show --help`
 SHOWS = {
     "kept": ("engines.commands:show_kept", "Draw what the large model keeps of an image, and the guidance."),
-    "bundle": ("engines.bundles.commands:show_bundle", "Tell what a bundle holds (also: saccade show BUNDLE)."),
-    "families": ("engines.bundles.commands:show_families", "List the model families and what is not taken."),
+    "bundle": ("engines.bundles.commands:show_bundle", "Show what a bundle holds (also: saccade show BUNDLE)."),
+    "families": ("engines.bundles.commands:show_families", "List the model families, supported and not."),
     "policies": ("engines.bundles.commands:show_policies", "List the pruning policies."),
     "formats": ("engines.evaluation.commands:show_formats", "List the benchmarks that `eval --format` reads."),
-    "ops": ("engines.bundles.commands:show_ops", "List the ops of domain saccade."),
-    "machine": ("engines.bundles.commands:show_machine", "Tell what this machine can run."),
+    "ops": ("engines.bundles.commands:show_ops", "List Saccade's custom ONNX ops."),
+    "machine": ("engines.bundles.commands:show_machine", "Show what this machine can run."),
 }
 
 ELSEWHERE = ("build", "check", "lower", "verify", "pack", "unpack")
@@ -77,7 +77,7 @@ class ShowGroup(click.Group):
 
 @click.group(cls=ShowGroup)
 def show() -> None:
-    """Show a bundle, kept tokens, families, policies, ops or this machine."""
+    """Show a bundle, kept tokens, families, policies, formats, ops or this machine."""
 
 
 @click.command()
@@ -122,7 +122,7 @@ def run(
     "--messages",
     type=click.Path(path_type=Path),
     metavar="JSON",
-    help='What was said before: a list of {"role", "content"}; a last message of the user is answered first.',
+    help='Earlier messages, a JSON list of {"role", "content"}; if the last is the user\'s, it is answered first.',
 )
 @keep_option
 @threshold_option
@@ -144,9 +144,9 @@ def chat(
     preload: bool,
     **options: Any,
 ) -> None:
-    """Talk with BUNDLE, a line of standard input a turn; images given here come with the first.
+    """Talk with BUNDLE: each line of standard input is a turn; images given here go with the first.
 
-    A line /image FILE shows an image with the next question, /reset begins anew, /quit ends.
+    A line /image FILE shows an image with the next question, /reset starts over, /quit ends.
     """
     from engines.cascade import Cascade
     from engines.talk.chat import talk_in_lines

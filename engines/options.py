@@ -22,7 +22,9 @@ class KeepRatios(click.ParamType):
         try:
             return tuple(float(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"{value!r} is no number and no list of numbers; write for example 0.4 or 0.5,0.25", param, ctx)
+            self.fail(
+                f"{value!r} is neither a number nor a list of numbers; write for example 0.4 or 0.5,0.25", param, ctx
+            )
 
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
@@ -35,41 +37,58 @@ images_option = click.option(
     help="An image the question is about; may be given several times.",
 )
 threshold_option = click.option(
-    "--threshold", type=float, metavar="S", help="Exit early above this score; 0 always, 1 never. [the bundle's]"
+    "--threshold",
+    type=float,
+    metavar="S",
+    help="Keep the small model's answer if its score is above S, in [0, 1]; 0: always, 1: never. [the bundle's]",
 )
 keep_option = click.option(
     "--keep",
     type=KeepRatios(),
     metavar="R[,R…]",
-    help="Share of visual tokens kept at each prune point, in (0, 1]. [the export's]",
+    help="Share of visual tokens kept, in (0, 1]; with several prune points one for each. [the export's]",
 )
 target_option = click.option(
-    "--target", metavar="NAME", help="Run on this one of the bundle's targets. [the best that this machine can run]"
+    "--target",
+    metavar="NAME",
+    help="Which of the bundle's targets to run on. [the best that this machine can run]",
 )
 preload_option = click.option("--preload", is_flag=True, help="Open every model before the first question.")
 threads_option = click.option(
     "--threads",
     type=int,
     metavar="N",
-    help="CPU threads of a run, at most. [the runtime's choice; 1 for a small model]",
+    help="CPU threads, at most; a model under 16 MiB always takes 1. [the runtime's choice]",
 )
-tokens_option = click.option("--max-new-tokens", type=int, metavar="N", help="Longest answer. [the checkpoint's]")
+tokens_option = click.option(
+    "--max-new-tokens", type=int, metavar="N", help="Longest answer, in tokens. [the checkpoint's, else 128]"
+)
 
 _WRITING = (
     tokens_option,
-    click.option("--temperature", type=float, default=0.0, metavar="T", help="Draw at this temperature. [0: greedy]"),
-    click.option("--top-k", type=int, metavar="K", help="Draw from the K likeliest tokens. [all]"),
-    click.option("--top-p", type=float, metavar="P", help="Draw from the likeliest that reach probability P. [all]"),
-    click.option("--seed", type=int, metavar="N", help="Seed of the draws. [a fresh one, named with --json]"),
+    click.option("--temperature", type=float, default=0.0, metavar="T", help="Sampling temperature; 0 is greedy. [0]"),
+    click.option("--top-k", type=int, metavar="K", help="Sample from the K most likely tokens. [all]"),
     click.option(
-        "--repetition-penalty", type=float, metavar="X", help="Above 1: what was said is unlikelier. [the checkpoint's]"
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="Sample from the most likely tokens that together reach probability P. [all]",
+    ),
+    click.option(
+        "--seed", type=int, metavar="N", help="Random seed for sampling. [a new one each time; --json reports it]"
+    ),
+    click.option(
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        help="Penalty on tokens already present; above 1 discourages repeats, 1 is off. [the checkpoint's]",
     ),
     click.option(
         "--no-draft",
         "draft",
         is_flag=True,
         callback=lambda _, __, given: not given,
-        help="Write the large model's answer without a look at the small one's; the tokens are the same.",
+        help="Don't use the small model's answer as a draft for the large one's; the tokens are the same.",
     ),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times."),
 )

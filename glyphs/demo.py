@@ -26,7 +26,13 @@ SCHEMA = "saccade.demo/1"
     show_default=True,
     help="Folder for the bundle and the picture; an earlier demo's is replaced.",
 )
-@click.option("--questions", type=click.IntRange(1, 1000), default=QUESTIONS, show_default=True)
+@click.option(
+    "--questions",
+    type=click.IntRange(1, 1000),
+    default=QUESTIONS,
+    show_default=True,
+    help="Held-out questions to ask every system.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one document, saccade.demo/1, and the table to stderr.")
 def demo_command(out: Path, questions: int, as_json: bool) -> None:
     """Export, build and run the shipped pair of small models on held-out questions."""

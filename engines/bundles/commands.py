@@ -63,9 +63,14 @@ def check(folder: Path, as_json: bool) -> None:
     multiple=True,
     default=("cpu",),
     metavar="NAME",
-    help="What the bundle is to run on, as cpu, rtx or tensorrt; repeatable, and graphs are shared. [cpu]",
+    help="cpu, openvino, cuda, ort-tensorrt, ort-rtx, rtx or tensorrt; repeatable. [cpu]",
 )
-@click.option("--threshold", type=float, help="Score above which the small model's answer stands. [default: 0.9]")
+@click.option(
+    "--threshold",
+    type=float,
+    metavar="S",
+    help="Keep the small model's answer if its score is above this, in [0, 1]. [0.9]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an older bundle.")
 @engine_options
 @json_option
@@ -89,8 +94,9 @@ def build(
     )
     for name, member in manifest.members.items():
         for target, entry in member.targets.items():
-            for op, by in entry.ops.items():
-                say(f"{name} on {target}: {op} is served by its {by}")
+            for op, by in entry.ops.items() if entry.engines else ():
+                how = "a plugin kernel" if by == "kernel" else "standard ONNX (its body)"
+                say(f"{name} on {target}: {op} runs as {how}")
     if as_json:
         emit_json({**manifest.model_dump(mode="json", by_alias=True), "path": out})
     else:
@@ -101,7 +107,13 @@ def build(
 @click.argument("folder", metavar="EXPORT", type=folder_type)
 @click.option("-o", "--out", "out", type=folder_type, required=True, metavar="DIR", help="The folder to write.")
 @click.option("--precision", metavar="P", help="fp16, bf16 or fp32; int8 or int4 weights. [the export's]")
-@click.option("--ops", metavar="HOW", default="body", show_default=True, help="plugin or body.")
+@click.option(
+    "--ops",
+    metavar="HOW",
+    default="body",
+    show_default=True,
+    help="Custom ops as plugin nodes (plugin) or standard ONNX (body).",
+)
 @click.option("--parser", metavar="V", default="current", show_default=True, help="current, or 10.3 for JetPack 6.")
 @click.option("--overwrite", is_flag=True, help="Replace an older folder.")
 @json_option
@@ -175,7 +187,7 @@ def pack(bundle: Path, out: Path, overwrite: bool, as_json: bool) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace an older bundle.")
 @json_option
 def unpack(file: Path, out: Path, overwrite: bool, as_json: bool) -> None:
-    """Make a bundle of a FILE that saccade pack wrote, every digest checked before the folder gets its name."""
+    """Restore a bundle from a FILE that saccade pack wrote; every digest is checked before the folder appears."""
     from engines.bundles.pack import unpack_bundle
 
     _packed(unpack_bundle(file, out, overwrite=overwrite), out, "saccade.unpacked/1", as_json)
@@ -193,7 +205,7 @@ def _packed(manifest: Manifest, out: Path, schema: str, as_json: bool) -> None:
 @click.argument("bundle", type=folder_type)
 @json_option
 def show_bundle(bundle: Path, as_json: bool) -> None:
-    """Tell what a BUNDLE holds: models, plans, and per target stages, what serves the ops, and estimated memory."""
+    """Show what a BUNDLE holds: models, plans, and for each target its stages, how ops run, and estimated memory."""
     from engines.bundles.bundle import checked_manifest
     from engines.words import bundle_in_words
 
@@ -207,7 +219,7 @@ def show_bundle(bundle: Path, as_json: bool) -> None:
 @click.command("ops")
 @json_option
 def show_ops(as_json: bool) -> None:
-    """List the ops of domain saccade, and per target whether kernel or body serves them here, and why the body."""
+    """List Saccade's custom ONNX ops, and for each target whether kernel or body runs them here, and why the body."""
     from engines.words import columns, op_documents, op_rows
 
     documents = op_documents()
@@ -220,7 +232,7 @@ def show_ops(as_json: bool) -> None:
 @click.command("families")
 @json_option
 def show_families(as_json: bool) -> None:
-    """List the model families that are exported, and those that are not, with the reason."""
+    """List the model families that are supported, and those that are not, with the reason."""
     from engines.words import columns
     from graphs.families import KNOWN, REFUSED, documents
 
@@ -230,11 +242,11 @@ def show_families(as_json: bool) -> None:
     _print(columns([(f.name, f.architecture, f.example, f.image) for f in KNOWN]))
     _print([f"{f.name}: {f.note}" for f in KNOWN if f.note])
     _print([f"{f.name}: no score '{score}' ({why})" for f in KNOWN for score, why in f.refuses.items()])
-    _print([f"not taken: {r.name} ({r.architecture}): {r.reason}" for r in REFUSED])
+    _print([f"not supported: {r.name} ({r.architecture}): {r.reason}" for r in REFUSED])
 
 
 @click.command("policies")
-@click.option("--layers", default=48, show_default=True, help="Of the model in the examples.")
+@click.option("--layers", default=48, show_default=True, help="Layers of the example model.")
 @json_option
 def show_policies(layers: int, as_json: bool) -> None:
     """List the pruning policies and what each does in a model of each role."""
@@ -255,7 +267,7 @@ def show_policies(layers: int, as_json: bool) -> None:
 @click.command("machine")
 @json_option
 def show_machine(as_json: bool) -> None:
-    """Tell what this machine can run and what is not installed."""
+    """Show what this machine can run and what is not installed."""
     from engines.sessions.machine import machine_document, machine_in_words
 
     document = machine_document()

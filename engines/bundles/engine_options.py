@@ -13,39 +13,74 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 # For every target that has engines: rtx and tensorrt.
 _OF_ENGINES = (
-    click.option("--sm", "sms", type=int, multiple=True, metavar="SM", help="rtx: compute capability, as 89; several."),
+    click.option(
+        "--sm",
+        "sms",
+        type=int,
+        multiple=True,
+        metavar="SM",
+        help="rtx: GPU compute capability, 89 for 8.9; required, repeatable.",
+    ),
     click.option(
         "--precision",
         metavar="P",
-        help="int8 or int4 (weights); engines: fp16, bf16 or fp32 too; cpu: fp32; openvino: bf16 or fp32.",
+        help="int8, int4: weights only; cpu: also fp32; openvino: bf16, fp32; rtx, tensorrt: fp16, bf16, fp32. "
+        "[the export's]",
     ),
-    click.option("--ops", metavar="HOW", help="plugin or body, what serves the ops that have a kernel. [body]"),
+    click.option(
+        "--ops",
+        metavar="HOW",
+        help="rtx, tensorrt: run custom ops by our kernels (plugin) or as standard ONNX (body). [body]",
+    ),
 )
 _BOUNDS = (
     click.option(
-        "--max-prompt", type=int, metavar="N", help="rows of one chunk. [2048, more for a photo of 1920×1080]"
+        "--max-prompt",
+        type=int,
+        metavar="N",
+        help="rtx, tensorrt: most tokens in one prefill chunk. [2048, more if a 1920×1080 photo needs it]",
     ),
-    click.option("--max-length", type=int, metavar="N", help="rows of a cache. [4096, or a chunk and 1024]"),
-    click.option("--max-guide", type=int, metavar="N", help="rows that guide the pruning. [512]"),
-    click.option("--max-tail", type=int, metavar="N", help="rows with logits, as of a scored answer. [128]"),
-    click.option("--max-images", type=int, metavar="N", help="images or tiles seen at once. [8, or a photo's]"),
+    click.option(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="rtx, tensorrt: most tokens in a KV cache. [4096, more if --max-prompt plus 1024 is]",
+    ),
+    click.option(
+        "--max-guide",
+        type=int,
+        metavar="N",
+        help="rtx, tensorrt: most tokens whose attention ranks the visual ones. [512]",
+    ),
+    click.option(
+        "--max-tail",
+        type=int,
+        metavar="N",
+        help="rtx, tensorrt: most tokens of a run with logits, as of a scored answer. [128]",
+    ),
+    click.option(
+        "--max-images",
+        type=int,
+        metavar="N",
+        help="rtx, tensorrt: most images or tiles at once. [8, more if such a photo needs it]",
+    ),
 )
 # For full TensorRT alone.
 _OF_TENSORRT = (
     click.option(
         "--plugins",
         metavar="FORM",
-        help="tensorrt: python or aot; aot needs no Python at run. [python]",
+        help="tensorrt: python, or aot, which needs no Python at run time. [python]",
     ),
     click.option("--parser", metavar="V", help="tensorrt: current, or 10.3 for JetPack 6. [current]"),
     click.option(
         "--timing-cache",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="tensorrt: read where it exists, and updated.",
+        help="tensorrt: timing cache; read if it exists, then updated.",
     ),
     click.option("--optimization-level", type=int, metavar="N", help="tensorrt: 0 to 5. [TensorRT's own]"),
-    click.option("--version-compatible", is_flag=True, help="tensorrt: run on newer versions too."),
+    click.option("--version-compatible", is_flag=True, help="tensorrt: engines that newer TensorRT versions run too."),
     click.option(
         "--hardware-compatibility",
         metavar="HOW",

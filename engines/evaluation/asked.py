@@ -34,30 +34,43 @@ FORMAT_METRICS = {
 FORMATS_HELP = (
     "Formats, each a benchmark's files as they are downloaded: vqav2 (with --annotations), gqa, textvqa, chartqa, "
     "docvqa, seed, mmbench (a TSV), mme (a folder), refcoco (a JSONL file; RefCOCO+ and RefCOCOg too). Each asks and "
-    "counts as its field does; `saccade show formats` says how."
+    "counts as its field does; `saccade show formats` says how. mmvet is refused: it needs a judge model."
 )
 BUILT_IN_QUESTIONS = 1000
 
 _OPTIONS = (
     click.option(
-        "--format", type=click.Choice(tuple(FORMAT_METRICS)), help="DATA is of this benchmark. [a line a question]"
+        "--format",
+        type=click.Choice(tuple(FORMAT_METRICS)),
+        help="Read DATA as this benchmark's files. [JSONL, one question per line]",
     ),
     click.option(
-        "--images", type=click.Path(path_type=Path), metavar="DIR", help="Where a format's images lie. [beside DATA]"
+        "--images",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Folder of the benchmark's images; needs --format. [the folder of DATA]",
     ),
     click.option(
-        "--annotations", type=click.Path(path_type=Path), metavar="FILE", help="The answers, where they lie apart."
+        "--annotations",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="File of answers, if separate from DATA (vqav2); needs --format.",
     ),
     click.option(
-        "--prompt", metavar="TEXT", help="What is asked, with {question} where the question goes. [the format's]"
+        "--prompt",
+        metavar="TEXT",
+        help="Prompt template; {question} marks where the question goes. [the format's]",
     ),
     click.option(
         "--metric",
         type=click.Choice(METRIC_NAMES),
-        help="What an answer is worth, where answers are known. [the format's; exact]",
+        help="How an answer is scored, if DATA has answers. [the format's, else exact]",
     ),
     click.option(
-        "--questions", type=click.IntRange(min=1), metavar="N", help="Only the first. [all; 1000 of a built-in set]"
+        "--questions",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Ask only the first N questions. [all; 1000 of a built-in set]",
     ),
     click.option("--skip-bad", is_flag=True, help="Leave bad lines out and list them, instead of stopping."),
 )
@@ -96,7 +109,7 @@ class Questions:
             return data_of_format(self.format, Path(data), self.images, self.annotations, how)
         for option in ("images", "annotations"):
             if getattr(self, option) is not None:
-                raise UsageError(f"--{option} does nothing without --format; leave it out or say the format")
+                raise UsageError(f"--{option} has no effect without --format; leave it out or add --format")
         how = How(self.metric, self.questions, self.skip_bad, self.prompt or PLACE)
         if data not in built_in:
             return data_from_file(Path(data), how)
@@ -126,4 +139,4 @@ class Layers(click.ParamType):
         try:
             return tuple(int(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"{value!r} is no layer and no list of layers; write for example 2 or 8:16:24", param, ctx)
+            self.fail(f"{value!r} is neither a layer nor a list of layers; write for example 2 or 8:16:24", param, ctx)

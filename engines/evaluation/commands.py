@@ -18,14 +18,28 @@ if TYPE_CHECKING:
 @click.command()
 @bundle_argument
 @click.argument("data", metavar="DATA")
-@click.option("--max-loss", type=float, default=0.02, show_default=True, metavar="A", help="Largest risk to allow.")
-@click.option("--confidence", type=float, default=0.95, show_default=True, metavar="C", help="How sure to be of it.")
+@click.option(
+    "--max-loss",
+    type=float,
+    default=0.02,
+    show_default=True,
+    metavar="A",
+    help="Largest share of questions that may be lost, in (0, 1).",
+)
+@click.option(
+    "--confidence",
+    type=float,
+    default=0.95,
+    show_default=True,
+    metavar="C",
+    help="Probability that the bound holds, in (0, 1).",
+)
 @click.option(
     "--baseline",
     type=click.Choice(("pruned", "full")),
     default="pruned",
     show_default=True,
-    help="The large model that the small one is held against: pruned as it will run, or seeing everything.",
+    help="Large model to compare with: pruned as it will run, or unpruned.",
 )
 @keep_option
 @tokens_option
@@ -51,8 +65,8 @@ def calibrate(
 ) -> None:
     """Find the exit threshold of BUNDLE whose loss is bounded on questions like those of DATA, and write it there.
 
-    DATA is a JSONL file, a question a line, {"image": "a.png", "question": "…", "answers": ["…"]}, a benchmark's file
-    with --format, or `glyphs`, the questions of the shipped pair (a file of that name: ./glyphs). With answers a
+    DATA is a JSONL file, one question per line, {"image": "a.png", "question": "…", "answers": ["…"]}, a benchmark's
+    file with --format, or `glyphs`, the questions of the shipped pair (a file of that name: ./glyphs). With answers a
     question is lost where it exits, the large model is right and the small one is wrong; without, where it exits and
     their answers differ. `run` then uses the threshold wherever it asks under the same conditions.
     """
@@ -65,7 +79,7 @@ def calibrate(
     read = questions.read(data, ctx.obj or {})
     if asked["metric"] and not read.answered:
         raise UsageError(
-            f"--metric {asked['metric']} does nothing, because {data} has no answers; leave it out or add answers"
+            f"--metric {asked['metric']} has no effect, because {data} has no answers; leave it out or add answers"
         )
     for line in read.bad:
         warn(f"left out: {line}")
@@ -86,9 +100,10 @@ def in_words(document: dict[str, Any]) -> list[str]:
             f"never exit: no threshold below 1 keeps the loss below {found['max_loss']:g} with confidence "
             f"{found['confidence']:g} on these {found['questions']} questions; threshold 1 was written"
         ]
-    lost = "answers that differ" if found["metric"] == "agreement" else "answers that the large model had right"
+    differ, wrong = "exit with an answer that differs", "exit wrongly where the large model is right"
+    lost = differ if found["metric"] == "agreement" else wrong
     lines = [
-        f"threshold {found['threshold']:g}: {lost} are at most {percent(found['max_loss'])} of questions like these, "
+        f"threshold {found['threshold']:g}: at most {percent(found['max_loss'])} of questions like these {lost}, "
         f"with confidence {found['confidence']:g} ({found['losses']:g} lost of {found['questions']}, "
         f"p {found['p_value']:.3g})",
         f"exits {found['exit_rate']:.1%}; {ms['cascade']:.1f} ms a question instead of {ms['never_exit']:.1f}, "
@@ -98,7 +113,7 @@ def in_words(document: dict[str, Any]) -> list[str]:
         systems = ", ".join(f"{name} {value:.1%}" for name, value in worth.items())
         lines.append(f"{found['metric']} on these questions: {systems} (baseline: the {found['baseline']} large model)")
     if found["baseline"] == "full":
-        lines.append("what pruning loses where the large model answers is no part of the promise")
+        lines.append("what pruning loses where the large model answers is not part of the promise")
     return lines
 
 
@@ -112,8 +127,7 @@ def in_words(document: dict[str, Any]) -> list[str]:
     type=Several(KeepRatios(), "R"),
     default=None,
     metavar="R[,R…]",
-    help="Shares of visual tokens to try; several prune points are written 0.5:0.25, and try the bundles that have as "
-    "many. [the exports']",
+    help="Shares of visual tokens to try, each in (0, 1]; for several prune points write 0.5:0.25. [the exports']",
 )
 @click.option(
     "--policy",
@@ -121,7 +135,7 @@ def in_words(document: dict[str, Any]) -> list[str]:
     type=Several(click.STRING, "P"),
     default=None,
     metavar="P[,P…]",
-    help="The bundles' own by their names, and random where the small model guides. [every bundle's own]",
+    help="Policies to try: a bundle's own, or random where the small model guides. [every bundle's own]",
 )
 @click.option(
     "--layer",
@@ -129,7 +143,7 @@ def in_words(document: dict[str, Any]) -> list[str]:
     type=Several(Layers(), "K"),
     default=None,
     metavar="K[,K…]",
-    help="Only bundles that prune before these layers; several points are written 8:16:24. [all]",
+    help="Only bundles that prune before these layers; for several prune points write 8:16:24. [all]",
 )
 @click.option(
     "--threshold",
@@ -137,10 +151,15 @@ def in_words(document: dict[str, Any]) -> list[str]:
     type=Several(click.FloatRange(0, 1), "S"),
     default=None,
     metavar="S[,S…]",
-    help="Exit thresholds to try. [what each bundle would be run with, a calibrated one where it holds]",
+    help="Exit thresholds to try, in [0, 1]. [each bundle's own, or its calibrated one where that applies]",
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Of the random tokens."
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Seed of the policy random.",
 )
 @tokens_option
 @data_options
@@ -161,7 +180,7 @@ def evaluate(
 
     DATA is as for `calibrate`, with answers. Other policies and layers need other exports: give several bundles, and
     what is the same in them is asked once. DIR gets report.html, results.json, results.csv and answers.jsonl, from
-    which a run that was interrupted goes on when the same command is given again. FLOPs are estimated.
+    which an interrupted run continues when the same command is given again. FLOPs are estimated.
     """
     from engines.evaluation.results import evaluate_bundles, table_of
     from graphs.errors import UsageError

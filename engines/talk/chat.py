@@ -14,7 +14,7 @@ from engines.talk.conversation import Conversation
 from graphs.errors import SaccadeError, UsageError
 from graphs.talk import emit_json
 
-HELP = "/image FILE shows an image with the next question, /reset begins anew, /quit ends"
+HELP = "/image FILE shows an image with the next question, /reset starts over, /quit ends"
 
 
 def say(stream: Stream, as_json: bool = False) -> None:
@@ -70,7 +70,7 @@ def _lines() -> Iterator[str]:
         try:
             line = sys.stdin.readline()
         except UnicodeDecodeError as e:
-            raise UsageError(f"a line of standard input is no text in UTF-8 ({e.reason}); write it in UTF-8") from None
+            raise UsageError(f"a line of standard input is not UTF-8 text ({e.reason}); write it in UTF-8") from None
         if not line:
             return
         if line.strip():

@@ -23,7 +23,7 @@ from graphs.talk import emit_json, percent, warn
     default=0.01,
     show_default=True,
     metavar="A",
-    help="Accuracy that may be lost beside the large model that sees everything.",
+    help="Accuracy that may be lost against the unpruned large model; 0.01 is one point.",
 )
 @click.option(
     "--keep",
@@ -31,13 +31,13 @@ from graphs.talk import emit_json, percent, warn
     type=Several(KeepRatios(), "R"),
     default=None,
     metavar="R[,R…]",
-    help="Shares of visual tokens to walk; one that has several prune points is written 0.5:0.25. [0.8 to 0.05]",
+    help="Shares of visual tokens to try, each in (0, 1]; for several prune points write 0.5:0.25. [0.8 to 0.05]",
 )
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
     metavar="LARGE",
-    help="The large model's checkpoint: layers are walked too, each by another export (needs saccade[export]).",
+    help="The large model's checkpoint, to try other layers too by exporting again (needs saccade[export]).",
 )
 @click.option(
     "--layer",
@@ -45,9 +45,16 @@ from graphs.talk import emit_json, percent, warn
     type=Several(click.IntRange(min=0), "K"),
     default=None,
     metavar="K[,K…]",
-    help="Layers to cut before. [the bundle's, and with --checkpoint 5, 12.5, 25 and 50 % of the depth]",
+    help="Layers to prune before. [the bundle's; with --checkpoint 5, 12.5, 25 and 50 % of the depth]",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Of the split.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Seed of the split into the two halves.",
+)
 @tokens_option
 @data_options
 @click.option("--json", "as_json", is_flag=True, help="Print one document, saccade.tune/1.")
@@ -69,9 +76,9 @@ def tune(
 ) -> None:
     """Find where and how much to prune the large model of BUNDLE for the least time, and when the small one may answer.
 
-    DATA is as for `eval`. Half of it is tuned on: every layer, share and threshold; the choice is reported on the other
-    half. DIR gets tune.json, the chosen plan.toml for `saccade export --plan`, and journals from which a search that
-    was interrupted goes on when the same command is given again.
+    DATA is as for `eval`. Every layer, share and threshold is tried on one half of it; the choice is measured on the
+    other half. DIR gets tune.json, the chosen plan.toml for `saccade export --plan`, and journals from which a search
+    that was interrupted continues when the same command is given again.
     """
     from engines.tuning.tune import Wanted, doubts, tune_bundle
     from graphs.errors import UsageError

@@ -61,7 +61,7 @@ def test_build_verify_show(saccade_cli, exports, tmp_path):
     out = tmp_path / "b"
     done = saccade_cli("build", exports["small"], exports["large"], "-o", out, "--threshold", "0.7")
     assert (done.code, done.stdout) == (0, f"{out}\n")
-    assert "large on cpu: KeepTopK is served by its body" in done.stderr
+    assert "KeepTopK" not in done.stderr  # every op of graphs runs as its body
     done = saccade_cli("verify", out)
     assert done.code == 0
     assert "large decoder/prefill" in done.stdout

@@ -269,7 +269,7 @@ def test_what_is_not_read_is_refused_with_the_reason(tmp_path: Path) -> None:
     files = gqa(tmp_path)
     with pytest.raises(UsageError, match="--annotations does nothing with --format gqa"):
         read("gqa", **files, annotations=tmp_path)
-    with pytest.raises(UsageError, match="--images does nothing without --format"):
+    with pytest.raises(UsageError, match="--images has no effect without --format"):
         Questions(images=tmp_path).read("glyphs", {})
 
 

@@ -64,7 +64,12 @@ def test_preload_opens_every_model_before_the_first_question(
 
 @pytest.mark.parametrize(
     ("keep", "said"),
-    [("much", "is no number"), ("0.5,", "is no number"), ("0.5,0.25", "2 keep ratios were given"), ("0", "(0, 1]")],
+    [
+        ("much", "is neither a number"),
+        ("0.5,", "is neither a number"),
+        ("0.5,0.25", "2 keep ratios were given"),
+        ("0", "(0, 1]"),
+    ],
 )
 def test_keep_is_a_share_per_prune_point(
     saccade_cli: Cli, tiny_bundle: Path, image_file: Path, keep: str, said: str

@@ -259,10 +259,10 @@ def test_what_was_calibrated_since_is_evaluated_and_the_answers_stay(
         (("--layer", "99"), "this model has 3 layers, and the first must see everything; give layers from 1 to 2"),
         (("--seed", "-1"), "-1 is not in the range"),
         (("--layer", "2"), "--policy sgl --layer-fraction 0.8333"),
-        (("--layer", "first"), "is no layer"),
+        (("--layer", "first"), "is neither a layer"),
         (("--keep", "2"), "(0, 1]"),
         (("--keep", "0.5:0.2"), "2 keep ratios"),
-        (("--keep", "half"), "is no number"),
+        (("--keep", "half"), "is neither a number"),
         (("--threshold", "1.5"), "range"),
     ],
 )
