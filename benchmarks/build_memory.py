@@ -60,7 +60,7 @@ def measure(export: Path, out: Path) -> dict[str, Any]:
             time.sleep(PAUSE)
     seconds = time.monotonic() - start
     if build.returncode:
-        raise OperationFailed(f"the build ended with exit code {build.returncode}: its own words stand above")
+        raise OperationFailed(f"the build ended with exit code {build.returncode}: see its messages above")
     [member] = manifest_of(out).members.values()
     engines = member.targets["rtx"].engines
     largest = max(engine.weight_bytes for engine in engines.values())

@@ -114,7 +114,7 @@ class Cascade:
         if not self.small or not self.large or not takes_draft(self.large):
             return False
         if differs := tokens_that_differ(self.small, self.large):
-            say(f"the small model's answer is no draft for the large one, because {differs} of the two differ")
+            say(f"the small model's answer cannot be the large one's draft: their {differs} differ")
         return not differs
 
     @cached_property
@@ -221,21 +221,21 @@ class Cascade:
     ) -> float:
         """Return the threshold that holds; UsageError for an option that this bundle cannot serve."""
         if threshold is not None and not (self.small and self.large):
-            raise UsageError("this bundle holds one model, so a threshold chooses nothing; leave it out")
+            raise UsageError("this bundle holds one model, so a threshold has no effect; leave it out")
         if guidance is not None and not (self.large and self.large.spec.plan.uses_priority):
-            raise UsageError("no plan of this bundle prunes by guidance from outside; leave it out")
+            raise UsageError("this bundle prunes by no guidance, so guidance has no effect; leave it out")
         if not draft and not self.drafts:
-            raise UsageError("the large model takes no draft here, so turning drafts off does nothing; leave it out")
+            raise UsageError("the large model takes no draft here, so turning drafts off has no effect; leave it out")
         if self.large:
             keep_ratios(self.large.spec.plan, keep)
         elif keep is not None:
-            raise UsageError("this bundle's only model sees everything and keep prunes nothing; leave it out")
+            raise UsageError("this bundle's only model is not pruned, so keep has no effect; leave it out")
         return self.threshold if threshold is None else checked_threshold(threshold)
 
     def look_at(self, turn: Turn) -> SmallPass:
         """Run the small model on a turn; its memory is brought up to the question and its own answer."""
         if not self.small:
-            raise UsageError("this bundle has no small model to look first; build one of a pair")
+            raise UsageError("this bundle has no small model to look first; build one from a pair")
         memory = turn.memories["small"]
         prompt = memory.prompt(turn.talk)
         run = self.small.generate(prompt, turn.options).finish()
@@ -339,7 +339,7 @@ class Cascade:
 
     def _large(self) -> Model:
         if not self.large:
-            raise UsageError("this bundle has no large model; build one of a pair")
+            raise UsageError("this bundle has no large model; build one from a pair")
         return self.large
 
 
@@ -347,7 +347,7 @@ def checked_threshold(threshold: float) -> float:
     """Return the threshold, or UsageError where it is no score."""
     if not 0 <= threshold <= 1:
         raise UsageError(
-            f"threshold is {threshold:g}, but the score it is held against lies in [0, 1]; "
+            f"threshold is {threshold:g}, but the score that it is compared with is in [0, 1]; "
             "0 always exits early, 1 never does"
         )
     return float(threshold)

@@ -238,7 +238,10 @@ def keep_ratios(plan: PruningPlan, keep: Keep, visual_tokens: int = 0) -> tuple[
             "give one for each, or export with another plan"
         )
     if any(b > a for a, b in pairwise(ratios)):
-        raise UsageError(f"keep ratios {list(ratios)} grow with depth, but what is dropped is gone; order them down")
+        raise UsageError(
+            f"keep ratios {list(ratios)} grow with depth, but dropped tokens do not come back; "
+            "list them in decreasing order"
+        )
     return ratios
 
 
@@ -252,7 +255,9 @@ def checked_priority(priority_S: np.ndarray | None, is_visual_S: np.ndarray, pru
             )
         return np.zeros((1, len(is_visual_S)), np.float32)
     if priority_S.shape != is_visual_S.shape:
-        raise UsageError(f"the priority has {priority_S.shape} values, but the chunk has {is_visual_S.shape} rows")
+        raise UsageError(
+            f"the priority has shape {priority_S.shape}, but the chunk has {len(is_visual_S)} rows; give one for each"
+        )
     return priority_S.astype(np.float32)[None]
 
 

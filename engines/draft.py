@@ -86,7 +86,7 @@ def takes_draft(large: Model) -> bool:
 
 
 def tokens_that_differ(small: Model, large: Model) -> str:
-    """Return what gives the tokens of two models unequal ids, in words; nothing where an id means the same in both."""
+    """Return what gives two models' tokens unequal ids, a plural noun; nothing where an id means the same in both."""
     from engines.bundles.pair import Source, tokenizer_parts
 
     files = [model.processor.folder / "tokenizer.json" for model in (small, large)]
@@ -94,5 +94,10 @@ def tokens_that_differ(small: Model, large: Model) -> str:
     if readable and len({sha256_of(file) for file in files}) == 1:
         return ""
     parts_small, parts_large = (tokenizer_parts(Source(model.folder, model.spec)) for model in (small, large))
-    ids = ("the vocabulary", "the added tokens", "the image token", "the end tokens")
-    return next((part for part in ids if parts_small[part] != parts_large[part]), "")
+    ids = {
+        "the vocabulary": "vocabularies",
+        "the added tokens": "added tokens",
+        "the image token": "image tokens",
+        "the end tokens": "end tokens",
+    }
+    return next((said for part, said in ids.items() if parts_small[part] != parts_large[part]), "")

@@ -51,8 +51,7 @@ def image_from(picture: Picture) -> Image.Image:
     width, height = image.size
     if min(width, height) < MIN_SIDE:
         raise BadArtefact(
-            f"{name} is {width}×{height} pixels, but there is nothing to see below {MIN_SIDE}×{MIN_SIDE}; "
-            "give a larger image"
+            f"{name} is {width}×{height} pixels, smaller than the minimum of {MIN_SIDE}×{MIN_SIDE}; give a larger image"
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadArtefact(
@@ -60,7 +59,7 @@ def image_from(picture: Picture) -> Image.Image:
         )
     if image.mode in ("I", "F"):
         raise BadArtefact(
-            f"{name} holds 32-bit numbers (mode {image.mode}), of which nobody says what is white; "
+            f"{name} has 32-bit pixels (mode {image.mode}) of unknown range; "
             "save it as PNG, with 8 or 16 bits a channel"
         )
     try:
@@ -90,7 +89,7 @@ def _image_from_file(path: Path) -> Image.Image:
             "make it smaller and ask again"
         ) from None
     except UnidentifiedImageError:
-        raise BadArtefact(f"{path} is no image that Pillow knows; give a PNG or a JPEG") from None
+        raise BadArtefact(f"{path} is not an image that Pillow can read; give a PNG or a JPEG") from None
     except (OSError, ValueError, SyntaxError, EOFError, struct.error) as e:
         reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
         raise BadArtefact(f"{path} is broken or cut short ({reason}); save it again as PNG or JPEG") from None
@@ -114,6 +113,6 @@ def _image_from_array(array: np.ndarray) -> Image.Image:
     grey = array.ndim == 2
     if array.dtype != np.uint8 or not (grey or (array.ndim == 3 and array.shape[2] in (3, 4))) or not array.size:
         raise UsageError(
-            f"an array of {array.dtype} {list(array.shape)} is no image; give uint8 [H, W], [H, W, 3] or [H, W, 4]"
+            f"an array of {array.dtype} {list(array.shape)} is not an image; give uint8 [H, W], [H, W, 3] or [H, W, 4]"
         )
     return Image.fromarray(np.ascontiguousarray(array))

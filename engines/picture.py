@@ -39,7 +39,9 @@ def show_kept_tokens(
 ) -> Answer:
     """Ask without an early exit, write the picture as PNG and return the answer it shows; one row per image."""
     if output.suffix.lower() != ".png":
-        raise UsageError(f"{output} does not end in .png; the picture is written as PNG, name it so")
+        raise UsageError(
+            f"{output} does not end in .png; the picture is written as PNG, so use a name that ends in .png"
+        )
     model = cascade.large or cascade.small
     if not model:
         raise UsageError("this bundle holds no model to show; build it again")

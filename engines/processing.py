@@ -166,7 +166,7 @@ class Processor:
         if input_ids.shape[1] >= limit:
             raise UnaskableQuestion(
                 f"the prompt is {input_ids.shape[1]} tokens long ({sum(counts)} of images), but the model has "
-                f"{limit} positions and the answer needs one; shorten the question or begin anew"
+                f"{limit} positions and the answer needs one; shorten the question or begin a new conversation"
             )
         return input_ids
 

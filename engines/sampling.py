@@ -56,23 +56,26 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {self.max_new_tokens}, but an answer has at least 1 token")
+            raise UsageError(
+                f"max_new_tokens is {self.max_new_tokens}, but an answer has at least 1 token; give 1 or more"
+            )
         if not 0 <= self.temperature < float("inf"):
-            raise UsageError(f"temperature is {self.temperature:g}, but it must be 0 (greedy) or a positive number")
+            raise UsageError(f"temperature is {self.temperature:g}, but must be finite and at least 0; 0 is greedy")
         if self.top_k is not None and self.top_k < 1:
             raise UsageError(f"top_k is {self.top_k}, but at least 1 token must be left; leave it out for all")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p is {self.top_p:g}, but a share lies in (0, 1]; leave it out for all")
+            raise UsageError(f"top_p is {self.top_p:g}, but must be in (0, 1]; leave it out for all")
         if self.repetition_penalty is not None and not 0.01 <= self.repetition_penalty <= 100:
             raise UsageError(
-                f"repetition_penalty is {self.repetition_penalty:g}, but it must lie between 0.01 and 100; 1 is none"
+                f"repetition_penalty is {self.repetition_penalty:g}, but must be between 0.01 and 100; 1 is off"
             )
         if self.seed is not None and self.seed < 0:
-            raise UsageError(f"seed is {self.seed}, but draws begin with 0 or a positive number")
+            raise UsageError(f"seed is {self.seed}, but must be 0 or more; give another")
         idle = [name for name in ("top_k", "top_p", "seed") if getattr(self, name) is not None]
         if not self.temperature and idle:
             raise UsageError(
-                f"{', '.join(idle)} would do nothing, because greedy decoding draws nothing; give a temperature too"
+                f"{', '.join(idle)} would have no effect, because greedy decoding does not sample; "
+                "give a temperature too"
             )
         if isinstance(self.stop, str) or not all(self.stop):
             raise UsageError("stop must be a list of strings that are not empty; give each string by itself")

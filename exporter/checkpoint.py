@@ -44,7 +44,9 @@ def checkpoint_from_folder(folder: Path) -> Checkpoint:
     """Read a checkpoint's configuration and headers; BadArtefact says what is missing, broken or unknown."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise BadArtefact(f"{folder} is no folder; give the local folder of a Hugging Face checkpoint")
+        raise BadArtefact(
+            f"{folder} is not a folder; download the checkpoint (hf download NAME --local-dir DIR) and give DIR"
+        )
     path = folder / "config.json"
     try:
         architectures = json.loads(path.read_text("utf-8")).get("architectures") or []
@@ -52,10 +54,10 @@ def checkpoint_from_folder(folder: Path) -> Checkpoint:
         raise unreadable(path, e, "give the folder of a Hugging Face checkpoint") from None
     except (ValueError, AttributeError, RecursionError):
         raise BadArtefact(
-            f"{path} is no JSON object in UTF-8 without a byte order mark; download the checkpoint again"
+            f"{path} is not a JSON object in UTF-8 without a byte order mark; download the checkpoint again"
         ) from None
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        raise BadArtefact(f"{path}: architectures is {architectures!r}, wanted a list of names; download it again")
+        raise BadArtefact(f"{path}: architectures is {architectures!r}, but must be a list of names; download it again")
     family = family_of(architectures, FAMILIES)
     tensors = tensors_from_checkpoint(folder)
     from transformers import AutoConfig
@@ -63,7 +65,7 @@ def checkpoint_from_folder(folder: Path) -> Checkpoint:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:
-        raise BadArtefact(f"{path} is no configuration of {family.architecture}: {e}; download it again") from None
+        raise BadArtefact(f"{path} does not describe {family.architecture}: {e}; download it again") from None
     of_text = getattr(config.get_text_config(), "quantization_config", None)
     if how := getattr(config, "quantization_config", None) or of_text:
         method = how.get("quant_method", "") if isinstance(how, dict) else getattr(how, "quant_method", "")
@@ -113,8 +115,8 @@ def skeleton_of(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             model = checkpoint.family.model_class()._from_config(checkpoint.config, dtype=dtype)
     except Exception as e:
         raise BadArtefact(
-            f"{checkpoint.folder / 'config.json'} describes no {checkpoint.family.architecture} that can be built "
-            f"({e}); download the checkpoint again"
+            f"{checkpoint.folder / 'config.json'} describes a {checkpoint.family.architecture} that cannot be "
+            f"built ({e}); download the checkpoint again"
         ) from None
     tie_as_stored(model, checkpoint.tensors, checkpoint.folder)
     language = checkpoint.family.language(model)

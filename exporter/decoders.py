@@ -24,13 +24,13 @@ def refuse_unknown(text: Any, folder: object) -> None:
     """UsageError for a language model that is not known, or whose layers are not all of full attention."""
     if text.model_type not in DECODERS:
         raise UsageError(
-            f"{folder} has a decoder of type {text.model_type}, and what its forward does around its layers is not "
-            f"known here; known are {', '.join(sorted(DECODERS))}"
+            f"{folder} has a decoder of type {text.model_type}, which is not supported; known are "
+            f"{', '.join(sorted(DECODERS))}"
         )
     if odd := sorted({kind for kind in getattr(text, "layer_types", None) or () if kind != "full_attention"}):
         raise UsageError(
             f"{folder} has decoder layers of {', '.join(odd)}, and pruned tokens would shift their windows; "
-            "only full attention is exported"
+            "use a checkpoint whose layers all have full attention"
         )
 
 
@@ -54,8 +54,8 @@ def make_static(rotary: Any, folder: object) -> None:
     kind = getattr(rotary, "rope_type", "default")
     if kind == "longrope":
         raise UsageError(
-            f"{folder} turns its positions by longrope, whose angles change with a conversation's length, and what is "
-            "cached would be of the other; it is not exported"
+            f"{folder} uses longrope positions, whose angles change with the length, so cached keys would become "
+            "wrong; use a checkpoint without longrope"
         )
     if kind == "dynamic":
         rotary.rope_type = "default"

@@ -58,7 +58,9 @@ def export_checkpoint(
     """
     require(*PINNED)
     if (out is None) != in_place:
-        raise UsageError("give an output folder, or --in-place to write into the checkpoint's own; not both, not none")
+        raise UsageError(
+            "give an output folder, or --in-place to write into the checkpoint's own; not both, not neither"
+        )
     source = checkpoint_from_folder(Path(checkpoint))
     wanted = _dtype_for(source, dtype, in_place)
     layers = source.text.num_hidden_layers
@@ -160,7 +162,7 @@ def _dtype_for(source: Checkpoint, dtype: FloatType | None, in_place: bool) -> F
     stored = {s.dtype for s in source.tensors.values() if s.dtype in DTYPES}
     wanted = dtype or ("float16" if stored == {"float16"} else "float32")
     if wanted not in ("float32", "float16"):
-        raise UsageError(f"dtype {wanted!r} is not exported; choose float32 or float16")
+        raise UsageError(f"dtype {wanted!r} is not supported; choose float32 or float16")
     if in_place and stored != {wanted}:
         raise UsageError(
             f"--in-place needs weights stored as {wanted}, {source.folder} has "

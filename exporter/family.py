@@ -78,7 +78,7 @@ def refuse_no_grid(config: Any) -> None:
     tower, chosen = config.vision_config.model_type, config.vision_feature_select_strategy
     if tower not in GRIDS:
         raise UsageError(
-            f"the vision tower is of type {tower}, and which of its features are a grid is not known here; known are "
+            f"vision towers of type {tower} are not supported: how their features form a grid is not known; known are "
             f"{', '.join(GRIDS)}"
         )
     if chosen != GRIDS[tower]:
@@ -115,7 +115,10 @@ def family_of(architectures: Sequence[str] | None, families: Sequence[Family]) -
             return known[name]
     got = ", ".join(architectures or ()) or "none"
     if reasons := [f"{r.name}: {r.reason}" for r in REFUSED if r.architecture in (architectures or ())]:
-        raise BadArtefact(f"architecture {got} is not taken ({reasons[0]})")
+        raise BadArtefact(
+            f"architecture {got} is not supported ({reasons[0]}); saccade show families lists those that are, "
+            "use one of them"
+        )
     near = get_close_matches(got, known, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]}?" if near else "; convert the checkpoint or open an issue for its family"
     raise BadArtefact(f"unknown architecture {got}; known are {', '.join(sorted(known))}{hint}")

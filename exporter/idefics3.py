@@ -95,7 +95,7 @@ def grid(config: Any) -> VisualGrid:
     if side * config.scale_factor != patches:
         raise UsageError(
             f"the tower's {patches}×{patches} patches do not divide by scale_factor {config.scale_factor}; "
-            "config.json does not describe a grid of visual tokens"
+            "config.json does not describe a grid of visual tokens, download the checkpoint again"
         )
     return VisualGrid(
         image_height=vision.image_size, image_width=vision.image_size, rows=side, columns=side, kind="tiles"

@@ -45,27 +45,32 @@ def tokens_of(source: Checkpoint) -> Tokens:
     try:
         text = Tokenizer.from_file(str(path)).id_to_token(source.config.image_token_id)
     except Exception as e:
-        raise BadArtefact(f"{path} is no tokenizer ({e}); download the checkpoint again") from None
+        raise BadArtefact(f"{path} is not a tokenizer ({e}); download the checkpoint again") from None
     if text is None:
         raise BadArtefact(
             f"{path} has no token with the image token's id {source.config.image_token_id}; "
-            "the tokenizer does not belong to this config.json"
+            "the tokenizer does not belong to this config.json, download the checkpoint again"
         )
     path = source.folder / "generation_config.json"
     try:
         asked = GenerationConfig.from_pretrained(source.folder) if path.is_file() else None
     except Exception as e:
-        raise BadArtefact(f"{path} is no generation configuration ({e}); download the checkpoint again") from None
+        raise BadArtefact(f"{path} is not a generation configuration ({e}); download the checkpoint again") from None
     eos = (asked or GenerationConfig.from_model_config(source.config)).eos_token_id
     if eos is None and (eos := source.text.eos_token_id) is not None:
         say(f"{path} names no end-of-sequence token, so an answer ends with {eos}, the language model's")
     if left := [name for name, idle in UNHEARD.items() if getattr(asked, name, None) not in (None, *idle)]:
-        warn(f"{path} asks for {' and '.join(left)}, which is not done here: answers will differ from generate's")
+        warn(
+            f"{path} asks for {' and '.join(left)}, which is not done here: answers will differ from Hugging Face "
+            "generate's"
+        )
     listed = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
     if not listed:
         raise BadArtefact(f"{source.folder} names no end-of-sequence token; add eos_token_id to generation_config.json")
     if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in listed):
-        raise BadArtefact(f"{source.folder}: eos_token_id is {eos!r:.60}, wanted the number of a token; correct it")
+        raise BadArtefact(
+            f"{source.folder}: eos_token_id is {eos!r:.60}, but must be the number of a token; correct it"
+        )
     return Tokens(image=source.config.image_token_id, image_text=text, eos=listed, pad=source.text.pad_token_id)
 
 
@@ -86,13 +91,13 @@ def processor_files(folder: Path) -> list[Path]:
     except Exception as e:
         raise BadArtefact(
             f"{folder}: transformers cannot load its image processor ({first_line(e)}); name one that it knows in "
-            "preprocessor_config.json, or take a newer revision of the checkpoint"
+            "preprocessor_config.json, or use a newer revision of the checkpoint"
         ) from None
     try:
         with np.errstate(all="ignore"):
             pixels = made(images=[[Image.new("RGB", (64, 48), "gray")]], return_tensors="np")["pixel_values"]
         if not np.isfinite(pixels).all():
-            raise ValueError("it makes pixels that are no numbers")
+            raise ValueError("it makes pixels that are not numbers")
     except Exception as e:
         raise BadArtefact(
             f"{folder}: its image processor cannot prepare a grey image ({first_line(e)}); correct "
@@ -100,8 +105,8 @@ def processor_files(folder: Path) -> list[Path]:
         ) from None
     if not _has_template(folder):
         warn(
-            f"{folder} has no chat template, without which an export cannot be asked; add chat_template.jinja and "
-            "export again"
+            f"{folder} has no chat template, without which an export cannot be asked questions; add "
+            "chat_template.jinja and export again"
         )
     return found
 

@@ -93,7 +93,7 @@ def _disk_full_in_words(target: Path) -> Iterator[None]:
     except Exception as e:
         if is_disk_full(e):
             raise OperationFailed(
-                f"the disk is full while writing {target}; nothing was left there: make room and run it again"
+                f"the disk is full while writing {target}; nothing was left there; make room and run it again"
             ) from e
         raise
 
@@ -125,13 +125,15 @@ def _partial_of(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
 
 def _check_target(target: Path, overwrite: bool, holds: str | None) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise UsageError(f"{target} exists and is no folder; give another place to write to")
+        raise UsageError(f"{target} exists and is not a folder; give another place to write to")
     if not target.exists() or not any(target.iterdir()):
         return
     if not overwrite:
         raise UsageError(f"{target} exists and is not empty; give another place, or --overwrite to replace it")
     if holds and not (target / holds).is_file():
-        raise UsageError(f"{target} has no {holds}, so it is none of ours and is not replaced; give another place")
+        raise UsageError(
+            f"{target} has no {holds}, so saccade did not write it and it is not replaced; give another place"
+        )
 
 
 def _check_file(target: Path, overwrite: bool) -> None:
@@ -158,7 +160,7 @@ def _place_folder(partial: Path, target: Path, overwrite: bool, holds: str | Non
             raise
         _check_target(target, overwrite, holds)
         if not overwrite:
-            raise UsageError(f"{target} was taken while it was written; run it again") from None
+            raise UsageError(f"something else created {target} while it was being written; run it again") from None
         _exchange(partial, target)  # the partial's name now bears the old one, removed on the way out
 
 
@@ -169,7 +171,7 @@ def _place_file(partial: Path, target: Path, overwrite: bool) -> None:
             os.link(partial, target)
         except FileExistsError:
             _check_file(target, overwrite)
-            raise UsageError(f"{target} was taken while it was written; run it again") from None
+            raise UsageError(f"something else created {target} while it was being written; run it again") from None
         except OSError:  # a file system without hard links; checked a moment ago
             partial.rename(target)
         return
@@ -223,7 +225,7 @@ def _exchange(a: Path, b: Path) -> None:
                 raise
             aside.rename(a)
     except BlockingIOError:
-        raise OperationFailed(f"another run replaces {b} at this moment; wait for it and run this again") from None
+        raise OperationFailed(f"another run is replacing {b} right now; wait for it and run this again") from None
 
 
 def _aside(target: Path) -> Path:

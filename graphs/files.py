@@ -96,11 +96,11 @@ def path_inside(folder: Path, name: str) -> Path | None:
 def refuse_foreign_folder(folder: Path, *ours: str) -> None:
     """UsageError where a folder to write results into is a file, or holds things and none of ``ours`` (patterns)."""
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} exists and is no folder; give another place to write to")
+        raise UsageError(f"{folder} exists and is not a folder; give another place to write to")
     if folder.is_dir() and any(folder.iterdir()) and not any(True for name in ours for _ in folder.glob(name)):
         raise UsageError(
-            f"{folder} is not empty and has no {ours[0]}, so it is none of ours and nothing is written into it; give "
-            "another place"
+            f"{folder} is not empty and has no {ours[0]}, so saccade did not write it and nothing is written into "
+            "it; give another place"
         )
 
 

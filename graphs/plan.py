@@ -236,12 +236,12 @@ class PruningPlan(Record):
             said = [p.count or round(p.keep, 4) for p in self.budgets]
             raise UsageError(
                 f"plan {self.name}: prune points keep {said} of the original tokens "
-                "in turn, but what is dropped is gone; order them down"
+                "in turn, but dropped tokens do not come back; list them in decreasing order"
             )
         if any(b.per_image and not a.per_image for a, b in pairwise(self.points)):
             raise UsageError(
-                f"plan {self.name}: a point per image stands behind one that is not, and nobody knows how many tokens "
-                "that one leaves of each image; put points per image first"
+                f"plan {self.name}: a point per image follows one that is not, and how many tokens that one leaves of "
+                "each image is unknown; put points per image first"
             )
         if any(p.per_image and p.merge for p in self.points):
             raise UsageError(
@@ -267,7 +267,10 @@ class PruningPlan(Record):
         if guidance.rows == "raters":
             raise UsageError(f"plan {self.name}: guidance is a plain sum over its rows; raters rank prune points only")
         if bad := [i for i in guidance.layers if not 0 <= i < layers]:
-            raise UsageError(f"plan {self.name}: guidance layers {bad} do not exist; the model has {layers}")
+            raise UsageError(
+                f"plan {self.name}: guidance layers {bad} do not exist; the model has {layers}, "
+                f"choose 0 to {layers - 1}"
+            )
         if self.points or self.vision:
             raise UsageError(
                 f"plan {self.name}: guidance is collected over full rows, so a plan that gives "

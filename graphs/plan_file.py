@@ -160,7 +160,7 @@ class PlanDocument(Record):
     def _budget(self, i: int, p: PointDocument) -> dict[str, Any]:
         if (p.keep is None) == (p.count is None):
             raise UsageError(
-                f"plan {self.name}: point {i} needs keep (a share of the original tokens) or count, one of them"
+                f"plan {self.name}: point {i} needs keep (a share of the original tokens) or count; give one of them"
             )
         return {"keep": p.keep} if p.count is None else {"count": p.count}
 
@@ -196,7 +196,7 @@ def plan_from_toml(text: str, where: str = "the plan") -> PlanDocument:
     try:
         entries = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
-        raise UsageError(f"{where} is no TOML: {e}; mend that line") from None
+        raise UsageError(f"{where} is not TOML: {e}; correct that line") from None
     if "schema" not in entries:
         raise UsageError(f'{where} names no schema; begin it with: schema = "{SCHEMA}"')
     try:
@@ -212,7 +212,7 @@ def plan_from_file(path: Path) -> PlanDocument:
     except OSError as e:
         raise unreadable(Path(path), e, "give a plan file (TOML)") from None
     except UnicodeDecodeError:
-        raise UsageError(f"{path} is no text, so it is no plan; give a plan file (TOML)") from None
+        raise UsageError(f"{path} is not UTF-8 text; give a plan file (TOML)") from None
     return plan_from_toml(text, str(path))
 
 
@@ -229,7 +229,7 @@ def _first(error: ValidationError) -> str:
     if place and place[-1] in WANTED:
         return f"{name} is {said}; {WANTED[place[-1]]}"
     if first["type"] == "missing":
-        return f"{name} is missing"
+        return f"{name} is missing; add it"
     return f"{name}: {first['msg']}, got {str(first['input'])[:60]!r}"
 
 

@@ -164,7 +164,7 @@ def policy_document(policy: str, role: Role) -> PlanDocument:
     if len(parts) == 1:
         return parts[0]
     if empty := [part.name for part in parts if part.allow_nothing]:
-        raise UsageError(f"policy {policy}: {empty[0]} prunes nothing and joins no other; leave it out")
+        raise UsageError(f"policy {policy}: {empty[0]} prunes nothing, so it joins no other; leave it out")
     guidance = next((part.guidance for part in parts if part.guidance), None)
     return PlanDocument(name=policy, point=tuple(p for part in parts for p in part.point), guidance=guidance)
 

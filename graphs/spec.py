@@ -228,9 +228,11 @@ def spec_from_folder(folder: Path) -> ExportSpec:
         text = path.read_text("utf-8")
     except FileNotFoundError:
         if (Path(folder) / "manifest.json").is_file() and not (Path(folder) / "config.json").is_file():
-            raise BadArtefact(f"{folder} is a bundle, no export; give the folder that saccade export wrote") from None
+            raise BadArtefact(
+                f"{folder} is a bundle, not an export; give the folder that saccade export wrote"
+            ) from None
         raise BadArtefact(
-            f"{folder} is no export folder: {SPEC_FILE} is missing; make one with: saccade export CHECKPOINT -o DIR"
+            f"{folder} is not an export folder: {SPEC_FILE} is missing; make one with: saccade export CHECKPOINT -o DIR"
         ) from None
     except (OSError, UnicodeDecodeError) as e:
         raise BadArtefact(f"{path} cannot be read ({e}); export the checkpoint again") from None

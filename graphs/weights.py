@@ -91,13 +91,13 @@ def _checked(path: Path) -> SafetensorsFile:
     except FileNotFoundError:
         raise _Broken("is missing") from None
     except OSError as e:
-        raise BadArtefact(f"{path} cannot be read ({e.strerror}); check the file and its rights") from None
+        raise BadArtefact(f"{path} cannot be read ({e.strerror}); check the file and its permissions") from None
     try:
         header = json.loads(text)
     except (UnicodeDecodeError, ValueError, RecursionError):
-        raise _not_safetensors("its header is no JSON") from None
+        raise _not_safetensors("its header is not JSON") from None
     if not isinstance(header, dict):
-        raise _not_safetensors("its header is no JSON object")
+        raise _not_safetensors("its header is not a JSON object")
     metadata = header.pop("__metadata__", None) or {}
     tensors = {name: _slice(path, name, entry, 8 + length) for name, entry in header.items()}
     _check_layout(tensors, start=8 + length, size=size)
@@ -108,7 +108,9 @@ def index_of_checkpoint(folder: Path) -> dict[str, SafetensorsFile]:
     """Shard name → its file, for ``model.safetensors`` or the shards of its index; BadArtefact otherwise."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise BadArtefact(f"{folder} is no folder; give the folder of a Hugging Face checkpoint")
+        raise BadArtefact(
+            f"{folder} is not a folder; download the checkpoint (hf download NAME --local-dir DIR) and give DIR"
+        )
     names = {SINGLE_FILE}
     if _is_sharded(folder):
         names = set(_weight_map(folder / INDEX_FILE).values())
@@ -151,15 +153,15 @@ def _slice(path: Path, name: str, entry: Any, start: int) -> TensorSlice:
         raise _not_safetensors(f"its entry {name!r} lacks dtype, shape or data_offsets") from None
     if not isinstance(kind, str) or kind not in DTYPES:
         raise BadArtefact(
-            f"{path}: tensor {name} has dtype {kind!r}, which is none of {', '.join(DTYPES)}; "
-            "save the checkpoint in one of them"
+            f"{path}: tensor {name} has dtype {kind!r}, which is not supported; "
+            f"save the checkpoint in one of {', '.join(DTYPES)}"
         )
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-        raise _not_safetensors(f"tensor {name} has a shape or an offset that is no count")
+        raise _not_safetensors(f"tensor {name} has a shape or an offset that is not a count")
     dtype, width = DTYPES[kind]
     if end - begin != prod(shape) * width:
         raise _not_safetensors(
-            f"tensor {name} is given {end - begin} bytes, but {kind} {list(shape)} takes {prod(shape) * width}"
+            f"tensor {name} has {end - begin} bytes, but {kind} {list(shape)} takes {prod(shape) * width}"
         )
     return TensorSlice(path, dtype, shape, start + begin, end - begin)
 
@@ -185,9 +187,9 @@ def _weight_map(path: Path) -> dict[str, str]:
         if not isinstance(table, dict) or not table:
             raise ValueError
     except OSError as e:
-        raise BadArtefact(f"{path} cannot be read ({e.strerror}); check the file and its rights") from None
+        raise BadArtefact(f"{path} cannot be read ({e.strerror}); check the file and its permissions") from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise BadArtefact(f"{path} has no weight_map, so it is no index; download the checkpoint again") from None
+        raise BadArtefact(f"{path} has no weight_map, so it is not an index; download the checkpoint again") from None
     for name, shard in table.items():
         if not isinstance(shard, str) or shard != PurePosixPath(shard).name or "\\" in shard or shard in ("", ".."):
             raise BadArtefact(
@@ -201,13 +203,13 @@ def _no_weights(folder: Path) -> str:
     if pickled:
         return (
             f"{folder} has {pickled[0]} but no safetensors, and pickled weights are not read; convert them with "
-            "transformers: AutoModel…from_pretrained(…).save_pretrained(…, safe_serialization=True)"
+            "transformers: from_pretrained(…).save_pretrained(NEW), then export NEW"
         )
     return f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; give the folder of a Hugging Face checkpoint"
 
 
 def _not_safetensors(why: str) -> _Broken:
-    return _Broken(f"is no safetensors file: {why}")
+    return _Broken(f"is not a safetensors file: {why}")
 
 
 def _truncated(wanted: int, got: int) -> _Broken:

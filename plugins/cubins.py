@@ -62,7 +62,9 @@ def _compiled(variant: Variant, sm: int) -> Any:
     signature = {**variant.arguments, **dict.fromkeys(constants, "constexpr")}
     # In the order of the function's own arguments; a mismatch with the table would shift every one behind it.
     if list(signature) != function.arg_names:
-        raise OperationFailed(f"{entry.name} takes {function.arg_names}, its table says {list(signature)}: mend one")
+        raise OperationFailed(
+            f"{entry.name} takes {function.arg_names}, its table says {list(signature)}: correct one of them"
+        )
     pointers = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(function, signature, constants, pointers)
     with triton.knobs.compilation.scope():
@@ -70,7 +72,7 @@ def _compiled(variant: Variant, sm: int) -> Any:
         compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": variant.warps})
     scratch = compiled.metadata.global_scratch_size + compiled.metadata.profile_scratch_size
     if scratch:
-        raise OperationFailed(f"{entry.name} asks for {scratch} bytes of scratch memory: it has to do without")
+        raise OperationFailed(f"{entry.name} asks for {scratch} bytes of scratch memory: write it without")
     return compiled
 
 

@@ -79,7 +79,7 @@ def build_bundle(
         by_folder = {export.folder: export for export in exports}
         members = members_from_sources([Source(export.folder, export.spec) for export in exports])
     if threshold is not None and "alone" in members:
-        raise UsageError("a bundle of one model has no early exit, so a threshold chooses nothing; leave it out")
+        raise UsageError("a bundle of one model has no early exit, so a threshold has no effect; leave it out")
     for name, source in members.items():
         if name != "small" and prunes_nothing(source.spec):
             warn(f"the {name} model prunes nothing, as its plan {source.spec.plan.name} asks")
@@ -251,7 +251,7 @@ def _engine_options(targets: Sequence[str], engines: EngineOptions | None) -> En
         return (engines or EngineOptions()).checked(of_engines)
     if engines is not None:
         raise UsageError(
-            f"the target {' or '.join(targets)} has no engines to build, so options of engines do nothing; "
+            f"the target {' or '.join(targets)} has no engines to build, so options of engines have no effect; "
             "leave them out"
         )
     return None
@@ -264,10 +264,10 @@ def _graph_precision(targets: Sequence[str], precision: str | None) -> str | Non
     known = {target: TARGETS[target].precisions for target in targets if TARGETS[target].precisions}
     if not known:
         raise UsageError(
-            f"the targets {', '.join(targets)} run the graphs as they are, so a precision does nothing; leave it out"
+            f"the targets {', '.join(targets)} run the graphs as they are, so a precision has no effect; leave it out"
         )
     choices = "; ".join(f"{target}: {', '.join(precisions)}" for target, precisions in known.items())
-    raise UsageError(f"precision {precision!r} is none that these targets have; choose one of {choices}")
+    raise UsageError(f"precision {precision!r} is not one that these targets have; choose one of {choices}")
 
 
 def _file(work: Path, path: str) -> FileEntry:

@@ -106,11 +106,13 @@ def _members(path: Path, manifest: Manifest, target: str) -> dict[str, Member]:
         folder = path_inside(path, entry.folder)
         spec_file = path_inside(path, f"{entry.folder}/{entry.targets[target].spec}")
         if folder is None or spec_file is None:
-            raise BadArtefact(f"{path}: model {name} lies at {entry.folder!r}, outside the bundle; do not use it")
+            raise BadArtefact(
+                f"{path}: model {name} is recorded at {entry.folder!r}, outside the bundle; do not use it"
+            )
         engines = {folder / file: said for file, said in manifest.engine_files(name, target).items()}
         members[name] = Member(folder, spec_from_folder(spec_file.parent), engines)
     if set(members) not in ({"small", "large"}, {"alone"}):
-        raise BadArtefact(f"{path} holds {', '.join(members) or 'no model'}, not a pair or one; {REBUILD}")
+        raise BadArtefact(f"{path} holds {', '.join(members) or 'no model'}, not a pair or one model; {REBUILD}")
     return members
 
 
@@ -135,7 +137,7 @@ def check_files(path: Path, manifest: Manifest, hashed: Container[str]) -> None:
             why = "leaves the bundle or is a symbolic link"
             name = entry.path.encode("utf-8", "replace")
             if len(name) >= LONGEST_PATH or max(map(len, name.split(b"/"))) > LONGEST_NAME:
-                why = "is longer than a file's name can be"
+                why = "is too long for a file name"
             raise BadArtefact(f"{path}: the manifest's file {entry.path[:200]!r} {why}; do not use it, or {REBUILD}")
     found, listed = files_below(path), {entry.path for entry in manifest.files}
     if missing := sorted(listed - found):
@@ -185,7 +187,7 @@ def _check_external_data(path: Path, members: dict[str, Member], readable: set[s
             if not interface.file.endswith(".onnx"):
                 if f"{member.folder.relative_to(path).as_posix()}/{interface.file}" not in readable:
                     raise BadArtefact(
-                        f"{path}: stage {name} is said to lie at {interface.file!r}, which is no file of the bundle; "
+                        f"{path}: stage {name} is recorded at {interface.file!r}, not a file of the bundle; "
                         f"do not use it, or {REBUILD}"
                     )
                 continue  # an engine holds its weights
@@ -194,7 +196,7 @@ def _check_external_data(path: Path, members: dict[str, Member], readable: set[s
                 at = path_inside(member.folder, (PurePosixPath(interface.file).parent / location).as_posix())
                 if at is None or at.relative_to(path).as_posix() not in readable:
                     raise BadArtefact(
-                        f"{member.folder / stage.interface.file} reads {location!r}, which is no file of the bundle; "
+                        f"{member.folder / stage.interface.file} reads {location!r}, not a file of the bundle; "
                         f"do not use it, or {REBUILD}"
                     )
 

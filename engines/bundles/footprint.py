@@ -104,12 +104,15 @@ def refuse_what_cannot_fit(bundle: Bundle) -> None:
     weights, needed = sum(e.weight_bytes for e in entries), sum(e.footprint.total for e in entries)
     free = free_bytes(bundle.target)
     if free is None:
-        say(f"how much {of} is free cannot be told here, so the {_gb(needed)} that are estimated are not compared")
+        say(
+            f"how much {of} is free cannot be determined on this machine, so the estimated need of {_gb(needed)} is "
+            "not checked"
+        )
         return
     if weights > free:
         raise OperationFailed(
             f"{bundle.path} cannot be opened on target {bundle.target}: its weights alone take {_gb(weights)} of {of}, "
-            f"and {_gb(free)} are free; free some, or build it of smaller models"
+            f"and {_gb(free)} are free; free some, or build it from smaller models"
         )
     if needed > free:
         rows, images = (max(getattr(e.footprint, which) for e in entries) for which in ("rows", "images"))

@@ -86,7 +86,7 @@ def cases_of(folder: Path, spec: ExportSpec) -> list[Case]:
     for key, value in _tensors(path).items():
         parts = key.split("/")
         if len(parts) != 4 or parts[2] not in ("in", "out") or parts[0] not in spec.stages:
-            raise _bad(path, f"key {key!r} is no {{stage}}/{{case}}/{{in|out}}/{{tensor}} of this export")
+            raise _bad(path, f"key {key!r} is not {{stage}}/{{case}}/{{in|out}}/{{tensor}} of this export")
         stage, run, side, name = parts
         sides[stage, run][side][name] = value
     cases = [Case(stage, name, found["in"], found["out"]) for (stage, name), found in sorted(sides.items())]

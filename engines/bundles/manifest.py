@@ -223,8 +223,8 @@ def manifest_of(bundle: Path) -> Manifest:
         raise BadArtefact(f"bundle {bundle} {what}; give the folder that saccade build wrote")
     if not path.exists():
         if (bundle / SPEC_FILE).is_file():
-            raise BadArtefact(f"{bundle} is an export, no bundle; make one with: saccade build {bundle} -o BUNDLE")
-        raise BadArtefact(f"{bundle} is no bundle: {MANIFEST_FILE} is missing; {REBUILD} SMALL LARGE -o {bundle}")
+            raise BadArtefact(f"{bundle} is an export, not a bundle; make one with: saccade build {bundle} -o BUNDLE")
+        raise BadArtefact(f"{bundle} is not a bundle: {MANIFEST_FILE} is missing; {REBUILD} SMALL LARGE -o {bundle}")
     try:
         return manifest_from(path.read_bytes(), path)
     except OSError as e:
@@ -236,7 +236,7 @@ def manifest_from(text: bytes, path: Path) -> Manifest:
     try:
         document = json.loads(text.decode("utf-8"))
     except (UnicodeDecodeError, ValueError, RecursionError):
-        raise BadArtefact(f"{path} is no JSON, so it is damaged or truncated; {REBUILD}") from None
+        raise BadArtefact(f"{path} is not JSON, so it is damaged or truncated; {REBUILD}") from None
     _check_format(path, document)
     if digest_of(document) != document.get("sha256"):
         raise BadArtefact(f"{path} was changed after it was written (its digest does not match); {REBUILD}")
@@ -248,7 +248,7 @@ def manifest_from(text: bytes, path: Path) -> Manifest:
         raise BadArtefact(f"{path}: {where}: {first['msg']}; {REBUILD}") from None
     for name, member in manifest.members.items():
         if set(member.targets) != set(manifest.targets):
-            raise BadArtefact(f"{path}: model {name} has not the bundle's targets; {REBUILD}")
+            raise BadArtefact(f"{path}: model {name} does not have the bundle's targets; {REBUILD}")
     return manifest
 
 
@@ -258,7 +258,7 @@ def _check_format(path: Path, document: Any) -> None:
     name, _, version = str(schema).partition("/")
     if name != "saccade.bundle" or not (version.isdecimal() and len(version) < 10):
         raise BadArtefact(
-            f"{path} is no manifest of a bundle (schema {str(schema)[:40]!r}, wanted {SCHEMA!r}); {REBUILD}"
+            f"{path} is not a manifest of a bundle (schema {str(schema)[:40]!r}, wanted {SCHEMA!r}); {REBUILD}"
         )
     if int(version) > FORMAT:
         maker = document.get("created_by", "a newer saccade")

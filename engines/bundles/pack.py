@@ -73,7 +73,7 @@ def unpack_bundle(file: Path | str, out: Path | str, *, overwrite: bool = False)
                 manifest = _unpacked(tar, file, work)
             _check_end(stream, file)
         except (tarfile.TarError, ValueError, RecursionError) as e:  # ValueError: of tarfile, in a header's numbers
-            raise BadArtefact(f"{file} is no packed bundle, or is damaged or truncated ({e}); {AGAIN}") from None
+            raise BadArtefact(f"{file} is not a packed bundle, or is damaged or truncated ({e}); {AGAIN}") from None
     return manifest
 
 
@@ -119,7 +119,7 @@ def _unpacked(tar: tarfile.TarFile, file: Path, work: Path) -> Manifest:
     """The manifest, after every file that it lists was written below ``work`` and its digest compared."""
     first = tar.next()
     if first is None or first.name != MANIFEST_FILE or first.type not in PLAIN or first.size > MOST_MANIFEST:
-        raise BadArtefact(f"{file} is no packed bundle: it does not begin with {MANIFEST_FILE}; {AGAIN}")
+        raise BadArtefact(f"{file} is not a packed bundle: it does not begin with {MANIFEST_FILE}; {AGAIN}")
     text = b"".join(_blocks(tar, first, file))
     manifest = manifest_from(text, file / MANIFEST_FILE)
     (work / MANIFEST_FILE).write_bytes(text)
@@ -169,7 +169,7 @@ def _check_member(file: Path, work: Path, member: tarfile.TarInfo, entry: FileEn
         )
     if entry is None:
         again = name == MANIFEST_FILE or any(name == known.path for known in manifest.files)
-        what = "stands in it twice" if again else "is not in its manifest"
+        what = "is in it twice" if again else "is not in its manifest"
         raise BadArtefact(f"{file}: {name!r} {what}; do not use it")
     if member.size != entry.bytes:
         raise BadArtefact(f"{file}: {name} has {member.size} bytes, its manifest says {entry.bytes}; {AGAIN}")
@@ -194,7 +194,7 @@ def _check_end(stream: IO[bytes], file: Path) -> None:
     end = stream.read(2 * tarfile.RECORDSIZE)
     short = len(end) < 2 * tarfile.BLOCKSIZE
     if not short and (any(end) or len(end) == 2 * tarfile.RECORDSIZE):
-        raise BadArtefact(f"{file} goes on behind its end; {AGAIN}")
+        raise BadArtefact(f"{file} continues after its end; {AGAIN}")
     if short or stream.tell() % tarfile.RECORDSIZE:
         raise BadArtefact(f"{file} is truncated: its end is missing; {AGAIN}")
 

@@ -188,7 +188,7 @@ def _text_of(path: Path) -> str:
     except OSError as e:
         raise unreadable(path, e, "export the checkpoint again") from None
     except UnicodeDecodeError:
-        raise BadArtefact(f"{path} is no text in UTF-8; export the checkpoint again") from None
+        raise BadArtefact(f"{path} is not UTF-8 text; export the checkpoint again") from None
 
 
 def _json_of(path: Path) -> Any:
@@ -196,4 +196,4 @@ def _json_of(path: Path) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise BadArtefact(f"{path} is no JSON; export the checkpoint again") from None
+        raise BadArtefact(f"{path} is not JSON; export the checkpoint again") from None

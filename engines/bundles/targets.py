@@ -80,7 +80,7 @@ def checked_targets(asked: str | Sequence[str]) -> tuple[str, ...]:
     if not names:
         raise UsageError(f"no target was given; choose one or more of {known}")
     if unknown := [name for name in names if name not in TARGETS]:
-        raise UsageError(f"target {unknown[0]!r} cannot be built for here; known are {known}")
+        raise UsageError(f"unknown target {unknown[0]!r}; known are {known}")
     return tuple(name for name in TARGETS if name in names)
 
 

@@ -66,7 +66,7 @@ def calibrate_bundle(
     checked_promise(wanted.max_loss, wanted.confidence)
     given, data = len(data.examples), data.once()
     if again := given - len(data.examples):
-        say(f"{again} of {given} questions stand there more than once and count once")
+        say(f"{again} of {given} questions are repeats and are not counted again")
     _refuse_too_few(data, wanted)
     found_on = manifest_of(bundle).sha256
     cascade = Cascade.open(bundle, target, threads)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from engines.bundles.bundle import Bundle
     from engines.cascade import Cascade
 
+CALIBRATED_WITH = ("target", "precision", "keep", "max_new_tokens")  # what another calibration may be made under
+
 
 def tied_keep(plan: PruningPlan, keep: Keep) -> tuple[float, ...] | None:
     """The shares that a calibration is tied to; None where the plan's own are counts, whose shares vary."""
@@ -76,7 +78,7 @@ class Promises:
         """Say once that the bundle's own threshold is used, and why."""
         if self.calibrations and refusal not in self._said:
             self._said.add(refusal)
-            say(f"{refusal}; the bundle's own threshold is used")
+            say(f"{refusal}; the threshold from its build is used")
 
     def _why_not(self, of: Calibration, keep: Keep, options: Options, guided: bool) -> str:
         """The first condition that differs, or nothing."""
@@ -92,8 +94,9 @@ class Promises:
         ]
         for name, tied, got in differs:
             if tied != got:
-                return f"it is tied to {name} {_in_words(tied)} and this is asked with {_in_words(got)}"
-        return "the guidance is not the small model's" if guided else ""
+                again = " (calibrate with that too)" if name in CALIBRATED_WITH else ""
+                return f"it was calibrated for {name} {_in_words(tied)} and this question uses {_in_words(got)}{again}"
+        return "this question's guidance is not the small model's" if guided else ""
 
 
 def _in_words(value: object) -> str:

@@ -33,7 +33,7 @@ from graphs.talk import warn
 DATA_URI = "data:image/"
 PLACE = "{question}"
 GO_ON = "(--skip-bad goes on without such lines)"
-GIVE_JSONL = "give a JSONL file, one question a line, or say what the files are with --format"
+GIVE_JSONL = "give a JSONL file, one question per line, or name the benchmark with --format"
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,8 @@ class Data:
         """The same without the examples at these places; BadArtefact where none is left."""
         left = tuple(example for i, example in enumerate(self.examples) if i not in bad)
         if not left:
-            raise BadArtefact(f"no question can be asked, the first: {self.bad + tuple(bad.values())!r:.300}")
+            first = (*self.bad, *bad.values())[0]
+            raise BadArtefact(f"no question can be asked, the first because: {first:.300}")
         return replace(self, examples=left, bad=(*self.bad, *bad.values()))
 
     def once(self) -> Data:
@@ -127,7 +128,7 @@ def data_from_file(path: Path, how: How = How()) -> Data:
     try:
         lines = path.read_text("utf-8-sig").split("\n")  # JSON may hold what else str.splitlines() splits at
     except UnicodeDecodeError:
-        raise BadArtefact(f"{path} is no text in UTF-8; {GIVE_JSONL}") from None
+        raise BadArtefact(f"{path} is not UTF-8 text; {GIVE_JSONL}") from None
     except OSError as e:
         raise unreadable(path, e, GIVE_JSONL) from None
     numbered = ((f"{path}, line {i}", line) for i, line in enumerate(lines, 1) if line.strip())
@@ -162,7 +163,7 @@ def data_from_items(
                 raise BadArtefact(f"{e} {GO_ON}") from None
             bad.append(str(e))
     if not examples:
-        what = f"{len(bad)} lines and all are bad, the first: {bad[0]}" if bad else "no lines"
+        what = f"{len(bad)} lines, all bad, the first: {bad[0]}" if bad else "no lines"
         raise BadArtefact(f"{name} has {what}; give questions that can be asked")
     return Data(tuple(examples), tuple(bad), how.skip_bad)
 
@@ -201,9 +202,9 @@ def _record(where: str, line: str | Mapping[str, Any]) -> Mapping[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as e:
-        raise BadArtefact(f"{where}: this is no JSON ({e}); write one object a line") from None
+        raise BadArtefact(f"{where}: this is not JSON ({e}); write one object per line") from None
     if not isinstance(record, dict):
-        raise BadArtefact(f"{where}: this is {type(record).__name__}, not an object; write one object a line")
+        raise BadArtefact(f"{where}: this is {type(record).__name__}, not an object; write one object per line")
     return record
 
 
@@ -248,7 +249,7 @@ def _source(where: str, image: Any, folder: Path) -> Path | bytes | Image.Image:
         try:
             return base64.b64decode(payload if kind.endswith(";base64") else "?", validate=True)
         except binascii.Error:
-            raise BadArtefact(f"{where}: the data URI is no base64; write data:image/png;base64,…") from None
+            raise BadArtefact(f"{where}: the data URI is not base64; write data:image/png;base64,…") from None
     if "://" in image[:12]:
         raise BadArtefact(f"{where}: {image[:60]!r} is an address, and nothing is downloaded; give a file")
     return folder / image
@@ -272,4 +273,6 @@ def image_of_bytes(encoded: bytes, where: str) -> Image.Image:
             image.load()
             return ImageOps.exif_transpose(image)
     except Exception as e:  # Pillow's decoders raise what they like
-        raise BadArtefact(f"{where}: the data URI holds no image that Pillow can read ({type(e).__name__})") from None
+        raise BadArtefact(
+            f"{where}: the data URI holds no image that Pillow can read ({type(e).__name__}); give a PNG or a JPEG"
+        ) from None

@@ -44,9 +44,9 @@ def opened_journal(path: Path, header: Row, examples: Sequence[Example]) -> list
     try:
         first, *rows = [json.loads(line) for line in _whole_lines(content)] or [None]
     except ValueError:
-        raise BadArtefact(f"{path} is no journal of an evaluation; {REMEDY}") from None
+        raise BadArtefact(f"{path} is not a journal of an evaluation; {REMEDY}") from None
     if first != wanted:
-        raise UsageError(f"{path} is of another bundle, data or settings; {REMEDY}")
+        raise UsageError(f"{path} was written for another bundle, data or settings; {REMEDY}")
     for i, row in enumerate(rows):
         if i >= len(examples) or not _is_of(row, examples[i]):
             raise BadArtefact(

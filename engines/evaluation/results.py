@@ -82,7 +82,7 @@ def evaluate_bundles(
             warn(f"{one.path} was calibrated on these very questions; ask others, to learn what its threshold is worth")
     settings = settings_of(contenders, keeps or [], policies or [], layers or [])
     if thresholds and not any(one.pair for one in contenders):
-        raise UsageError("this bundle holds one model, so --threshold does nothing; leave it out")
+        raise UsageError("this bundle holds one model, so --threshold has no effect; leave it out")
     wanted = [checked_threshold(threshold) for threshold in thresholds or []]
     digests = tuple(one.manifest.models_sha256 for one in contenders)
     targets = tuple(one.target for one in contenders)

@@ -50,7 +50,7 @@ def settings_of(
     if not plans:
         if keeps or policies or layers:
             raise UsageError(
-                "this bundle's only model prunes nothing, so --keep, --policy and --layer do nothing; leave them out"
+                "this bundle's only model is not pruned, so --keep, --policy and --layer have no effect; leave them out"
             )
         return ()
     _refuse_policies(plans.values(), policies)
@@ -85,7 +85,7 @@ def _shares(plan: PruningPlan, keeps: Sequence[Shares], alone: bool) -> list[Sha
     if not keeps:
         if any(budget.count is not None for budget in plan.budgets):
             raise UsageError(
-                f"plan {plan.name} keeps a count of tokens, which is another share of every image; give --keep"
+                f"plan {plan.name} keeps a fixed count of tokens, a different share of each image; give --keep"
             )
         return [keep_ratios(plan, None)]
     found = []
@@ -97,7 +97,7 @@ def _shares(plan: PruningPlan, keeps: Sequence[Shares], alone: bool) -> list[Sha
         found.append(keep_ratios(plan, spread))
     if not found:
         raise UsageError(
-            f"policy {plan.name} has {len(plan.budgets)} prune points and no --keep has as many; add one, as "
+            f"policy {plan.name} has {len(plan.budgets)} prune points and no --keep has as many; add one, such as "
             + ":".join(f"{share:.4g}" for share in keep_ratios(plan, None))
         )
     return found
@@ -115,7 +115,7 @@ def _refuse_policies(plans: object, policies: Sequence[str]) -> None:
         if policy not in known:
             how = f"--policy {policy}" if all(part in POLICIES for part in policy.split("+")) else "--plan FILE"
             raise UsageError(
-                f"policy {policy!r} is in none of these bundles, which can be run with {' and '.join(known)}; "
+                f"policy {policy!r} is not in any of these bundles, which can be run with {' and '.join(known)}; "
                 + _makes(how)
             )
 

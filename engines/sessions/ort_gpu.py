@@ -52,7 +52,7 @@ class GpuSession(OrtSession):
         if lacking := [provider.name for provider in chosen if provider.name not in session.get_providers()]:
             raise BackendMissing(
                 f"target {self._provider.target}: ONNX Runtime did not load {' and '.join(lacking)} and would run on "
-                "the CPU instead; its reason stands above, and saccade show machine tells what it needs"
+                "the CPU instead; see its message above; saccade show machine says what it needs"
             )
         assigned = [
             (part.ep_name, node.op_type, node.name)
@@ -72,7 +72,7 @@ class GpuSession(OrtSession):
                 raise BackendMissing(f"{left}; each token would be copied there and back, so use --target cpu")
             warn(left)
         if wanted.name not in found.providers:
-            warn(f"{self._file.name}: {wanted.name} took none of the nodes; target cuda serves it as well")
+            warn(f"{self._file.name}: {wanted.name} took none of the nodes; target cuda does the same")
 
 
 def cuda_session(file: Path, threads: int | None = None) -> GpuSession:

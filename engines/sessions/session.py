@@ -105,7 +105,7 @@ def open_session(
         raise UsageError(f"threads is {threads}, but a run needs at least 1; leave it out for the runtime's choice")
     module, _, name = SESSIONS[target].partition(":")
     if engines and file not in engines:
-        raise BadArtefact(f"{file} is no engine of the bundle's manifest; do not use it, or build the bundle again")
+        raise BadArtefact(f"{file} is not an engine of the bundle's manifest; do not use it, or build the bundle again")
     said: dict[str, Any] = {"engine": engines[file]} if engines else {}
     if in_place and target in LOWERED_AT_OPEN:
         said["in_place"] = True

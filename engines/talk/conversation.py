@@ -85,5 +85,5 @@ class Conversation:
     def _refuse_another_past(self, before: Talk) -> None:
         if self._talk is not before:
             raise UsageError(
-                "the conversation went on while this answer was not finished, so it is no turn of it; ask again"
+                "the conversation went on before this answer was finished, so this answer was dropped; ask again"
             )

@@ -78,7 +78,7 @@ def message_from(document: Mapping[str, Any], images: Sequence[Picture] = ()) ->
     try:
         message.text.encode()
     except UnicodeEncodeError as e:
-        raise UsageError(f"the question is no text in UTF-8 ({e.reason}); write it in UTF-8") from None
+        raise UsageError(f"the question is not valid UTF-8 text ({e.reason}); write it in UTF-8") from None
     return message
 
 
@@ -88,7 +88,7 @@ def talk_from(documents: Sequence[Mapping[str, Any]]) -> Talk:
         raise UsageError('messages must be a list of {"role": …, "content": …}; write it so')
     talk = tuple(message_from(document) for document in documents)
     if any(message.role == "system" for message in talk[1:]):
-        raise UsageError("a system message stands behind another message; put it first, and only one")
+        raise UsageError("a system message follows another message; give one system message, and put it first")
     return talk
 
 

@@ -64,20 +64,25 @@ class Bounds:
         }
         for name, value in given.items():
             if value < (2 if name in ("max-prompt", "max-length") else 1):
-                raise UsageError(f"--{name} is {value}, but nothing fits into that; give a larger one")
+                raise UsageError(f"--{name} is {value}, which is too small; give a larger one")
         if most_rows and prompt > most_rows:
             raise UsageError(
-                f"--max-prompt is {prompt}, but what ranks the rows takes chunks of at most {most_rows}; "
+                f"--max-prompt is {prompt}, but pruning takes chunks of at most {most_rows} tokens; "
                 f"give at most {most_rows}" + (", or build with --ops plugin" if most_rows == BODY_ROWS else "")
             )
         if max(prompt, length) > positions:
-            raise UsageError(f"a bound of {max(prompt, length)} rows is beyond the model's {positions} positions")
+            raise UsageError(
+                f"a bound of {max(prompt, length)} tokens is beyond the model's {positions} positions; "
+                f"give at most {positions}"
+            )
         if prompt > length:
-            raise UsageError(f"--max-prompt is {prompt}, but the caches have {length} rows; give at most those")
+            raise UsageError(
+                f"--max-prompt is {prompt}, more than the {length} tokens of a cache; give at most {length}"
+            )
         for name in ("max-guide", "max-tail"):
             if given[name] > prompt:
                 raise UsageError(
-                    f"--{name} is {given[name]}, more than the {prompt} rows of a chunk; give at most those"
+                    f"--{name} is {given[name]}, more than the {prompt} tokens of a chunk; give at most {prompt}"
                 )
         return Bounds(prompt, length, given["max-guide"], given["max-tail"], given["max-images"])
 

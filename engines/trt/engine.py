@@ -51,7 +51,10 @@ def refuse_too_large(weight_bytes: int, what: str, flavour: Flavour) -> None:
     """OperationFailed where a build needs more host memory than is free; said where that is not known."""
     needed, free = memory_needed(weight_bytes), free_memory()
     if free is None:
-        say(f"building {what} takes about {needed / 1e9:.1f} GB of memory, and how much is free cannot be told here")
+        say(
+            f"building {what} takes about {needed / 1e9:.1f} GB of memory, and how much is free cannot be determined "
+            "on this machine"
+        )
     elif needed > free:
         where = "on a larger machine, for the engine may run elsewhere" if flavour.sms else "where such a GPU has more"
         raise OperationFailed(

@@ -47,17 +47,19 @@ class TensorrtOptions:
     def check(self, ops: str, precision: str | None) -> None:
         """UsageError for a value that is not known, or that does not go with another."""
         if self.optimization_level is not None and self.optimization_level not in LEVELS:
-            raise UsageError(f"optimization level {self.optimization_level} is none of TensorRT's; choose 0 to 5")
+            raise UsageError(f"optimization level {self.optimization_level} does not exist; choose 0 to 5")
         if self.hardware_compatibility not in LEVEL_OF:
             known = ", ".join(LEVEL_OF)
-            raise UsageError(f"hardware compatibility {self.hardware_compatibility!r} is not known; choose of {known}")
+            raise UsageError(
+                f"hardware compatibility {self.hardware_compatibility!r} is not known; choose from {known}"
+            )
         if self.plugins is not None and self.plugins not in FORMS:
             raise UsageError(f"plugins {self.plugins!r} are neither python nor aot; choose one")
         if self.plugins is not None and ops != "plugin":
-            raise UsageError("--plugins says what kernels become, and --ops body takes none; give --ops plugin too")
+            raise UsageError("--plugins says how kernels are built in, and --ops body has none; give --ops plugin too")
         if self.version_compatible and ops == "plugin":
             raise UsageError(
-                "a version-compatible engine runs on a TensorRT of its own, which knows no plugins of ours; "
+                "a version-compatible engine runs on a TensorRT of its own, which does not know our plugins; "
                 "choose --ops body"
             )
         if (cache := self.timing_cache) and (cache.is_symlink() or (cache.exists() and not cache.is_file())):

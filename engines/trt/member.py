@@ -121,7 +121,7 @@ def build_member(
     for line in misfits_in_words(photos, spec, bounds):
         warn(f"{name}: {line}")
     if _most_rows(plainer, options.ops) == BODY_ROWS:
-        say(f"{name}: a body ranks at most {BODY_ROWS} rows, and breaks ties as TensorRT likes")
+        say(f"{name}: without plugins, pruning ranks at most {BODY_ROWS} tokens, and the order of ties is TensorRT's")
     if flavour is not RTX and options.full.form(options.ops) == "aot":
         lowered = _split(lowered)
     build = _Build(name, lowered, out, options, bounds, flavour, sms)
@@ -162,7 +162,7 @@ def _capacity(name: str, spec: ExportSpec, bounds: Bounds, room: Room, parser: P
     """Rows of the caches that an engine writes in place; None, and said, where a plan or a parser cannot have it so."""
     older = f"TensorRT {parser} knows no layer that writes in place" if parser != "current" else ""
     if why := older or refusal(spec.plan):
-        say(f"{name}: each step copies its caches, and no step is captured as a CUDA graph, for {why}")
+        say(f"{name}: each step copies its caches, and no CUDA graph is captured, because {why}")
         return None
     return bounds.fitted(spec, None, room).max_length
 
@@ -173,7 +173,7 @@ def _refuse_width(name: str, spec: ExportSpec, lowering: Lowering, flavour: Flav
     if lowering.precision != "float32" and width % flavour.head_widths:
         raise UsageError(
             f"the {name} model's heads are {width} wide, and {flavour.title} compiles {lowering.precision} attention "
-            f"of multiples of {flavour.head_widths} only; build with --precision fp32"
+            f"only for multiples of {flavour.head_widths}; build with --precision fp32"
         )
 
 

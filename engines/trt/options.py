@@ -54,8 +54,8 @@ class EngineOptions:
             self.full.check(self.ops, self.precision)
         elif self.tensorrt is not None:
             raise UsageError(
-                f"options of full TensorRT do nothing for the target {' and '.join(targets)}; leave them out, or build "
-                "for --target tensorrt"
+                f"options of full TensorRT have no effect on the target {' and '.join(targets)}; leave them out, or "
+                "build for --target tensorrt"
             )
         for flavour in (FLAVOURS[target] for target in targets):
             sms = self.sms_for(flavour, alone=len(targets) == 1)

@@ -259,7 +259,7 @@ class TrtSession:
 
     def _ask(self, took: bool, what: str) -> None:
         if not took:
-            raise OperationFailed(f"TensorRT refused {what} in {self._file.name}; its own words stand above")
+            raise OperationFailed(f"TensorRT refused {what} in {self._file.name}; see its message above")
 
 
 @contextmanager

@@ -152,7 +152,7 @@ def timing_cache_of(config: Any, request: Request) -> Any:
     unread = cache is None or bytes(cache.serialize()) == bytes(fresh.serialize()) != data
     if unread or not config.set_timing_cache(cache, ignore_mismatch=False):
         raise OperationFailed(
-            f"{file} is no timing cache of this TensorRT and this GPU; name another file with --timing-cache"
+            f"{file} is not a timing cache of this TensorRT and this GPU; name another file with --timing-cache"
         )
     return cache
 

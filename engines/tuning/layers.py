@@ -54,8 +54,8 @@ def layers_to_walk(
         return [own]
     if own is None:
         raise UsageError(
-            f"plan {spec.plan.name} has {len(spec.plan.points)} prune points in the decoder, and layers are walked for "
-            "one; leave --checkpoint out, or give a bundle of a plan with one"
+            f"plan {spec.plan.name} has {len(spec.plan.points)} prune points in the decoder, and other layers can be "
+            "tried for one only; leave --checkpoint out, or give a bundle whose plan has one"
         )
     if TARGETS[cascade.large.target].runs == "engines":
         raise UsageError(

@@ -99,7 +99,7 @@ def tune_bundle(
     layers = layers_to_walk(cascade, manifest, wanted.checkpoint, wanted.layers)
     assert cascade.large
     if not wanted.checkpoint:
-        say("layers are not walked, for the cut's layer is in the graph; name the large model's --checkpoint for that")
+        say("layers are not walked, because each needs its own export; give --checkpoint to try others")
     search, guided = Search(bundle, cascade, manifest, wanted, out), cascade.large.spec.plan.needs_guidance
     wholes: list[Asked] = []
     cut: list[Asked] = []
@@ -201,10 +201,10 @@ def pruned_settings(
 ) -> tuple[Setting, ...]:
     """The shares to walk, less those that keep everything; UsageError where nothing can be pruned or shares misfit."""
     if not cascade.large or not cascade.large.spec.plan.budgets:
-        raise UsageError("this bundle's large model prunes nothing, so there is no plan to tune; build one that prunes")
+        raise UsageError("this bundle's large model is not pruned, so there is no plan to tune; build one that prunes")
     points = len(cascade.large.spec.plan.budgets)
     if not keeps and points > 1:
-        raise UsageError(f"this plan has {points} prune points; give --keep with a share for each, as 0.5:0.25")
+        raise UsageError(f"this plan has {points} prune points; give --keep with a share for each, such as 0.5:0.25")
     walked = list(keeps) or [(share,) for share in KEEPS]
     settings = settings_of([unmetered(bundle, manifest, cascade)], walked, [], [])
     pruned = tuple(setting for setting in settings if setting.policy)
@@ -226,7 +226,7 @@ def halves(data: Data, seed: int) -> tuple[Data, Data]:
 def refuse_too_few(tuned_on: Data, reported_on: Data, max_loss: float) -> None:
     """UsageError where one answer weighs more than the loss that is allowed, in either part."""
     if not 0 < max_loss < 1:
-        raise UsageError(f"max-loss is {max_loss:g}, but a share of accuracy to lose lies in (0, 1); 0.01 is one point")
+        raise UsageError(f"max-loss is {max_loss:g}, but must be in (0, 1), a share of accuracy; 0.01 is one point")
     least = math.ceil(1 / max_loss - 1e-9)
     sizes = [len(part.examples) for part in (tuned_on, reported_on)]
     if min(sizes) < least:
@@ -257,13 +257,13 @@ def doubts(document: dict[str, Any]) -> list[str]:
         )
     elif loss + 2 * error > bound:
         found.append(
-            f"{document['reported_on']} questions to report on tell the loss only to ± {2 * error:.1%}, so it may be "
-            f"more than {percent(bound)}"
+            f"{document['reported_on']} questions determine the loss only to ± {2 * error:.1%}, so it may be more than "
+            f"{percent(bound)}"
         )
     elif not error and unseen > bound:
         found.append(
             f"on the {document['reported_on']} questions to report on every answer was worth the same, which it may be "
             f"by chance where up to {unseen:.1%} are lost; {math.ceil(math.log(CHANCE) / math.log(1 - bound))} would "
-            f"tell that from {percent(bound)}"
+            f"distinguish that from {percent(bound)}"
         )
     return found

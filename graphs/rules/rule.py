@@ -119,15 +119,17 @@ def stage_from_folder(folder: Path, spec: ExportSpec, name: str) -> Stage:
     file = spec.stages[name].file
     path = path_inside(folder, file)
     if path is None:
-        raise BadArtefact(f"{folder}: stage {name} is said to lie at {file!r}, outside the folder; do not use it")
+        raise BadArtefact(f"{folder}: stage {name} is recorded at {file!r}, outside the folder; do not use it")
     try:
         model = onnx.load(path, load_external_data=False, format="protobuf")
     except OSError as e:
         raise unreadable(path, e, "export the checkpoint again") from None
     except DecodeError:
-        raise BadArtefact(f"{path} is no ONNX file or is damaged; export the checkpoint again") from None
+        raise BadArtefact(f"{path} is not an ONNX file or is damaged; export the checkpoint again") from None
     if not model.graph.node:
-        raise BadArtefact(f"{path} holds no graph, so it is no ONNX file or is truncated; export again")
+        raise BadArtefact(
+            f"{path} holds no graph, so it is not an ONNX file or is truncated; export the checkpoint again"
+        )
     return Stage(name, model, spec, folder)
 
 

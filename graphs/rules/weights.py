@@ -15,7 +15,7 @@ SAME_FROM = 256  # smaller constants may well be equal by what they mean
 PIECE = 1 << 22
 EXPONENTS = {2: (np.uint16, 0x7C00), 4: (np.uint32, 0x7F800000), 8: (np.uint64, 0x7FF0000000000000)}
 AGAIN = "export the checkpoint again"
-NO_PLACE = "it leaves the export's folder, is a symbolic link or can be no file's name"
+NO_PLACE = "it leaves the export's folder, is a symbolic link or cannot be the name of a file"
 
 
 @stage_rule("G401", "path escapes", "do not use this export, or export the checkpoint again")

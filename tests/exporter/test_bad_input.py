@@ -76,9 +76,9 @@ def reweigh(folder, change):
 
 
 def test_no_such_folder(refuse, tmp_path, folder):
-    assert "nowhere is no folder" in refuse(tmp_path / "nowhere")
-    assert "config.json is no folder" in refuse(folder / "config.json")
-    assert "llava-hf/llava-1.5-7b-hf is no folder" in refuse("llava-hf/llava-1.5-7b-hf")
+    assert "nowhere is not a folder" in refuse(tmp_path / "nowhere")
+    assert "config.json is not a folder" in refuse(folder / "config.json")
+    assert "llava-hf/llava-1.5-7b-hf is not a folder" in refuse("llava-hf/llava-1.5-7b-hf")
 
 
 def test_no_config(refuse, folder):
@@ -89,7 +89,7 @@ def test_no_config(refuse, folder):
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"a": ', "\x00", "[" * 100_000], ids=range(7))
 def test_a_config_that_is_no_json_object(refuse, folder, text):
     (folder / "config.json").write_text(text)
-    assert "config.json is no JSON object" in refuse(folder)
+    assert "config.json is not a JSON object" in refuse(folder)
 
 
 @pytest.mark.parametrize("architectures", ["LlavaForConditionalGeneration", 5, [None], {"a": 1}])
@@ -165,7 +165,7 @@ def test_truncated_weights(refuse, folder, size):
 )
 def test_weights_that_are_no_safetensors(refuse, folder, text):
     (folder / "model.safetensors").write_bytes(text)
-    assert "is no safetensors file" in refuse(folder)
+    assert "is not a safetensors file" in refuse(folder)
 
 
 def test_a_shard_is_missing(refuse, folder):
@@ -200,7 +200,7 @@ def test_a_quantised_tensor(refuse, folder):
 
 def test_no_tokenizer(refuse, folder):
     (folder / "tokenizer.json").write_text("{}")
-    assert "tokenizer.json is no tokenizer" in refuse(folder)
+    assert "tokenizer.json is not a tokenizer" in refuse(folder)
     (folder / "tokenizer.json").unlink()
     assert "tokenizer.json is missing" in refuse(folder)
 
@@ -255,8 +255,8 @@ def test_where_to_write(refuse, folder, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").write_text("mine")
     assert "exists and is not empty" in refuse(folder, code=2, out="taken")
-    assert "none of ours" in refuse(folder, "--overwrite", code=2, out="taken")
-    assert "is no folder" in refuse(folder, code=2, out="taken/mine.txt")
+    assert "saccade did not write it" in refuse(folder, "--overwrite", code=2, out="taken")
+    assert "is not a folder" in refuse(folder, code=2, out="taken/mine.txt")
     assert "holds the checkpoint itself" in refuse(folder, "--overwrite", code=2, out="checkpoint")
     assert "holds the checkpoint itself" in refuse(folder, "--overwrite", code=2, out=".")
     assert (tmp_path / "taken" / "mine.txt").read_text() == "mine"

@@ -26,7 +26,11 @@ def link_to_work(path):
     path.symlink_to("work")
 
 
-APPEARS = {folder_of_work: "not empty", lambda path: path.write_text("years"): "no folder", link_to_work: "no folder"}
+APPEARS = {
+    folder_of_work: "not empty",
+    lambda path: path.write_text("years"): "not a folder",
+    link_to_work: "not a folder",
+}
 
 
 def write_while(context, appears):
@@ -45,7 +49,7 @@ def test_what_appears_while_a_folder_is_written_is_kept(tmp_path, appears):
 
 
 def test_what_appears_while_a_folder_is_overwritten_is_replaced_where_it_is_ours(tmp_path):
-    with pytest.raises(UsageError, match="none of ours"):
+    with pytest.raises(UsageError, match="saccade did not write it"):
         write_while(atomic_folder(tmp_path / "a", True, holds="spec.json"), lambda: folder_of_work(tmp_path / "a"))
     write_while(atomic_folder(tmp_path / "b", True, holds="work"), lambda: folder_of_work(tmp_path / "b"))
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["new"]
@@ -190,7 +194,7 @@ def test_a_file_in_an_old_folders_place_does_not_cost_the_old_folder(tmp_path):
     out = tmp_path / "out"
     folder_of_work(atomic._aside(out))
     out.write_text("years")
-    with pytest.raises(UsageError, match="no folder"), atomic_folder(out, overwrite=True):
+    with pytest.raises(UsageError, match="not a folder"), atomic_folder(out, overwrite=True):
         pass
     assert (atomic._aside(out) / "work").read_text() == "years"
 

@@ -171,7 +171,7 @@ def test_segments_are_the_layers_in_order(layers, data):
         (plan_with(guidance=Guidance(layers=())), "guidance"),
         (plan_with(guidance=Guidance(layers=(1, 1))), "guidance"),
         (plan_with(point(2), guidance=Guidance(layers=(0,))), "cannot prune inside"),
-        (plan_with(counted(1, 3), counted(2, 4)), r"keep \[3, 4\] .* order them down"),
+        (plan_with(counted(1, 3), counted(2, 4)), r"keep \[3, 4\] .* list them in decreasing order"),
     ],
 )
 def test_what_a_plan_may_not_say(plan, says):

@@ -565,7 +565,7 @@ def test_a_plan_of_nothing_has_no_finding(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [(None, "is missing"), (b"\xff\xffno", "no ONNX file"), (b"", "holds no graph")]
+    ("content", "says"), [(None, "is missing"), (b"\xff\xffno", "not an ONNX file"), (b"", "holds no graph")]
 )
 def test_a_stage_that_cannot_be_read(good, tmp_path, content, says):
     folder = tmp_path / "export"

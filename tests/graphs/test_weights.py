@@ -45,12 +45,12 @@ def entry(begin, end, dtype="F32", shape=None):
 @pytest.mark.parametrize(
     ("header", "data", "says"),
     [
-        (b"not json", b"", "no JSON"),
-        (b"[1]", b"", "no JSON object"),
+        (b"not json", b"", "not JSON"),
+        (b"[1]", b"", "not a JSON object"),
         ({"a": 1}, b"", "lacks dtype"),
         ({"a": entry(0, 8, dtype="F7")}, b"x" * 8, "dtype 'F7'"),
         ({"a": entry(0, 8, shape=[3])}, b"x" * 8, "takes 12"),
-        ({"a": entry(0, 8, shape=[-2])}, b"x" * 8, "no count"),
+        ({"a": entry(0, 8, shape=[-2])}, b"x" * 8, "not a count"),
         ({"a": entry(0, 8), "b": entry(4, 12)}, b"x" * 12, "overlaps"),
         ({"a": entry(0, 8), "b": entry(12, 16)}, b"x" * 16, "hole"),
         ({"a": entry(0, 8)}, b"x" * 7, "truncated"),
@@ -131,7 +131,7 @@ def test_no_weights_at_all(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(BadArtefact, match="convert them"):
         tensors_from_checkpoint(tmp_path)
-    with pytest.raises(BadArtefact, match="no folder"):
+    with pytest.raises(BadArtefact, match="not a folder"):
         tensors_from_checkpoint(tmp_path / "nowhere")
     (tmp_path / INDEX_FILE).write_text("{}")
     with pytest.raises(BadArtefact, match="no weight_map"):

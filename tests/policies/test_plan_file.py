@@ -54,15 +54,18 @@ def test_where_0_is_a_layer_and_a_share_of_nothing_is_too():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (HEAD + a_point("vision", "cls", keep=0.1) + a_point(2, "attention", keep=0.5), "what is dropped is gone"),
-        ("name = = 1", "is no TOML.*line 1"),
+        (
+            HEAD + a_point("vision", "cls", keep=0.1) + a_point(2, "attention", keep=0.5),
+            "dropped tokens do not come back",
+        ),
+        ("name = = 1", "is not TOML.*line 1"),
         ('name = "mine"', 'names no schema; begin it with: schema = "saccade.plan/1"'),
         ('schema = "saccade.plan/2"\nname = "x"', "schema.*saccade.plan/1.*saccade.plan/2"),
         ('schema = "saccade.plan/1"', "name is missing"),
         (HEAD, "prunes nothing"),
         (HEAD + a_point(2, "attention", keep=1.0), "prunes nothing"),
         (HEAD + a_point(2, "attention"), "point 0 needs keep .* or count"),
-        (HEAD + a_point(2, "attention", keep=0.5, count=3), "point 0 needs keep .* or count, one of them"),
+        (HEAD + a_point(2, "attention", keep=0.5, count=3), "point 0 needs keep .* or count; give one of them"),
         (HEAD + a_point(2, "attention", keep=1.5), "keep.*1.5"),
         (HEAD + a_point(2, "attention", keep=0.0), "keep.*0.0"),
         (HEAD + a_point(2, "attention", count=0), "count.*0"),
@@ -100,7 +103,10 @@ def test_where_0_is_a_layer_and_a_share_of_nothing_is_too():
         (HEAD + a_point("vision", "received", keep=0.5, seed=4), "point 0 is of score 'received', and has no seed"),
         (HEAD + a_point(2, "attention", keep=0.5) * 2, "before layer 2, but it must lie after layer 2"),
         (HEAD + a_point(3, "attention", keep=0.5) + a_point(2, "attention", keep=0.2), "order the points"),
-        (HEAD + a_point(2, "attention", keep=0.2) + a_point(3, "attention", keep=0.5), "what is dropped is gone"),
+        (
+            HEAD + a_point(2, "attention", keep=0.2) + a_point(3, "attention", keep=0.5),
+            "dropped tokens do not come back",
+        ),
         (HEAD + a_point(7, "attention", keep=0.2), "below the model's 6 layers"),
         (HEAD + a_point(0, "attention", keep=0.2), "before layer 0 has no attention"),
         (HEAD + a_point(2, "attention", keep=0.2) + a_point("vision", "cls", keep=0.2), "put one such point first"),
@@ -127,7 +133,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(BadArtefact, match="is missing; give a plan file"):
         plan_from_file(tmp_path / "no.toml")
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match="is no text"):
+    with pytest.raises(UsageError, match="is not UTF-8 text"):
         plan_from_file(tmp_path / "bytes.toml")
     (tmp_path / "good.toml").write_text(HEAD + a_point(2, "random", keep=0.5, seed=7))
     assert plan_from_file(tmp_path / "good.toml").resolved(6).points[0].seed == 7

@@ -144,6 +144,6 @@ def data_of_format(name: str, data: Path, images: Path | None, annotations: Path
         ("annotations", annotations, chosen.annotations),
     ):
         if given is not None and not takes:
-            raise UsageError(f"--{option} does nothing with --format {name} ({chosen.layout}); leave it out")
+            raise UsageError(f"--{option} has no effect with --format {name} ({chosen.layout}); leave it out")
     files = Files(data, images if images is not None else data.parent, annotations)
     return data_from_items(chosen.read(files), Path(), str(data), how)

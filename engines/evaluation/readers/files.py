@@ -29,7 +29,7 @@ def text_of(path: Path, remedy: str) -> str:
     try:
         return path.read_text("utf-8-sig")
     except UnicodeDecodeError:
-        raise BadArtefact(f"{path} is no text in UTF-8; {remedy}") from None
+        raise BadArtefact(f"{path} is not UTF-8 text; {remedy}") from None
     except OSError as e:
         raise unreadable(path, e, remedy) from None
 
@@ -39,7 +39,7 @@ def json_of(path: Path, remedy: str) -> Any:
     try:
         return json.loads(text_of(path, remedy))
     except (ValueError, RecursionError) as e:
-        raise BadArtefact(f"{path} is no JSON ({e}); {remedy}") from None
+        raise BadArtefact(f"{path} is not JSON ({e}); {remedy}") from None
 
 
 def listed(path: Path, document: Any, key: str | None, remedy: str) -> list[Any]:
@@ -47,7 +47,7 @@ def listed(path: Path, document: Any, key: str | None, remedy: str) -> list[Any]
     found = document.get(key) if key and isinstance(document, dict) else document
     if not isinstance(found, list):
         what = f"a list named {key!r}" if key else "a list"
-        raise BadArtefact(f"{path} holds no {what.removeprefix('a ')}, so it is no file of that benchmark; {remedy}")
+        raise BadArtefact(f"{path} holds no {what.removeprefix('a ')}, so it is not a file of that benchmark; {remedy}")
     return found
 
 
@@ -86,7 +86,7 @@ def text_at(entry: Record, key: str) -> str:
     """A text, or a number as text, below a key; BadArtefact where there is none."""
     value = entry.get(key)
     if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
-        raise BadArtefact(f"{key} is missing or no text, got {value!r:.60}; correct it")
+        raise BadArtefact(f"{key} is missing or not text, got {value!r:.60}; correct it")
     return str(value).strip()
 
 

@@ -17,7 +17,7 @@ def read(files: Files) -> Iterator[Item]:
     """Yield the questions; an answer is missing in the test split."""
     document = json_of(files.data, REMEDY)
     if not isinstance(document, dict):
-        raise BadArtefact(f"{files.data} is no object of questions by id, so it is no file of GQA; {REMEDY}")
+        raise BadArtefact(f"{files.data} is not an object of questions by id, so it is not a file of GQA; {REMEDY}")
     found = ((f"{files.data}, question {number}", entry) for number, entry in document.items())
     yield from items(found, lambda entry: _record(files, an_object(entry)))
 

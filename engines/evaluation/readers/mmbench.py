@@ -26,7 +26,7 @@ def read(files: Files) -> Iterator[Item]:
     csv.field_size_limit(sys.maxsize)
     table = csv.DictReader(StringIO(text_of(files.data, REMEDY), newline=""), delimiter="\t")
     if missing := [name for name in NEEDED if name not in (table.fieldnames or ())]:
-        raise BadArtefact(f"{files.data} has no column {missing[0]!r}, so it is no file of MMBench; {REMEDY}")
+        raise BadArtefact(f"{files.data} has no column {missing[0]!r}, so it is not a file of MMBench; {REMEDY}")
     pictures: dict[str, str] = {}
     published = "answer" in (table.fieldnames or ())
     rows = ((f"{files.data}, row {i} (index {row.get('index')})", row) for i, row in enumerate(table, 2))
@@ -41,7 +41,9 @@ def _record(row: Mapping[str, str | None], pictures: dict[str, str], published: 
     image = cell("image")
     if len(image) <= LONGEST_INDEX:
         if image not in pictures:
-            raise BadArtefact(f"the image is {image!r}, which is no picture and no index of a row above; correct it")
+            raise BadArtefact(
+                f"the image is {image!r}, which is neither a picture nor the index of a row above; correct it"
+            )
         image = pictures[image]
     pictures[cell("index")] = image
     options = {letter: cell(letter) for letter in "ABCDEFGH" if cell(letter)}

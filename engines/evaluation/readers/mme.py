@@ -21,7 +21,7 @@ OWN_PROMPT = "Please answer yes or no."
 def read(files: Files) -> Iterator[Item]:
     """Yield the questions, category by category; those of one picture are a group."""
     if not files.data.is_dir():
-        raise BadArtefact(f"{files.data} is no folder; {REMEDY}")
+        raise BadArtefact(f"{files.data} is not a folder; {REMEDY}")
     for category in sorted(path for path in files.data.iterdir() if path.is_dir()):
         inner = category / "questions_answers_YN"
         pictures = category / "images" if inner.is_dir() else category
@@ -38,5 +38,5 @@ def _questions(path: Path, pictures: Path, category: str) -> Iterator[Item]:
 def _asked(line: str) -> Record:
     question, tab, answer = line.strip().rpartition("\t")
     if not tab or answer.strip().rstrip(".").lower() not in ("yes", "no"):
-        raise BadArtefact(f"this is no question, a tab, and Yes or No, got {line.strip()!r:.60}; correct it")
+        raise BadArtefact(f"the line is not a question, a tab, and Yes or No, but {line.strip()!r:.60}; correct it")
     return {"question": question.replace(OWN_PROMPT, "").strip(), "answer": answer.strip().rstrip(".")}

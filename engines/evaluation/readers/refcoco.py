@@ -30,7 +30,7 @@ def _record(files: Files, line: str) -> Record:
     try:
         entry = an_object(json.loads(line))
     except (ValueError, RecursionError) as e:
-        raise BadArtefact(f"this is no JSON ({e}); write one object a line") from None
+        raise BadArtefact(f"this is not JSON ({e}); write one object per line") from None
     name = text_at(entry, "image")
     return {
         "image": image_named(files.images, name, name.rpartition("/")[2]),

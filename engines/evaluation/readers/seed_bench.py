@@ -38,7 +38,7 @@ def read(files: Files) -> Iterator[Item]:
 
 def _record(files: Files, entry: Record, types: Mapping[str, str]) -> Record:
     if (kind := entry.get("data_type", "image")) != "image":
-        raise BadArtefact(f"this is about a {kind}, and pictures are read only; leave it out")
+        raise BadArtefact(f"this is about a {kind}, and only pictures are read; leave it out")
     options = {
         letter: text_at(entry, f"choice_{letter.lower()}") for letter in "ABCD" if f"choice_{letter.lower()}" in entry
     }

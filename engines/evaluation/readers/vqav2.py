@@ -44,7 +44,7 @@ def _annotated(files: Files) -> dict[str, Record]:
 def _record(files: Files, subset: str, entry: Record, known: dict[str, Record] | None) -> Record:
     number = text_at(entry, "image_id")
     if not (number.isascii() and number.isdigit()):
-        raise BadArtefact(f"image_id {number!r} is no number; correct it")
+        raise BadArtefact(f"image_id {number!r} is not a number; correct it")
     name = f"{int(number):012d}.jpg"
     pictures = subset.replace("test-dev", "test")  # a part of the test split, with its pictures
     image = image_named(files.images, f"COCO_{pictures}_{name}", f"{pictures}/COCO_{pictures}_{name}", name)

@@ -103,7 +103,7 @@ def test_unequal_tokenizers(exports, copy_of, tmp_path, change, says):
     ("text", "says"),
     [
         (None, "is missing"),
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[]", "holds no tokenizer"),
         ('{"model": {}, "added_tokens": ["x"]}', "holds no tokenizer"),
         ('{"model": {}, "added_tokens": [{"content": []}]}', "holds no tokenizer"),
@@ -122,7 +122,7 @@ def test_a_tokenizer_that_cannot_be_read(exports, copy_of, tmp_path, text, says)
 def test_a_template_that_is_no_text(exports, copy_of, tmp_path):
     folder = copy_of("large")
     (folder / PROCESSOR_FOLDER / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    refuse([exports["small"], folder], tmp_path / "b", r"chat_template\.jinja is no text in UTF-8", BadArtefact)
+    refuse([exports["small"], folder], tmp_path / "b", r"chat_template\.jinja is not UTF-8 text", BadArtefact)
 
 
 def test_a_template_may_stand_in_the_config(exports, copy_of, tmp_path):
@@ -178,7 +178,7 @@ def test_overwriting(exports, tmp_path):
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "chapter.tex").write_text("years of work")
-    with pytest.raises(UsageError, match="none of ours"):
+    with pytest.raises(UsageError, match="saccade did not write it"):
         build_bundle([exports["alone"]], other, overwrite=True)
     assert (other / "chapter.tex").exists()
 
@@ -199,7 +199,7 @@ def test_an_export_in_the_old_bundle_or_around_the_new_one_is_left_alone(exports
 
 
 def test_a_threshold_of_one_model_is_refused(exports, tmp_path):
-    with pytest.raises(UsageError, match="a threshold chooses nothing; leave it out"):
+    with pytest.raises(UsageError, match="a threshold has no effect; leave it out"):
         build_bundle([exports["alone"]], tmp_path / "b", threshold=0.5)
     assert not list(tmp_path.iterdir())
 

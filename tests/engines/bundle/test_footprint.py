@@ -237,7 +237,7 @@ def test_memory_that_is_short(pair: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "warning: " in with_free(weights)
     assert "caches of 64 rows" in with_free(whole - 1)
     assert with_free(whole) == ""
-    assert "host memory is free cannot be told" in with_free(None)
+    assert "host memory is free cannot be determined" in with_free(None)
 
 
 def test_a_bundle_that_cannot_fit_ends_a_run(

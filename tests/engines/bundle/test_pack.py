@@ -159,7 +159,7 @@ def test_existing_places_are_kept(packed: Path, bundle: Path, tmp_path: Path) ->
         pack_bundle(bundle, bundle / "f")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").touch()
-    for overwrite, says in ((False, "--overwrite"), (True, "none of ours")):
+    for overwrite, says in ((False, "--overwrite"), (True, "saccade did not write it")):
         with pytest.raises(UsageError, match=says):
             unpack_bundle(packed, tmp_path / "thesis", overwrite=overwrite)
     flip(bundle / "small" / WEIGHTS)
@@ -189,12 +189,12 @@ def test_truncated_between_two_members(packed: Path, tmp_path: Path) -> None:
         (tmp_path / "f").write_bytes(packed.read_bytes()[:at])
         refused(tmp_path / "f", "truncated")
     (tmp_path / "f").write_bytes(packed.read_bytes() + b"more")
-    refused(tmp_path / "f", "goes on behind its end")
+    refused(tmp_path / "f", "continues after its end")
 
 
 def test_no_packed_bundle(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"\x89PNG" + bytes(range(256)) * 8)
-    refused(tmp_path / "f", "is no packed bundle")
+    refused(tmp_path / "f", "is not a packed bundle")
     refused(tmp_path / "nowhere", "is missing; give the file that saccade pack wrote")
     refused(tmp_path, "cannot be read")
     write(tmp_path / "f", [(tarfile.TarInfo("README"), b"hello")])
@@ -259,8 +259,8 @@ HOSTILE: dict[str, tuple[Callable[[Members], object], str]] = {
     "hard link": (link(tarfile.LNKTYPE), "is a link"),
     "device": (link(tarfile.CHRTYPE), "is a link or another special entry"),
     "folder": (link(tarfile.DIRTYPE), "is a link or another special entry"),
-    "twice": (lambda members: members.append(members[3]), "stands in it twice"),
-    "second manifest": (lambda members: members.append(members[0]), "stands in it twice"),
+    "twice": (lambda members: members.append(members[3]), "is in it twice"),
+    "second manifest": (lambda members: members.append(members[0]), "is in it twice"),
     "listed twice": (listed_twice, "lists a file twice"),
     "in the way": (one_in_the_others_way, "at one place"),
     "stranger": (lambda members: members.append((tarfile.TarInfo("small/x.so"), b"x")), "is not in its manifest"),

@@ -107,7 +107,7 @@ def test_a_target_of_another_release(pair: Path, bundle: Path) -> None:
 
 def test_members_have_the_bundles_targets(bundle: Path) -> None:
     edit_manifest(bundle, lambda d: d.update(targets=["cpu", "rtx"]))
-    with pytest.raises(BadArtefact, match="model small has not the bundle's targets"):
+    with pytest.raises(BadArtefact, match="model small does not have the bundle's targets"):
         open_bundle(bundle)
 
 
@@ -157,7 +157,7 @@ def test_a_graph_that_reads_the_folder_of_another_target(bundle: Path) -> None:
     edit_manifest(bundle, move)
     assert open_bundle(bundle, target="cpu").target == "cpu", "where every file is hashed it is one as any other"
     flip(bundle / at)
-    with pytest.raises(BadArtefact, match=r"reads 'rtx/model\.safetensors', which is no file of the bundle"):
+    with pytest.raises(BadArtefact, match=r"reads 'rtx/model\.safetensors', not a file of the bundle"):
         open_bundle(bundle, target="cpu", check="used")
 
 

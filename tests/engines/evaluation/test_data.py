@@ -77,15 +77,15 @@ def test_an_image_of_a_data_uri_is_turned_as_it_says(folder: Path) -> None:
 
 
 BAD: list[tuple[object, str]] = [
-    ("{", "no JSON"),
+    ("{", "not JSON"),
     ("[1]", "is list, not an object"),
     ({**GOOD, "image": "blue.png"}, "no image at"),
-    ({**GOOD, "image": "torn.png"}, "torn.png is no image"),
+    ({**GOOD, "image": "torn.png"}, "torn.png is not an image"),
     ({**GOOD, "image": "sub"}, "is a folder"),
     ({**GOOD, "image": 3}, "got int"),
     ({**GOOD, "image": "https://a.b/c.png"}, "nothing is downloaded"),
-    ({**GOOD, "image": "data:image/png;base64,??"}, "no base64"),
-    ({**GOOD, "image": "data:image/png,abc"}, "no base64"),
+    ({**GOOD, "image": "data:image/png;base64,??"}, "not base64"),
+    ({**GOOD, "image": "data:image/png,abc"}, "not base64"),
     ({**GOOD, "image": uri(b"no image")}, "no image that Pillow can read"),
     ({**GOOD, "question": " "}, "no question"),
     ({"image": "red.png", "answers": ["red"]}, "no question"),
@@ -125,7 +125,7 @@ def test_an_empty_file_is_refused(folder: Path, content: str) -> None:
 
 
 def test_a_file_of_bad_lines_a_missing_and_a_binary_one_are_refused(folder: Path) -> None:
-    with pytest.raises(BadArtefact, match="all are bad"):
+    with pytest.raises(BadArtefact, match="all bad"):
         data_from_file(written(folder, "{", "{"), How(skip_bad=True))
     with pytest.raises(BadArtefact, match="is missing"):
         data_from_file(folder / "nothing.jsonl")

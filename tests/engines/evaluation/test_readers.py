@@ -201,7 +201,7 @@ BAD: list[tuple[str, Callable[[str], str], str]] = [
     ("vqav2", lambda t: t.replace('"image_id": 7', '"image_id": 8'), "no image at"),
     ("vqav2", lambda t: t.replace('"question_id": 70', '"question_id": 71'), "has no answers to this question"),
     ("vqav2", lambda t: t.replace('"What is 7?"', '""'), "question is missing"),
-    ("gqa", lambda t: t.replace('"square"', "[]"), "answer is missing or no text"),
+    ("gqa", lambda t: t.replace('"square"', "[]"), "answer is missing or not text"),
     ("textvqa", lambda t: t[: t.rindex('"answers"')] + '"answers": "dakota"}]}', "must be a list of texts"),
     ("textvqa", lambda t: t[: t.rindex('"answers"')] + '"answers": ["a", "b"]}]}', "those of 4 people"),
     ("chartqa", lambda t: t.replace('{"imgname"', '3, {"imgname"', 1).replace("3, {", '{"q": 1}, {', 1), "imgname"),
@@ -212,15 +212,15 @@ BAD: list[tuple[str, Callable[[str], str], str]] = [
         "not among",
     ),
     ("seed", lambda t: t[::-1].replace('"egami"', '"oediv"', 1)[::-1], "is about a video"),
-    ("mmbench", lambda t: t.replace("\t241\t", "\t999\t"), "no index of a row above"),
+    ("mmbench", lambda t: t.replace("\t241\t", "\t999\t"), "nor the index of a row above"),
     ("mmbench", lambda t: t.replace("\t\t\tA\tid", "\t\t\tC\tid"), "'C' is not among the options A, B"),
     ("mmbench", lambda t: t.replace("\t\t\tA\tid", "\t\t\t\tid"), "there is no answer"),
     ("refcoco", lambda t: t.replace("[0, 0, 200.4, 100]", "[0, 0, 300, 100]"), "does not lie in an image"),
     ("refcoco", lambda t: t.replace("[0, 0, 200.4, 100]", "[0, 0]"), "four numbers"),
-    ("refcoco", lambda t: t[:-3], "no JSON"),
+    ("refcoco", lambda t: t[:-3], "not JSON"),
     ("refcoco", lambda t: t.replace('"width": 200', '"width": 0', 1), "does not lie in an image"),
     ("refcoco", lambda t: t.replace('"width": 200', '"width": 1' + 400 * "0", 1), "four numbers"),
-    ("vqav2", lambda t: t.replace('"image_id": 7', '"image_id": "²"'), "is no number"),
+    ("vqav2", lambda t: t.replace('"image_id": 7', '"image_id": "²"'), "is not a number"),
     ("gqa", lambda t: t.replace('"imageId": "', '"imageId": "' + 300 * "a", 1), "cannot be a file's name"),
 ]
 
@@ -243,7 +243,7 @@ def test_a_bad_entry_is_named_and_can_be_left_out(
 def test_a_bad_line_of_mme_is_named(tmp_path: Path) -> None:
     files = mme(tmp_path)
     changed(tmp_path / "MME" / "OCR" / "0001.txt", lambda text: text.replace("\tNo", "\tMaybe"))
-    with pytest.raises(BadArtefact, match="line 2: this is no question, a tab, and Yes or No"):
+    with pytest.raises(BadArtefact, match="line 2: the line is not a question, a tab, and Yes or No"):
         read("mme", **files)
     assert len(read("mme", **files, skip_bad=True).examples) == 3
 
@@ -262,12 +262,12 @@ def test_what_is_not_read_is_refused_with_the_reason(tmp_path: Path) -> None:
         read("mmvet", tmp_path)
     with pytest.raises(BadArtefact, match="pickle"):
         read("refcoco", tmp_path / "refs(unc).p")
-    with pytest.raises(BadArtefact, match="no folder"):
+    with pytest.raises(BadArtefact, match="not a folder"):
         read("mme", tmp_path / "nothing")
     with pytest.raises(BadArtefact, match="is missing"):
         read("gqa", tmp_path / "nothing.json")
     files = gqa(tmp_path)
-    with pytest.raises(UsageError, match="--annotations does nothing with --format gqa"):
+    with pytest.raises(UsageError, match="--annotations has no effect with --format gqa"):
         read("gqa", **files, annotations=tmp_path)
     with pytest.raises(UsageError, match="--images has no effect without --format"):
         Questions(images=tmp_path).read("glyphs", {})

@@ -208,15 +208,15 @@ def test_bounds_may_be_as_large_as_the_model_the_ranking_and_the_chunk(exports: 
 @pytest.mark.parametrize(
     ("bounds", "sentence"),
     [
-        (Bounds(max_length=1), "is 1, but nothing fits"),
-        (Bounds(max_length=257), "a bound of 257 rows is beyond the model's 256 positions"),
-        (Bounds(max_prompt=16, max_guide=17), "--max-guide is 17, more than the 16 rows"),
-        (Bounds(max_prompt=1), "nothing fits"),
+        (Bounds(max_length=1), "is 1, which is too small"),
+        (Bounds(max_length=257), "a bound of 257 tokens is beyond the model's 256 positions"),
+        (Bounds(max_prompt=16, max_guide=17), "--max-guide is 17, more than the 16 tokens"),
+        (Bounds(max_prompt=1), "too small"),
         (Bounds(max_prompt=4000), "chunks of at most 3840"),
         (Bounds(max_prompt=300), "beyond the model's 256 positions"),
-        (Bounds(max_prompt=16, max_tail=17), "more than the 16 rows"),
-        (Bounds(max_images=-1), "nothing fits"),
-        (Bounds(max_prompt=100, max_length=90), "the caches have 90 rows"),
+        (Bounds(max_prompt=16, max_tail=17), "more than the 16 tokens"),
+        (Bounds(max_images=-1), "too small"),
+        (Bounds(max_prompt=100, max_length=90), "more than the 90 tokens of a cache"),
     ],
 )
 def test_a_bound_that_cannot_be_had_is_refused(exports: Exports, bounds: Bounds, sentence: str) -> None:
@@ -246,7 +246,7 @@ def test_options_of_engines_are_refused_where_they_would_do_nothing(
     exports: Exports, saccade_cli: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     outcome = saccade_cli("build", exports["small"], "-o", tmp_path / "b", "--precision", "fp16")
-    assert (outcome.code, "is none that these targets have" in outcome.stderr) == (2, True)
+    assert (outcome.code, "is not one that these targets have" in outcome.stderr) == (2, True)
 
 
 def test_a_build_that_memory_cannot_hold_is_refused_before_it_starts(
@@ -261,7 +261,7 @@ def test_a_build_that_memory_cannot_hold_is_refused_before_it_starts(
 def test_heads_that_the_compiler_fails_on_are_refused(exports: Exports, tmp_path: Path) -> None:
     spec = spec_from_folder(exports["small"])
     odd = spec.model_copy(update={"language": spec.language.model_copy(update={"head_dim": 12})})
-    with pytest.raises(UsageError, match=r"heads are 12 wide, .* multiples of 8 only; build with --precision fp32"):
+    with pytest.raises(UsageError, match=r"heads are 12 wide, .* only for multiples of 8; build with --precision fp32"):
         build_member("small", exports["small"], odd, tmp_path / "m", EngineOptions((89,), "fp16"))
     assert not any(tmp_path.iterdir())
 

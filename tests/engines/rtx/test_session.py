@@ -306,7 +306,7 @@ def test_an_engine_that_was_swapped_after_the_bundle_was_opened_is_never_deseria
     model.session("decoder")
     assert registered[-1] == "python"
     other = {file: entry for file, entry in said.items() if file != decoder}
-    with pytest.raises(BadArtefact, match="is no engine of the bundle's manifest"):
+    with pytest.raises(BadArtefact, match="is not an engine of the bundle's manifest"):
         Model(made.folder, made.spec, target, engines=other).session("decoder")
 
 

@@ -56,8 +56,8 @@ def bad_image(kind: str, folder: Path) -> Path:
     ("kind", "words"),
     [
         ("missing", "no image at"),
-        ("text", "no image that Pillow knows"),
-        ("empty", "no image that Pillow knows"),
+        ("text", "not an image that Pillow can read"),
+        ("empty", "not an image that Pillow can read"),
         ("folder", "is a folder"),
         ("truncated", "broken or cut short"),
         ("truncated-jpeg", "broken or cut short"),
@@ -163,7 +163,7 @@ def test_arrays_are_pictures(picture: np.ndarray) -> None:
         ("", "empty"),
         (" \n\t", "empty"),
         ("what is <image> ?", "stands for the image"),
-        ("caf\udce9 ?", "no text in UTF-8"),
+        ("caf\udce9 ?", "not valid UTF-8 text"),
         ("red " * 300, r"3\d\d tokens long \(64 of images\).* 256 positions"),
     ],
 )
@@ -186,9 +186,9 @@ def test_a_bad_keep_is_refused_before_the_small_model_runs(tiny_pair: TinyPair, 
 
 def test_what_would_do_nothing_is_refused(tiny_pair: TinyPair) -> None:
     pair, alone = tiny_pair.cascade(), Cascade(None, tiny_pair.model("alone"))
-    with pytest.raises(UsageError, match="a threshold chooses nothing"):
+    with pytest.raises(UsageError, match="a threshold has no effect"):
         alone.ask(picture_of(0), QUESTION, threshold=0.5)
-    with pytest.raises(UsageError, match="guidance from outside"):
+    with pytest.raises(UsageError, match="prunes by no guidance"):
         alone.ask(picture_of(0), QUESTION, guidance=np.zeros(64, np.float32))
     with pytest.raises(UsageError, match="seed is -1"):
         pair.ask(picture_of(0), QUESTION, temperature=1.0, seed=-1)

@@ -216,8 +216,8 @@ def test_run_uses_it_under_the_same_conditions_only(saccade_cli: Cli, bundle: Pa
     assert (answer["threshold"], answer["calibration"], said) == (0.5, None, "")
     for options, why in {
         ("--max-new-tokens", 2, "--keep", 0.5): "keep",
-        ("--max-new-tokens", 3): "max_new_tokens 2 and this is asked with 3",
-        (): "max_new_tokens 2 and this is asked with the default",
+        ("--max-new-tokens", 3): "max_new_tokens 2 and this question uses 3",
+        (): "max_new_tokens 2 and this question uses the default (calibrate with that too)",
         ("--max-new-tokens", 2, "--temperature", 1): "temperature 0 and",
         ("--max-new-tokens", 2, "--repetition-penalty", 1.2): "repetition_penalty",
         ("--max-new-tokens", 2, "--stop", "x"): "stop none",
@@ -226,7 +226,7 @@ def test_run_uses_it_under_the_same_conditions_only(saccade_cli: Cli, bundle: Pa
         assert answer["calibration"] is None
         assert answer["threshold"] == (0.9 if answer["model"] else None)
         assert why in said
-        assert said.endswith("the bundle's own threshold is used\n")
+        assert said.endswith("the threshold from its build is used\n")
 
 
 def test_it_is_said_once_and_not_used_where_the_guidance_or_the_bundle_is_another(
@@ -239,13 +239,13 @@ def test_it_is_said_once_and_not_used_where_the_guidance_or_the_bundle_is_anothe
     for _ in range(2):
         answer = cascade.ask(picture_of(0), question_of(0), guidance=guidance, max_new_tokens=2)
         assert answer.calibration is None
-    assert capsys.readouterr().err.count("the guidance is not the small model's") == 1
+    assert capsys.readouterr().err.count("this question's guidance is not the small model's") == 1
     assert cascade.chat(max_new_tokens=2).ask(question_of(0), picture_of(0)).threshold == 0.9
     assert "not for a conversation" in capsys.readouterr().err
     assert cascade.promises is not None
     cascade.promises.target = "rtx"
     assert cascade.ask(picture_of(0), question_of(0), max_new_tokens=2).calibration is None
-    assert "tied to target cpu and this is asked with rtx" in capsys.readouterr().err
+    assert "calibrated for target cpu and this question uses rtx" in capsys.readouterr().err
 
 
 def test_one_calibration_for_each_condition_and_the_newest_stays(
@@ -337,7 +337,7 @@ def test_a_question_that_stands_there_again_counts_once(
     data.write_text("\n".join(3 * [data.read_text()]))
     told = saccade_cli("calibrate", bundle, data, *PROMISE, "--json")
     assert json.loads(told.stdout)["calibration"] == once
-    assert f"{2 * QUESTIONS} of {3 * QUESTIONS} questions stand there more than once" in told.stderr
+    assert f"{2 * QUESTIONS} of {3 * QUESTIONS} questions are repeats" in told.stderr
     data.write_text("\n".join(200 * data.read_text().splitlines()[:1]))
     refused = saccade_cli("calibrate", bundle, data, *PROMISE)
     assert (refused.code, "1 distinct questions are too few" in refused.stderr) == (2, True)

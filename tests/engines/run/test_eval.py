@@ -137,9 +137,9 @@ def test_an_interrupted_run_goes_on_where_it_ended(
     assert saccade_cli(*ask, "--threshold", "0.1,0.2").code == 0
     assert len(asked) == 15
     other = saccade_cli(*ask[:5], "--keep", "0.4", *COMMON)
-    assert (other.code, "of another bundle, data or settings" in other.stderr) == (2, True)
+    assert (other.code, "for another bundle, data or settings" in other.stderr) == (2, True)
     slower = saccade_cli(*ask[:-2], 2, "--json")
-    assert (slower.code, "of another bundle, data or settings" in slower.stderr) == (2, True), "times would be mixed"
+    assert (slower.code, "for another bundle, data or settings" in slower.stderr) == (2, True), "times would be mixed"
     journal.write_text("{\n")
     assert saccade_cli(*ask).code == 3
 
@@ -221,7 +221,7 @@ def test_nothing_is_written_among_things_that_are_none_of_ours(
     out.mkdir()
     (out / "report.html").write_text("mine")
     for verb in (("eval",), ("tune", "--max-loss", 0.5)):
-        for place, words in ((out, "none of ours"), (out / "report.html", "is no folder")):
+        for place, words in ((out, "saccade did not write it"), (out / "report.html", "is not a folder")):
             told = saccade_cli(verb[0], tiny_bundle, data, "-o", place, *verb[1:])
             assert (told.code, words in told.stderr) == (2, True), told.stderr
     assert [path.name for path in out.iterdir()] == ["report.html"]

@@ -175,7 +175,7 @@ def test_other_targets_keep_the_canonical_graphs(tiny_pair: TinyPair, tmp_path: 
 
 @pytest.mark.parametrize(
     ("targets", "precision", "said"),
-    [("cpu", "fp16", "choose one of cpu: fp32, int8, int4"), ("cuda", "int8", "a precision does nothing")],
+    [("cpu", "fp16", "choose one of cpu: fp32, int8, int4"), ("cuda", "int8", "a precision has no effect")],
 )
 def test_a_precision_that_cannot_be_had(
     tiny_pair: TinyPair, tmp_path: Path, targets: str, precision: str, said: str

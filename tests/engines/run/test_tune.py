@@ -257,7 +257,7 @@ def test_the_halves_are_drawn_by_digest(tmp_path: Path, truths: list[str]) -> No
     ("options", "words"),
     [
         (("--max-loss", 0.01), "too few for a loss of at most 0.01"),
-        (("--max-loss", 0), "lies in (0, 1)"),
+        (("--max-loss", 0), "must be in (0, 1)"),
         (("--keep", "1"), "nothing to choose from"),
         (("--keep", "0.5:0.2"), "2 keep ratios"),
         (("--layer", "2"), "--checkpoint"),
