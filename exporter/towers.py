@@ -14,7 +14,7 @@ from graphs.plan import PruningPlan, VisionPoint
 def check_tower(family: Family, model: Any, point: VisionPoint) -> None:
     """UsageError where this family, or this checkpoint's tower, has not what the point's score looks at."""
     if reason := refusal(family.name, point.score):
-        raise UsageError(f"score {point.score!r} does not serve {family.name}: {reason}; use score 'received'")
+        raise UsageError(f"score {point.score!r} does not work with {family.name}: {reason}; use score 'received'")
     tower = getattr(model.model, "vision_tower", None)
     wants_class = point.score == "cls" or (point.score in ("zip", "tome") and family.name == "llava")
     if wants_class and not _has_class(tower):

@@ -262,10 +262,13 @@ class PruningPlan(Record):
         if not guidance.layers or len(set(guidance.layers)) < len(guidance.layers):
             raise UsageError(
                 f"plan {self.name}: guidance comes from layers {list(guidance.layers)}, but it is a sum over "
-                "at least one layer, each once; list them so"
+                "at least one layer, each once; list them like that"
             )
         if guidance.rows == "raters":
-            raise UsageError(f"plan {self.name}: guidance is a plain sum over its rows; raters rank prune points only")
+            raise UsageError(
+                f"plan {self.name}: guidance is a plain sum over its rows; raters rank prune points only; choose other "
+                "rows"
+            )
         if bad := [i for i in guidance.layers if not 0 <= i < layers]:
             raise UsageError(
                 f"plan {self.name}: guidance layers {bad} do not exist; the model has {layers}, "
@@ -305,8 +308,8 @@ def keep_for_retention(layers: int, layer: int, retention: float) -> float:
     keep = (retention * layers - layer) / (layers - layer)
     if not 0 < keep <= 1:
         raise UsageError(
-            f"an average retention of {retention:g} cannot be had with a cut before layer {layer} of {layers}; "
-            f"it lies between {layer / layers:.3g} and 1"
+            f"an average retention of {retention:g} cannot be reached with a cut before layer {layer} of {layers}; "
+            f"give one above {layer / layers:.3g} and at most 1"
         )
     return keep
 

@@ -105,7 +105,7 @@ class VisualGrid(Record):
         tile = ("image_height", "image_width", "rows", "columns")
         needed = {"patches": ("patch", "frames"), "anyres": (*tile, "pinpoints")}.get(self.kind, tile)
         if lacking := [name for name in needed if not getattr(self, name)]:
-            raise ValueError(f"{lacking[0]} is nothing, but a grid of kind {self.kind} needs one")
+            raise ValueError(f"{lacking[0]} is missing, but a grid of kind {self.kind} needs one")
         return self
 
     @property

@@ -55,8 +55,8 @@ def guard_against_overflow(lowered: LoweredExport, golden: Path) -> None:
         warn(f"{near}, and fp16 ends at {LARGEST:.0f}; --precision bf16 has the range of fp32")
     if over := [near for near in found if near.leaves]:
         raise OperationFailed(
-            f"{len(over)} tensors leave fp16 in the golden replay, first {over[0].stage}: {over[0].tensor}; "
-            "build with --precision bf16, or fp32"
+            f"{len(over)} tensors leave the range of fp16 in the golden replay, first {over[0].stage}: "
+            f"{over[0].tensor}; build with --precision bf16, or fp32"
         )
 
 

@@ -68,7 +68,7 @@ def _check_plans(small: Source, large: Source) -> None:
     refuse_unasked(large)
     if large.spec.plan.needs_guidance and small.spec.plan.guidance is None:
         raise UsageError(
-            f"{large.folder} waits for guidance and {small.folder} gives none (plan {small.spec.plan.name}); "
+            f"{large.folder} needs guidance and {small.folder} gives none (plan {small.spec.plan.name}); "
             "export the small model with --policy sgl --role small"
         )
 
@@ -78,12 +78,12 @@ def _check_grids(small: Source, large: Source) -> None:
     if (a.rows, a.columns) != (b.rows, b.columns):
         raise UsageError(
             f"the pair cuts an image into unequal grids of visual tokens: {small.folder} into {a.rows}×{a.columns}, "
-            f"{large.folder} into {b.rows}×{b.columns}; guidance goes by index, so choose models of one grid"
+            f"{large.folder} into {b.rows}×{b.columns}; guidance goes by index, so choose models with the same grid"
         )
     if differs := [name for name in type(a).model_fields if getattr(a, name) != getattr(b, name)]:
         raise UsageError(
             f"the pair makes unequal grids of visual tokens: {', '.join(differs)} of {small.folder} and {large.folder} "
-            "differ; guidance goes by index, so choose models of one grid"
+            "differ; guidance goes by index, so choose models with the same grid"
         )
     if a.kind == "fixed":
         return
@@ -95,7 +95,8 @@ def _check_grids(small: Source, large: Source) -> None:
         name = next(k for k in keys if made_small.get(k) != made_large.get(k))
         raise UsageError(
             f"the pair cuts images differently: {name} is {made_small.get(name, 'absent')} in {small.folder}, "
-            f"{made_large.get(name, 'absent')} in {large.folder}; guidance goes by index, so choose models of one grid"
+            f"{made_large.get(name, 'absent')} in {large.folder}; guidance goes by index, so choose models "
+            "with the same grid"
         )
 
 
@@ -136,7 +137,7 @@ def _check_tokenizers(small: Source, large: Source) -> None:
         if value != parts_large[part]:
             raise UsageError(
                 f"the pair has unequal tokenizers: {part} of {small.folder} and {large.folder} differ"
-                f"{_example(value, parts_large[part])}; choose two models of one tokenizer"
+                f"{_example(value, parts_large[part])}; choose two models with the same tokenizer"
             )
 
 

@@ -92,7 +92,7 @@ def choose(held: Mapping[str, Sequence[EngineEntry]], asked: str | None, bundle:
     """
     if asked is not None and asked not in held:
         if asked not in TARGETS:
-            raise UsageError(f"there is no target {asked!r}; {bundle} was built for {' and '.join(held)}, give that")
+            raise UsageError(f"unknown target {asked!r}; {bundle} was built for {' and '.join(held)}, use that")
         raise UsageError(
             f"{bundle} was built for target {' and '.join(held)}, not {asked}; "
             f"build it again with: saccade build SMALL LARGE -o OTHER --target {asked}"

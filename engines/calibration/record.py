@@ -46,6 +46,6 @@ class Calibration(Record):
         shares = "the plan's keep" if self.keep is None else f"keep {','.join(f'{share:g}' for share in self.keep)}"
         return (
             f"calibrated for {self.target}, {shares}, greedy: exit threshold {self.threshold:g}, with confidence "
-            f"{self.confidence:g} at most {percent(self.max_loss)} lost ({self.metric}, beside the {self.baseline} "
+            f"{self.confidence:g} at most {percent(self.max_loss)} lost ({self.metric}, against the {self.baseline} "
             f"large model), on {self.questions} questions, of which {self.exit_rate:.0%} exit"
         )

@@ -18,8 +18,8 @@ def refuse_unwritable(bundle: Path) -> None:
             partial.write_bytes(path.read_bytes())
     except OSError as e:
         raise UsageError(
-            f"{bundle} cannot be changed ({e.strerror}), and its manifest keeps the calibration; nothing was asked: "
-            f"calibrate a copy in a folder of your own, where files can be made beside it too"
+            f"{bundle} cannot be changed ({e.strerror}), but its manifest has to hold the calibration; nothing was "
+            "asked; calibrate a copy in a folder where you can write"
         ) from None
 
 

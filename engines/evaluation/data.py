@@ -154,7 +154,7 @@ def data_from_items(
             if examples and bool(example.answers) != bool(examples[0].answers):
                 known, other = ("no answers", "has") if examples[0].answers else ("answers", "has none")
                 raise BadArtefact(
-                    f"{where}: there are {known}, but {examples[0].where} {other}; all or no line has them"
+                    f"{where}: there are {known}, but {examples[0].where} {other}; give answers in all lines or in none"
                 )
             _refuse_unreachable(example, how.metric)
             examples.append(example)

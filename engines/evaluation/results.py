@@ -128,7 +128,7 @@ def _say_cut_groups(data: Data) -> None:
     """Say where a group has fewer questions than the others, for it is right more easily."""
     sizes = Counter(example.group for example in data.examples if example.group)
     if cut := sum(size < max(sizes.values()) for size in sizes.values()):
-        say(f"{cut} of {len(sizes)} pictures have not all of their questions here, which makes accuracy+ too good")
+        say(f"{cut} of {len(sizes)} pictures do not have all of their questions here, which makes accuracy+ too good")
 
 
 def _described(one: Contender) -> dict[str, Any]:

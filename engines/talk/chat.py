@@ -35,7 +35,10 @@ def talk_in_lines(conversation: Conversation, images: Sequence[Path], as_json: b
     told = len(conversation.talk)
     if told and conversation.talk[-1].role == "user":
         if images:
-            raise UsageError("--image belongs to the first line, but the messages end with a question; put it there")
+            raise UsageError(
+                "--image goes with the first line, but the messages end with a question; put the image into "
+                "that message"
+            )
         say(conversation.stream_answer(), as_json)
     shown = [image_from(path) for path in images]
     for line in _lines():

@@ -60,7 +60,7 @@ def message_from(document: Mapping[str, Any], images: Sequence[Picture] = ()) ->
     """Read one document; ``images`` go in front of its own parts."""
     role, content = document.get("role"), document.get("content")
     if role not in ROLES:
-        raise UsageError(f"a message has the role {role!r}, but roles are {', '.join(ROLES)}; name one of them")
+        raise UsageError(f"a message has the role {role!r}, but roles are {', '.join(ROLES)}; use one of them")
     if isinstance(content, str):
         parts: list[str | Image.Image] = [content.strip()]
     elif isinstance(content, Sequence):
@@ -85,7 +85,7 @@ def message_from(document: Mapping[str, Any], images: Sequence[Picture] = ()) ->
 def talk_from(documents: Sequence[Mapping[str, Any]]) -> Talk:
     """Read a list of documents; UsageError where a system message does not stand first."""
     if not isinstance(documents, Sequence) or not all(isinstance(d, Mapping) for d in documents):
-        raise UsageError('messages must be a list of {"role": …, "content": …}; write it so')
+        raise UsageError('messages must be a list of {"role": …, "content": …}; write them like that')
     talk = tuple(message_from(document) for document in documents)
     if any(message.role == "system" for message in talk[1:]):
         raise UsageError("a system message follows another message; give one system message, and put it first")
@@ -99,7 +99,7 @@ def documents_from_file(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError) as e:
         raise BadArtefact(f"{path} cannot be read as JSON ({e}); give a file of messages") from None
     if not isinstance(documents, list) or not all(isinstance(d, dict) for d in documents):
-        raise UsageError(f'{path} must hold a list of {{"role": …, "content": …}}; write it so')
+        raise UsageError(f'{path} must hold a list of {{"role": …, "content": …}}; correct it')
     for part in (part for d in documents if isinstance(d.get("content"), list) for part in d["content"]):
         for key in ("image", "path"):
             if isinstance(part, dict) and isinstance(part.get(key), str):

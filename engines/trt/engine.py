@@ -36,7 +36,9 @@ def checked_sms(sms: tuple[int, ...]) -> list[int]:
     """The wanted compute capabilities; UsageError for none, or for one that TensorRT-RTX does not build for."""
     known = ", ".join(map(str, RTX.sms))
     if not sms:
-        raise UsageError(f"an engine is built for a GPU: give its compute capability, as --sm 89 for 8.9 (of {known})")
+        raise UsageError(
+            f"an engine is built for a GPU; give its compute capability, such as --sm 89 for 8.9 (known are {known})"
+        )
     if wrong := [sm for sm in sms if sm not in RTX.sms]:
         raise UsageError(f"TensorRT-RTX engines are not built for SM {wrong[0]}; known are {known}")
     return sorted(set(sms))

@@ -242,17 +242,26 @@ def _refuse_misread(lowered: LoweredExport, stage: str, reading: Reading, parser
     """What was read back is what was asked for; OperationFailed where the parser made something else of the file."""
     carriers = {t.name for t in lowered.spec.stages[stage].inputs if t.carrier}
     if lost := sorted(set(reading.unused) - carriers):
-        raise OperationFailed(f"the parser left input {lost[0]} of {stage} unread, so the engine would ignore it")
+        raise OperationFailed(
+            f"the parser left input {lost[0]} of {stage} unread, so the engine would ignore it; report this with "
+            "the file"
+        )
     if stage != "decoder" or parser != "current":
         return  # written out there is no attention to read
     layers = lowered.spec.language.layers
     shapes = {tensor.name: tensor.shape for tensor in lowered.spec.stages[stage].inputs}
     if len(reading.attentions) != layers:
-        raise OperationFailed(f"the parser made {len(reading.attentions)} attentions of a decoder of {layers} layers")
+        raise OperationFailed(
+            f"the parser made {len(reading.attentions)} attentions of a decoder of {layers} layers; report this with "
+            "the file"
+        )
     for attention in reading.attentions:
         if not attention.mask or not attention.cache:
             lacking = "mask" if not attention.mask else "cache"
-            raise OperationFailed(f"the parser left {attention.node} without its {lacking}, so decoding would be wrong")
+            raise OperationFailed(
+                f"the parser left {attention.node} without its {lacking}, so decoding would be wrong; report this with "
+                "the file"
+            )
         if lowered.spec.cache != "in-place":
             continue
         wanted = (IN_PLACE, shapes[attention.cache][2])

@@ -70,7 +70,10 @@ def reading_of(trt: Any, network: Any, ops: Mapping[str, str]) -> Reading:
     attentions = tuple(_attention(trt, layer, makers) for layer in layers if kind is not None and layer.type == kind)
     for found in attentions:
         if found.causal != "NONE":
-            raise OperationFailed(f"the parser made {found.node} causal ({found.causal}), which misreads a cache")
+            raise OperationFailed(
+                f"the parser made {found.node} causal ({found.causal}), which misreads a cache; report this with the "
+                "file"
+            )
     read = {tensor.name for layer in layers for tensor in tensors_of(layer)}
     inputs = [network.get_input(i).name for i in range(network.num_inputs)]
     return Reading(

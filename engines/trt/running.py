@@ -55,7 +55,7 @@ def _reasons(flavour: Flavour, engines: Sequence[EngineEntry]) -> list[str]:
         sm = capability()
     except BackendMissing as e:
         return [str(e)]
-    this = f"this one is {sm // 10}.{sm % 10}"
+    this = f"this GPU is of SM {sm // 10}.{sm % 10}"
     if not all(fits(engine, sm) for engine in engines):
         return [f"the engines are for {gpus}, and {this}"]
     if flavour.sms and sm not in flavour.sms:

@@ -48,7 +48,7 @@ def layers_to_walk(
     if not checkpoint:
         if others := [layer for layer in asked if layer != own]:
             raise UsageError(
-                f"a cut before layer {others[0]} needs another export than this bundle's (layer {own}); name the large "
+                f"a cut before layer {others[0]} needs another export than this bundle's (layer {own}); give the large "
                 "model's checkpoint with --checkpoint"
             )
         return [own]

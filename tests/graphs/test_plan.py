@@ -71,9 +71,9 @@ def test_a_retention_below_the_first_layers_is_refused(layers, data):
     layer = data.draw(st.integers(0, layers - 1))
     retention = data.draw(st.floats(0, layer / layers))
     assume(retention * layers <= layer)
-    with pytest.raises(UsageError, match="cannot be had with a cut before layer"):
+    with pytest.raises(UsageError, match="cannot be reached with a cut before layer"):
         keep_for_retention(layers, layer, retention)
-    with pytest.raises(UsageError, match="cannot be had"):
+    with pytest.raises(UsageError, match="cannot be reached"):
         keep_for_retention(layers, layer, 1.2)
 
 

@@ -127,10 +127,10 @@ STAGE = {"file": "decoder.onnx", "inputs": [], "outputs": []}
         ({"stages": {"decoder": STAGE}}, "stages are decoder, but must be"),
         ({"stages": dict.fromkeys((*STAGES, "other"), STAGE)}, "other, but must be"),
         *(({"language": LANGUAGE | {name: 0}}, f"language.{name}") for name in LANGUAGE if name != "deepstack"),
-        ({"grid": GRID | {"rows": 0}}, "rows is nothing, but a grid of kind fixed needs one"),
+        ({"grid": GRID | {"rows": 0}}, "rows is missing, but a grid of kind fixed needs one"),
         ({"grid": GRID | {"merge": 0}}, "grid.merge"),
-        ({"grid": GRID | {"kind": "patches"}}, "patch is nothing"),
-        ({"grid": GRID | {"kind": "anyres"}}, "pinpoints is nothing"),
+        ({"grid": GRID | {"kind": "patches"}}, "patch is missing"),
+        ({"grid": GRID | {"kind": "anyres"}}, "pinpoints is missing"),
     ],
 )
 def test_what_contradicts_itself_is_refused(tmp_path, entries, says):

@@ -135,7 +135,7 @@ def test_a_template_may_stand_in_the_config(exports, copy_of, tmp_path):
 
 def test_guidance_nobody_gives(exports, tmp_path):
     small = write_export(tmp_path / "small", "small", "none")
-    refuse([small, exports["large"]], tmp_path / "b", "waits for guidance")
+    refuse([small, exports["large"]], tmp_path / "b", "needs guidance")
 
 
 def test_a_plan_that_prunes_nothing_unasked(exports, tmp_path):

@@ -200,13 +200,13 @@ NEWER, WIDE = Compatibility(versions=True), Compatibility(hardware="ampere-plus"
     ("version", "sm", "engine", "reason"),
     [
         ("10.16.1.11", 89, entry(), ""),
-        ("10.16.1.11", 90, entry(), "the engines are for GPUs of SM 8.9, and this one is 9.0"),
+        ("10.16.1.11", 90, entry(), "the engines are for GPUs of SM 8.9, and this GPU is of SM 9.0"),
         ("10.16.1.11", 120, entry(compatibility=WIDE), ""),
         (
             "10.16.1.11",
             75,
             entry(compatibility=WIDE),
-            "the engines are for GPUs of SM 8.0 and newer, and this one is 7.5",
+            "the engines are for GPUs of SM 8.0 and newer, and this GPU is of SM 7.5",
         ),
         ("11.4.0.106", 89, entry(), "the engines are of tensorrt 10.16.1.11, not 11.4.0.106"),
         ("11.4.0.106", 89, entry(compatibility=NEWER), ""),
@@ -253,7 +253,7 @@ def test_an_engine_of_rtx_runs_on_other_systems_and_on_its_own_gpus_only(machine
     assert reasons([ours]) == []
     machine.has(sm=87)
     assert reasons() == [
-        "TensorRT-RTX engines are built for GPUs of SM 8.0 and 8.6 and 8.9 and 12.0 and 12.1, and this one is 8.7"
+        "TensorRT-RTX engines are built for GPUs of SM 8.0 and 8.6 and 8.9 and 12.0 and 12.1, and this GPU is of SM 8.7"
     ]
 
 

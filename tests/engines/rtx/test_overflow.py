@@ -63,7 +63,9 @@ def test_a_tensor_that_overflows_is_named(
     found = list(near_overflow(scaled, exports["small"]))
     assert found
     assert all(near.stage == "decoder" and near.magnitude >= LARGEST / 4 for near in found)
-    with pytest.raises(OperationFailed, match=r"leave fp16 in the golden replay, first decoder: .*--precision bf16"):
+    with pytest.raises(
+        OperationFailed, match=r"leave the range of fp16 in the golden replay, first decoder: .*--precision bf16"
+    ):
         guard_against_overflow(scaled, exports["small"])
     said = capsys.readouterr().err
     assert all(f"warning: decoder: {near.tensor} reaches " in said for near in found)
@@ -74,7 +76,7 @@ def test_it_speaks_before_anything_is_built(
 ) -> None:
     monkeypatch.setattr("engines.trt.member.engine_from_onnx", lambda *a, **k: pytest.fail("a build has begun"))
     spec = spec_from_folder(tmp_path / "scaled")
-    with pytest.raises(OperationFailed, match="leave fp16"):
+    with pytest.raises(OperationFailed, match="leave the range of fp16"):
         build_member("small", tmp_path / "scaled", spec, tmp_path / "m", EngineOptions((89,), "fp16"))
 
 

@@ -269,7 +269,7 @@ def test_an_engine_of_another_sm_is_told_before_it_is_read(monkeypatch: pytest.M
         file="x", target="rtx", tensorrt=version or "", sms=(89,), precision="float32", profiles={}, served={},
         bytes=1, weight_bytes=1,
     )  # fmt: skip
-    assert running.reasons([engine]) == ["the engines are for GPUs of SM 8.9, and this one is 8.0"]
+    assert running.reasons([engine]) == ["the engines are for GPUs of SM 8.9, and this GPU is of SM 8.0"]
     monkeypatch.setattr(device, "cuda_runtime", lambda: stand_in.Cuda(sm=89))
     assert running.reasons([engine]) == []
 
