@@ -11,42 +11,58 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
-
-# verb → (where its click command lives, the line that stands in `saccade --help`)
-VERBS = {
-    "export": ("exporter.commands:export", "Turn a checkpoint into ONNX stages under a pruning plan."),
-    "check": ("engines.commands:check", "Run the graph rules and replay the golden tensors on the CPU."),
-    "build": ("engines.commands:build", "Turn one or two exports into a bundle for a target."),
-    "lower": ("engines.commands:lower", "Write the ONNX files that TensorRT parses for an export."),
-    "verify": ("engines.commands:verify", "Replay a bundle's golden tensors through its engines."),
-    "calibrate": (
-        "engines.evaluation.commands:calibrate",
-        "Find an exit threshold with a guaranteed bound on the loss.",
-    ),
-    "pack": ("engines.commands:pack", "Write a bundle as one file, every digest checked."),
-    "unpack": ("engines.commands:unpack", "Restore a bundle from one file, every digest checked."),
-    "eval": (
-        "engines.evaluation.commands:evaluate",
-        "Ask every question under every setting, and score each setting.",
-    ),
-    "tune": ("engines.tuning.commands:tune", "Find where and how much to prune for the least time within a loss."),
-    "run": ("engines.commands:run", "Ask a bundle a question about an image."),
-    "chat": ("engines.commands:chat", "Talk with a bundle over several turns."),
-    "show": ("engines.commands:show", "Show a bundle, kept tokens, families, policies, formats, ops or this machine."),
-    "demo": ("glyphs.demo:demo_command", "Export, build and run the shipped pair of small models."),
-}
-
-# verbs whose process needs no torch
-WITHOUT_TORCH = {"run", "chat", "calibrate", "eval"}
 
 # built-in questions → the function of their number that makes them, as mappings with the keys of a JSONL line
 QUESTIONS = {"glyphs": "glyphs.data:held_out_records"}
 EVAL_QUESTIONS = {"glyphs": "glyphs.data:eval_records"}  # others than a threshold is calibrated on
+
+
+class Verb(NamedTuple):
+    """A verb of the command line.
+
+    place: where its click command lives. line: what stands in ``saccade --help``. torch: whether it uses torch in its
+    own process; every other verb is spared the import. questions: the built-in sets that it may be asked by name.
+    """
+
+    place: str
+    line: str
+    torch: bool = False
+    questions: Mapping[str, str] = {}
+
+
+VERBS = {
+    "export": Verb("exporter.commands:export", "Turn a checkpoint into ONNX stages under a pruning plan.", torch=True),
+    "check": Verb("engines.commands:check", "Run the graph rules and replay the golden tensors on the CPU."),
+    "build": Verb("engines.commands:build", "Turn one or two exports into a bundle for a target."),
+    "lower": Verb("engines.commands:lower", "Write the ONNX files that TensorRT parses for an export."),
+    "verify": Verb("engines.commands:verify", "Replay a bundle's golden tensors through its engines."),
+    "calibrate": Verb(
+        "engines.evaluation.commands:calibrate",
+        "Find an exit threshold with a guaranteed bound on the loss.",
+        questions=QUESTIONS,
+    ),
+    "pack": Verb("engines.commands:pack", "Write a bundle as one file, every digest checked."),
+    "unpack": Verb("engines.commands:unpack", "Restore a bundle from one file, every digest checked."),
+    "eval": Verb(
+        "engines.evaluation.commands:evaluate",
+        "Ask every question under every setting, and score each setting.",
+        questions=EVAL_QUESTIONS,
+    ),
+    "tune": Verb(
+        "engines.tuning.commands:tune",
+        "Find where and how much to prune for the least time within a loss.",
+        questions=QUESTIONS,
+    ),
+    "run": Verb("engines.commands:run", "Ask a bundle a question about an image."),
+    "chat": Verb("engines.commands:chat", "Talk with a bundle over several turns."),
+    "show": Verb("engines.commands:show", "Show a bundle, kept tokens, families, policies, formats, ops or this machine."),
+    "demo": Verb("glyphs.demo:demo_command", "Export, build and run the shipped pair of small models.", torch=True),
+}
 
 # public name → where it lives
 PUBLIC = {
@@ -88,7 +104,7 @@ class LazyGroup(click.Group):
         """Import the room that holds a verb."""
         if cmd_name not in VERBS:
             return None
-        command = _load(VERBS[cmd_name][0])
+        command = _load(VERBS[cmd_name].place)
         assert isinstance(command, click.Command)
         return command
 
@@ -107,7 +123,7 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the table without importing a single room."""
         with formatter.section("Verbs"):
-            formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
+            formatter.write_dl([(name, verb.line) for name, verb in VERBS.items()])
 
 
 def _version() -> str:
@@ -150,8 +166,7 @@ def cli(ctx: click.Context) -> None:
     Results go to stdout, progress and warnings to stderr. Exit codes: 0 done, 1 the operation
     failed, 2 usage, 3 the artefact is bad, 4 this machine lacks the backend.
     """
-    if ctx.invoked_subcommand == "eval":
-        ctx.obj = EVAL_QUESTIONS
+    ctx.obj = VERBS[str(ctx.invoked_subcommand)].questions
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -163,7 +178,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
             args=None if arguments is None else list(arguments),
             prog_name="saccade",
             standalone_mode=False,
-            obj=QUESTIONS,
         )
         return result if isinstance(result, int) else 0
     except SaccadeError as error:
@@ -182,14 +196,15 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def main() -> None:
-    """Entry point of the console script; ``run`` and its kin are spared the import of torch, wherever it is installed.
+    """Entry point of the console script; a verb that uses no torch is spared its import, wherever it is installed.
 
     transformers imports torch (two seconds, 0.3 GB) to read a processor wherever it finds it, and uses nothing of it.
     """
     for name in ("stdin", "stdout", "stderr"):  # closed ones, as a daemon's
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115, PTH123
-    if WITHOUT_TORCH.intersection(sys.argv[1:2]):
+    verb = VERBS.get(next(iter(sys.argv[1:]), ""))
+    if verb and not verb.torch:
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # what Python itself writes for "is not here"
     sys.exit(run())
 

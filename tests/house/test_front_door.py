@@ -23,7 +23,7 @@ HEAVY = {"numpy", "onnx", "onnx_ir", "onnxruntime", "pydantic", "rich", "torch",
 @pytest.fixture
 def fail(saccade_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Outcome]:
     monkeypatch.delenv("SACCADE_TRACEBACK", raising=False)
-    monkeypatch.setitem(saccade.VERBS, "fail", ("tests.house.verbs:fail", "Fail as asked."))
+    monkeypatch.setitem(saccade.VERBS, "fail", saccade.Verb("tests.house.verbs:fail", "Fail as asked."))
     return lambda how: saccade_cli("fail", how)
 
 
@@ -99,7 +99,7 @@ def test_a_verb_is_where_the_table_says_and_does_what_it_says(verb: str) -> None
     command = saccade.cli.get_command(click.Context(saccade.cli), verb)
     assert command is not None
     assert command.name == verb
-    assert (command.help or "").split()[0] == saccade.VERBS[verb][1].split()[0]
+    assert (command.help or "").split()[0] == saccade.VERBS[verb].line.split()[0]
 
 
 @pytest.mark.parametrize("name", saccade.PUBLIC)

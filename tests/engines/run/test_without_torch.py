@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from engines.cascade import Cascade
 
@@ -72,3 +75,30 @@ def test_run_imports_nothing_that_it_does_not_use(tiny_bundle: Path, image_file:
     )
     assert told.returncode == 0, told.stderr
     assert told.stderr.splitlines()[-1].split() == ["LOADED"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        ("chat", ()),
+        ("calibrate", ("glyphs", "--questions", "8", "--max-loss", "0.3", "--confidence", "0.8")),
+        ("eval", ("glyphs", "--questions", "4", "-o", "out")),
+        ("tune", ("glyphs", "--questions", "8", "-o", "out", "--max-loss", "0.5", "--keep", "0.5")),
+    ],
+)
+def test_no_verb_that_is_timed_imports_torch(
+    tiny_bundle: Path, tmp_path: Path, verb: str, options: tuple[str, ...]
+) -> None:
+    """In this very Python, where torch is installed; a torch there would be timed too."""
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "pair.bundle")
+    told = subprocess.run(
+        [sys.executable, "-c", MAIN, verb, bundle, *options, "--max-new-tokens", "2", "--threads", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+        input="what ?\n",
+    )
+    assert told.returncode == 0, told.stderr
+    assert not {"torch", "onnxscript", "exporter"} & set(told.stderr.splitlines()[-1].split())
