@@ -37,17 +37,17 @@ class Verb(NamedTuple):
 
 VERBS = {
     "export": Verb("exporter.commands:export", "Turn a checkpoint into ONNX stages under a pruning plan.", torch=True),
-    "check": Verb("engines.commands:check", "Run the graph rules and replay the golden tensors on the CPU."),
-    "build": Verb("engines.commands:build", "Turn one or two exports into a bundle for a target."),
-    "lower": Verb("engines.commands:lower", "Write the ONNX files that TensorRT parses for an export."),
-    "verify": Verb("engines.commands:verify", "Replay a bundle's golden tensors through its engines."),
+    "check": Verb("engines.bundles.commands:check", "Run the graph rules and replay the golden tensors on the CPU."),
+    "build": Verb("engines.bundles.commands:build", "Turn one or two exports into a bundle for a target."),
+    "lower": Verb("engines.bundles.commands:lower", "Write the ONNX files that TensorRT parses for an export."),
+    "verify": Verb("engines.bundles.commands:verify", "Replay a bundle's golden tensors through its engines."),
     "calibrate": Verb(
-        "engines.evaluation.commands:calibrate",
+        "engines.calibration.commands:calibrate",
         "Find an exit threshold with a guaranteed bound on the loss.",
         questions=QUESTIONS,
     ),
-    "pack": Verb("engines.commands:pack", "Write a bundle as one file, every digest checked."),
-    "unpack": Verb("engines.commands:unpack", "Restore a bundle from one file, every digest checked."),
+    "pack": Verb("engines.bundles.commands:pack", "Write a bundle as one file, every digest checked."),
+    "unpack": Verb("engines.bundles.commands:unpack", "Restore a bundle from one file, every digest checked."),
     "eval": Verb(
         "engines.evaluation.commands:evaluate",
         "Ask every question under every setting, and score each setting.",
@@ -60,8 +60,19 @@ VERBS = {
     ),
     "run": Verb("engines.commands:run", "Ask a bundle a question about an image."),
     "chat": Verb("engines.commands:chat", "Talk with a bundle over several turns."),
-    "show": Verb("engines.commands:show", "Show a bundle, kept tokens, families, policies, formats, ops or this machine."),
+    "show": Verb(f"{__name__}:show", "Show a bundle, kept tokens, families, policies, formats, ops or this machine."),
     "demo": Verb("glyphs.demo:demo_command", "Export, build and run the shipped pair of small models.", torch=True),
+}
+
+# what comes behind ``show``
+SHOWS = {
+    "kept": Verb("engines.commands:show_kept", "Draw what the large model keeps of an image, and the guidance."),
+    "bundle": Verb("engines.bundles.commands:show_bundle", "Show what a bundle holds (also: saccade show BUNDLE)."),
+    "families": Verb("engines.bundles.commands:show_families", "List the model families, supported and not."),
+    "policies": Verb("engines.bundles.commands:show_policies", "List the pruning policies."),
+    "formats": Verb("engines.evaluation.commands:show_formats", "List the benchmarks that `eval --format` reads."),
+    "ops": Verb("engines.bundles.commands:show_ops", "List Saccade's custom ONNX ops."),
+    "machine": Verb("engines.bundles.commands:show_machine", "Show what this machine can run."),
 }
 
 # public name → where it lives
@@ -94,36 +105,44 @@ def __dir__() -> list[str]:
 
 
 class LazyGroup(click.Group):
-    """A group whose commands stand in ``VERBS`` and are imported when one of them is called."""
+    """A group whose commands stand in a table and are imported when one of them is called.
+
+    title: what its help calls them. otherwise: the command that a word which is none of them is an argument of; None:
+    such a word is refused.
+    """
+
+    def __init__(
+        self, *args: Any, table: Mapping[str, Verb], title: str, otherwise: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._table, self._title, self._otherwise = table, title, otherwise
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the verbs in the order of the flow."""
-        return list(VERBS)
+        """Return the names in the order of the table."""
+        return list(self._table)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the room that holds a verb."""
-        if cmd_name not in VERBS:
+        """Import the room that holds a command."""
+        if cmd_name not in self._table:
             return None
-        command = _load(VERBS[cmd_name].place)
+        command = _load(self._table[cmd_name].place)
         assert isinstance(command, click.Command)
         return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Refuse an unknown verb with the verbs that look like it."""
-        if args and args[0] not in VERBS and not args[0].startswith("-"):
-            from difflib import get_close_matches
-
-            near = get_close_matches(args[0], VERBS)
-            hint = f"did you mean {_either(near)}?" if near else f"the verbs are {', '.join(VERBS)}"
-            raise click.UsageError(f"no verb {args[0]!r}; {hint}", ctx)
+        """Refuse an unknown verb with the verbs that look like it, or read it as an argument of ``otherwise``."""
+        if args and args[0] not in self._table and not args[0].startswith("-"):
+            if self._otherwise is None:
+                raise click.UsageError(f"no verb {args[0]!r}; {_near(args[0], self._table)}", ctx)
+            args = [self._otherwise, *args]
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the table without importing a single room."""
-        with formatter.section("Verbs"):
-            formatter.write_dl([(name, verb.line) for name, verb in VERBS.items()])
+        with formatter.section(self._title):
+            formatter.write_dl([(name, verb.line) for name, verb in self._table.items()])
 
 
 def _version() -> str:
@@ -140,6 +159,13 @@ def _load(place: str) -> Any:
     return getattr(import_module(module), name)
 
 
+def _near(word: str, table: Mapping[str, Verb]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(word, table)
+    return f"did you mean {_either(near)}?" if near else f"the verbs are {', '.join(table)}"
+
+
 def _either(names: list[str]) -> str:
     return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
@@ -150,7 +176,7 @@ def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
         ctx.exit()
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, table=VERBS, title="Verbs", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--version",
     is_flag=True,
@@ -167,6 +193,11 @@ def cli(ctx: click.Context) -> None:
     failed, 2 usage, 3 the artefact is bad, 4 this machine lacks the backend.
     """
     ctx.obj = VERBS[str(ctx.invoked_subcommand)].questions
+
+
+@click.group(cls=LazyGroup, table=SHOWS, title="What to show", otherwise="bundle")
+def show() -> None:
+    """Show a bundle, kept tokens, families, policies, formats, ops or this machine."""
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -1,12 +1,7 @@
-"""The verbs of this room as a table; each command is thin and calls one function.
-
-``build``, ``verify``, ``check``, ``lower``, ``pack``, ``unpack`` and what ``show`` tells about artefacts live in
-``engines/bundles/commands.py``; importing this file imports no runtime.
-"""
+"""The verbs that ask a bundle: run, chat and show kept; importing this file imports no runtime."""
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,60 +19,6 @@ from engines.options import (
     writing_options,
 )
 from graphs.talk import emit_json
-
-# subcommand of show → where its click command lives, its line in `saccade show --help`
-SHOWS = {
-    "kept": ("engines.commands:show_kept", "Draw what the large model keeps of an image, and the guidance."),
-    "bundle": ("engines.bundles.commands:show_bundle", "Show what a bundle holds (also: saccade show BUNDLE)."),
-    "families": ("engines.bundles.commands:show_families", "List the model families, supported and not."),
-    "policies": ("engines.bundles.commands:show_policies", "List the pruning policies."),
-    "formats": ("engines.evaluation.commands:show_formats", "List the benchmarks that `eval --format` reads."),
-    "ops": ("engines.bundles.commands:show_ops", "List Saccade's custom ONNX ops."),
-    "machine": ("engines.bundles.commands:show_machine", "Show what this machine can run."),
-}
-
-ELSEWHERE = ("build", "check", "lower", "verify", "pack", "unpack")
-
-
-def __getattr__(name: str) -> Any:
-    """Find the verbs that live in ``bundles.commands`` on first use (PEP 562)."""
-    if name in ELSEWHERE:
-        return getattr(import_module("engines.bundles.commands"), name)
-    raise AttributeError(f"module 'engines.commands' has no attribute {name!r}")
-
-
-class ShowGroup(click.Group):
-    """The table ``SHOWS``; a first argument that stands in no table is a bundle's path."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the subcommands."""
-        return list(SHOWS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a subcommand when it is called."""
-        if cmd_name not in SHOWS:
-            return None
-        module, _, name = SHOWS[cmd_name][0].partition(":")
-        command: click.Command = getattr(import_module(module), name)
-        return command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Read ``show PATH`` as ``show bundle PATH``."""
-        if args and args[0] not in SHOWS and not args[0].startswith("-"):
-            args = ["bundle", *args]
-        return super().resolve_command(ctx, args)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the table without importing anything."""
-        with formatter.section("What to show"):
-            formatter.write_dl([(name, line) for name, (_, line) in SHOWS.items()])
-
-
-@click.group(cls=ShowGroup)
-def show() -> None:
-    """Show a bundle, kept tokens, families, policies, formats, ops or this machine."""
 
 
 @click.command()

@@ -12,6 +12,11 @@ import click
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+def stacked(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order in which the help lists them."""
+    return lambda command: reduce(lambda made, option: option(made), reversed(options), command)
+
+
 class KeepRatios(click.ParamType):
     """One share of visual tokens, or one per prune point, comma-separated; ranges are the plan's business."""
 
@@ -64,7 +69,8 @@ tokens_option = click.option(
     "--max-new-tokens", type=int, metavar="N", help="Longest answer, in tokens. [the checkpoint's, else 128]"
 )
 
-_WRITING = (
+# How an answer is written: the fields of ``engines.sampling.Options``.
+writing_options = stacked(
     tokens_option,
     click.option("--temperature", type=float, default=0.0, metavar="T", help="Sampling temperature; 0 is greedy. [0]"),
     click.option("--top-k", type=int, metavar="K", help="Sample from the K most likely tokens. [all]"),
@@ -92,8 +98,3 @@ _WRITING = (
     ),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times."),
 )
-
-
-def writing_options(command: Command) -> Command:
-    """How an answer is written: the fields of ``engines.sampling.Options``."""
-    return reduce(lambda made, option: option(made), reversed(_WRITING), command)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import reduce
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+from engines.options import stacked
 
 # For every target that has engines: rtx and tensorrt.
 _OF_ENGINES = (
@@ -89,9 +87,8 @@ _OF_TENSORRT = (
 )
 
 
-def engine_options(command: Command) -> Command:
-    """The options that ``engine_options_from`` takes."""
-    return reduce(lambda made, option: option(made), reversed((*_OF_ENGINES, *_BOUNDS, *_OF_TENSORRT)), command)
+# What ``engine_options_from`` takes.
+engine_options = stacked(*_OF_ENGINES, *_BOUNDS, *_OF_TENSORRT)
 
 
 def engine_options_from(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import reduce
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from engines.options import Command
+from engines.options import stacked
 from graphs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,7 +37,8 @@ FORMATS_HELP = (
 )
 BUILT_IN_QUESTIONS = 1000
 
-_OPTIONS = (
+# How DATA is read: the fields of ``Questions``.
+data_options = stacked(
     click.option(
         "--format",
         type=click.Choice(tuple(FORMAT_METRICS)),
@@ -74,11 +74,6 @@ _OPTIONS = (
     ),
     click.option("--skip-bad", is_flag=True, help="Leave bad lines out and list them, instead of stopping."),
 )
-
-
-def data_options(command: Command) -> Command:
-    """How DATA is read: the fields of ``Questions``."""
-    return reduce(lambda made, option: option(made), reversed(_OPTIONS), command)
 
 
 @dataclass(frozen=True)

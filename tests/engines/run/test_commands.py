@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from engines.cascade import Cascade
-from engines.commands import SHOWS
 from graphs.spec import STAGES
+from saccade import SHOWS
 from tests.engines.run.conftest import IMAGE_SIZE, TinyPair, picture_of
 
 QUESTION = "what colour is the 3 ?"
