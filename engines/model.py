@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engines.bundles.targets import TARGETS
 from engines.decoder import Decoder, Keep
 from engines.generate import Generation
 from engines.processing import Processor
@@ -25,6 +24,7 @@ from engines.talk.beginning import Beginnings
 from engines.talk.memory import Memory
 from engines.talk.messages import Talk
 from engines.talk.prompt import Prompt
+from engines.targets import TARGETS
 from graphs.errors import SaccadeError
 from graphs.spec import ExportSpec, deepstack_names, visual_names
 

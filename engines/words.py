@@ -10,7 +10,7 @@ from typing import Any, get_args
 from engines.bundles.footprint import footprint_in_words
 from engines.bundles.golden import Replay
 from engines.bundles.manifest import Manifest, MemberEntry, TargetEntry
-from engines.bundles.targets import TARGETS
+from engines.targets import TARGETS
 from graphs.errors import UsageError
 from graphs.ops import DOMAIN, OPS
 from graphs.plan import Budget, PruningPlan, Role, retention_of
@@ -166,11 +166,12 @@ def replays_in_words(replays: Sequence[Replay], model: str = "") -> list[str]:
 
 def op_documents() -> list[dict[str, Any]]:
     """Each op of ours: its meaning, what serves it on each target if it is built here, and why not the kernel."""
+    builders = {name: target.module if target.runs == "engines" else None for name, target in TARGETS.items()}
     return [
         {
             "op": f"{DOMAIN}::{name}",
-            **{target: service(name, target)[0] for target in TARGETS},
-            "why_body": {t: why for t in TARGETS for by, why in [service(name, t)] if by == "body"},
+            **{target: service(name, builder)[0] for target, builder in builders.items()},
+            "why_body": {t: why for t, b in builders.items() for by, why in [service(name, b)] if by == "body"},
             "meaning": (import_module(op.define.__module__).__doc__ or "").partition("\n")[0].partition(": ")[2],
         }
         for name, op in OPS.items()

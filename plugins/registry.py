@@ -24,9 +24,6 @@ NAMESPACE = DOMAIN
 VERSION = "1"
 NODE_ATTRIBUTES = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
 
-# target → the module that a registration needs
-RUNTIMES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-
 __all__ = ["MOST_ROWS", "NAMESPACE", "NODE_ATTRIBUTES", "VERSION", "ops_with_kernels", "register", "service"]
 
 
@@ -48,23 +45,20 @@ def register(trt: Any, sms: Sequence[int] = ()) -> tuple[str, ...]:
     return register_creators(trt, tuple(sms), tuple(SERVED.values()))
 
 
-def service(op: str, target: str) -> tuple[Literal["kernel", "body"], str]:
-    """What serves an op on a target if it is built here, and why not the kernel ('' where the kernel serves).
+def service(op: str, module: str | None) -> tuple[Literal["kernel", "body"], str]:
+    """What serves an op if it is built here, and why not the kernel ('' where the kernel serves).
 
-    The answer is for this machine and this Python; nothing is imported and no device is touched.
+    module: the TensorRT that it is built by, ``tensorrt`` or ``tensorrt_rtx``; None where the graphs are run. The
+    answer is for this machine and this Python; nothing is imported and no device is touched.
     """
-    if target not in RUNTIMES:
+    if module is None:
         return "body", "it runs the graphs, which take no plugins"
     if op not in SERVED:
         return "body", "no kernel is written for it"
-    lacking = [
-        name
-        for module, name in ((RUNTIMES[target], RUNTIMES[target]), ("triton", "triton"), ("cuda", "cuda-python"))
-        if not find_spec(module)
-    ]
-    if lacking:
+    needed = {module: module, "triton": "triton", "cuda": "cuda-python"}
+    if lacking := [name for needs, name in needed.items() if not find_spec(needs)]:
         return "body", f"{' and '.join(lacking)} not installed here"
-    version = installed_version(RUNTIMES[target]) if target == "tensorrt" else None
+    version = installed_version(module) if module == "tensorrt" else None
     if version and Version(version) < Version(LEAST):
         return "body", f"tensorrt {version} takes no plugins of ours, {LEAST} and newer do"
     return "kernel", ""

@@ -12,8 +12,7 @@ from engines.bundles.bundle import files_below
 from engines.bundles.footprint import footprint_of
 from engines.bundles.manifest import MANIFEST_FILE, FileEntry, Manifest, MemberEntry, Served, TargetEntry
 from engines.bundles.pair import Source, members_from_sources, prunes_nothing
-from engines.bundles.targets import TARGETS, checked_targets
-from engines.sessions.session import refuse_unrunnable
+from engines.targets import TARGETS, checked_targets, refuse_unrunnable
 from graphs.errors import UsageError
 from graphs.files import atomic_folder, clone_or_copy, digests_of, path_inside, refuse_overlap
 from graphs.ops import DOMAIN
@@ -53,7 +52,7 @@ def build_bundle(
 ) -> Manifest:
     """Build a bundle from one export, or from a small and a large one in any order; return its manifest.
 
-    target: one of ``engines.bundles.targets.TABLE``, or several: those that run graphs share the stages, engines lie
+    target: one of ``engines.targets.TABLE``, or several: those that run graphs share the stages, engines lie
     beside.
     threshold: the score S above which the small model's answer stands, in [0, 1]. overwrite: replace an
     older bundle at ``out``. engines: how engines are built (``engines.trt.options.EngineOptions``).
@@ -232,7 +231,7 @@ def _has_engines(target: str) -> bool:
 
 def _packed_as(target: str, precision: str | None) -> HostPrecision | None:
     """How a target's files are packed; None for the canonical ones."""
-    return precision if precision in TARGETS[target].packed else None  # type: ignore[return-value]
+    return precision if precision in TARGETS[target].packed else None
 
 
 def _computed_in(target: str, spec: ExportSpec, precision: str | None) -> FloatType:

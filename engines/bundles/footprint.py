@@ -15,8 +15,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from engines.bundles.manifest import EngineEntry, Footprint
-from engines.bundles.targets import TARGETS
 from engines.sessions.host_memory import free_memory
+from engines.targets import TARGETS
 from engines.trt.bounds import Bounds
 from graphs.errors import OperationFailed
 from graphs.ops import DOMAIN
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 # estimate was 0.84 (fp32) and 0.99 (fp16) of what a prefill of 2,000 rows and three steps took at their peak.
 ON_A_CPU = {"float32": 1.2, "float16": 2.2, "bfloat16": 1.2}
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
-WIDER_CACHES = {("openvino", "float16")}  # held in fp32, which OpenVINO computes fp16 in on a CPU
 OLD_AND_NEW = 2  # a step reads one cache and writes the next; written in place, two conversations' views
 PIECE = 64  # guide rows that AttentionReceived walks at once
 # ONNX element type → bytes; a float takes what the target computes in.
@@ -55,7 +54,7 @@ def footprint_of(
     on_host = TARGETS[target].memory == "host"
     language = export.spec.language
     width = 4 if on_host else WIDTHS[dtype]  # a CPU computes in fp32
-    held = 4 if (target, dtype) in WIDER_CACHES else WIDTHS[dtype]
+    held = 4 if dtype in TARGETS[target].wide_caches else WIDTHS[dtype]
     per_row = 2 * language.layers * language.kv_heads * language.head_dim * held
     return Footprint(
         rows=sizes["T"],

@@ -11,14 +11,12 @@ import onnx_ir as ir
 from engines.bundles.losses import losses_in_words, losses_of
 from engines.bundles.manifest import Loss
 from engines.sessions.session import open_session
+from engines.targets import TARGETS
 from graphs.lowering.export import interface_of
 from graphs.lowering.in_place import grouped
 from graphs.lowering.packing import BITS, HostPrecision, Packing
-from graphs.spec import SPEC_FILE, CacheForm, ExportSpec, FloatType, StageSpec, WeightFile
+from graphs.spec import SPEC_FILE, CacheForm, ExportSpec, StageSpec, WeightFile
 from graphs.talk import say, step
-
-# target → what it computes in between quantised weights; each falls back to fp32 by itself.
-COMPUTED_IN: dict[str, FloatType] = {"cpu": "float32", "openvino": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -39,14 +37,14 @@ def pack_member(
     returned.
     """
     out.mkdir()
-    packing, dtype = Packing(precision, out, target), COMPUTED_IN[target]
+    packing, dtype = Packing(precision, out, target), TARGETS[target].packed_dtype
     stages: dict[str, StageSpec] = {}
     form: CacheForm = "concat"
     with step(f"packing the {name} model as {precision} for {target}"):
         for stage, interface in sorted(spec.stages.items(), key=lambda item: item[0] == "decoder"):
             model = ir.load(source / interface.file)
             packing.apply(model)
-            if target == "cpu" and stage == "decoder" and grouped(model):
+            if "in_place" in TARGETS[target].takes and stage == "decoder" and grouped(model):
                 form = "in-place"
             ir.save(model, out / interface.file)
             typed = interface_of(interface, model)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engines.bundles.manifest import Manifest, manifest_of
-from engines.bundles.targets import TARGETS
 from engines.cascade import Cascade
 from engines.evaluation.flops import Meter, Metered, StageCost, costs_of
 from engines.model import Model
 from engines.sessions.session import Session
+from engines.targets import TARGETS
 from graphs.errors import UsageError
 from graphs.plan import PruningPlan
 from graphs.spec import PROCESSOR_FOLDER

@@ -7,20 +7,10 @@ import platform
 from importlib.util import find_spec
 from pathlib import Path
 
-from engines.bundles.targets import TARGETS, why_not
+from engines.targets import TARGETS, why_not
 from engines.trt.flavour import FLAVOURS
 from graphs.versions import installed_version
 
-# target → (the distribution that serves it, the module it brings)
-RUNTIMES = {
-    "cpu": ("onnxruntime", "onnxruntime"),
-    "cuda": ("onnxruntime-gpu", "onnxruntime"),
-    "ort-tensorrt": ("onnxruntime-gpu", "onnxruntime"),
-    "ort-rtx": ("onnxruntime-gpu", "onnxruntime"),
-    "rtx": ("tensorrt-rtx", "tensorrt_rtx"),
-    "tensorrt": ("tensorrt", "tensorrt"),
-    "openvino": ("openvino", "openvino"),
-}
 EXPORT = ("torch", "onnxscript", "transformers")
 DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -35,7 +25,7 @@ def machine_document() -> dict[str, object]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "nvidia_driver": driver_version(),
-        "runtimes": {target: _runtime(target) for target in RUNTIMES},
+        "runtimes": {target: _runtime(target) for target in TARGETS},
         "export": {name: installed_version(name) for name in EXPORT},
     }
 
@@ -61,20 +51,14 @@ def machine_in_words(document: dict[str, object]) -> list[str]:
 
 
 def _runtime(target: str) -> dict[str, str | None]:
-    distribution, module = RUNTIMES[target]
-    # The CPU is served by either distribution of onnxruntime.
-    if target == "cpu" and not installed_version(distribution) and installed_version("onnxruntime-gpu"):
-        distribution = "onnxruntime-gpu"
+    brought_by = TARGETS[target].distributions
+    distribution = next(filter(installed_version, brought_by), brought_by[0])
     if target in FLAVOURS:
         version = FLAVOURS[target].version()
     else:
-        version = installed_version(distribution) if find_spec(module) else None
-    if target not in TARGETS:
-        state = "not driven by this release" + (f" (found {distribution} {version})" if version else "")
-    elif reasons := why_not(target):
-        state = f"not here: {'; '.join(reasons)}"
-    else:
-        state = f"ready, {distribution} {version}"
+        version = installed_version(distribution) if find_spec(TARGETS[target].module) else None
+    reasons = why_not(target)
+    state = f"not here: {'; '.join(reasons)}" if reasons else f"ready, {distribution} {version}"
     return {"distribution": distribution, "version": version, "state": state}
 
 

@@ -7,6 +7,7 @@ Its own guard, session.disable_cpu_ep_fallback, refuses arithmetic on shapes too
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import onnxruntime as ort
@@ -75,16 +76,7 @@ class GpuSession(OrtSession):
             warn(f"{self._file.name}: {wanted.name} took none of the nodes; target cuda does the same")
 
 
-def cuda_session(file: Path, threads: int | None = None) -> GpuSession:
-    """Open a graph on the CUDA provider; the file is the one that the CPU runs, fp16 or fp32."""
-    return GpuSession(file, CUDA, threads)
-
-
-def tensorrt_session(file: Path, threads: int | None = None) -> GpuSession:
-    """Open a graph on ONNX Runtime's TensorRT provider, the decoder on CUDA."""
-    return GpuSession(file, TENSORRT, threads)
-
-
-def rtx_session(file: Path, threads: int | None = None) -> GpuSession:
-    """Open a graph on ONNX Runtime's TensorRT-RTX provider, the decoder on CUDA."""
-    return GpuSession(file, RTX, threads)
+# The files are those that the CPU runs, fp16 or fp32; the TensorRT providers leave the decoder to CUDA.
+cuda_session = partial(GpuSession, provider=CUDA)
+tensorrt_session = partial(GpuSession, provider=TENSORRT)
+rtx_session = partial(GpuSession, provider=RTX)

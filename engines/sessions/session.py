@@ -1,4 +1,4 @@
-"""What a runtime has to offer: one protocol, one table of targets, nothing else.
+"""What a runtime has to offer: one protocol, and the opening of what serves a target.
 
 A session runs one graph. Tensors go in by name, as numpy arrays or as values that an earlier run
 left on the device; they come back as numpy arrays (``host``) or stay where they are (``device``),
@@ -8,13 +8,13 @@ so that a KV cache is handed from step to step without a copy.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from importlib import import_module
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
+from engines.targets import TARGETS, found_at, refuse_unrunnable
 from graphs.errors import BackendMissing, BadArtefact, UsageError
 from graphs.spec import CacheForm, FloatType
 
@@ -24,20 +24,7 @@ if TYPE_CHECKING:
 # A tensor on the host (numpy.ndarray) or a runtime's own handle of one on its device.
 Value: TypeAlias = Any
 
-LOWERED_AT_OPEN = ("cpu",)  # targets whose session takes ``in_place``
-COMPUTED_AS_ASKED = ("openvino",)  # … that take ``dtype``
 NOTHING: Mapping[str, str] = {}
-
-# target → the class that serves it
-SESSIONS = {
-    "openvino": "engines.sessions.openvino_session:OpenVinoSession",
-    "cpu": "engines.sessions.ort_session:OrtSession",
-    "tensorrt": "engines.trt.session:tensorrt_session",
-    "cuda": "engines.sessions.ort_gpu:cuda_session",
-    "ort-tensorrt": "engines.sessions.ort_gpu:tensorrt_session",
-    "ort-rtx": "engines.sessions.ort_gpu:rtx_session",
-    "rtx": "engines.trt.session:rtx_session",
-}
 
 
 class Later(ABC):
@@ -99,20 +86,18 @@ def open_session(
     BackendMissing where its runtime is not installed, BadArtefact where the file cannot be read.
     """
     refuse_unrunnable(target)
-    if target not in SESSIONS:
-        raise UsageError(f"no runtime serves target {target!r} here; known are {', '.join(sorted(SESSIONS))}")
+    if target not in TARGETS:
+        raise UsageError(f"no runtime serves target {target!r} here; known are {', '.join(sorted(TARGETS))}")
     if threads is not None and threads < 1:
         raise UsageError(f"threads is {threads}, but a run needs at least 1; leave it out for the runtime's choice")
-    module, _, name = SESSIONS[target].partition(":")
     if engines and file not in engines:
         raise BadArtefact(f"{file} is not an engine of the bundle's manifest; do not use it, or build the bundle again")
-    said: dict[str, Any] = {"engine": engines[file]} if engines else {}
-    if in_place and target in LOWERED_AT_OPEN:
-        said["in_place"] = True
-    if dtype and target in COMPUTED_AS_ASKED:
-        said["dtype"] = dtype
+    wanted = {"in_place": in_place, "dtype": dtype}
+    said: dict[str, Any] = {name: wanted[name] for name in TARGETS[target].takes if wanted[name]}
+    if engines:
+        said["engine"] = engines[file]
     try:
-        session: Session = getattr(import_module(module), name)(file, threads=threads, **said)
+        session: Session = found_at(TARGETS[target].session)(file, threads=threads, **said)
     except ModuleNotFoundError as e:
         if (e.name or "").partition(".")[0] in {"engines", "graphs", "plugins"}:
             raise
@@ -120,17 +105,3 @@ def open_session(
             f"target {target} needs {e.name}, which this Python lacks: run pip install 'saccade[{target}]'"
         ) from None
     return session
-
-
-def refuse_unrunnable(target: str, engines: Sequence[Any] = ()) -> None:
-    """BackendMissing, with every reason at once, for a target that this machine or this release cannot run.
-
-    engines: the ``EngineEntry`` of a bundle, so that its SM and version can be told.
-    """
-    from engines.bundles.targets import TARGETS, why_not
-
-    reasons = why_not(target, engines) if target in TARGETS else []
-    if reasons:
-        raise BackendMissing(
-            f"target {target} cannot be run here: {'; '.join(reasons)}; build the pair for --target cpu too"
-        )

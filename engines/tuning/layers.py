@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engines.bundles.manifest import Manifest, MemberEntry
-from engines.bundles.targets import TARGETS
 from engines.cascade import Cascade
 from engines.model import Model
+from engines.targets import TARGETS
 from graphs.errors import BackendMissing, BadArtefact, OperationFailed, UsageError
 from graphs.files import sha256_of
 from graphs.plan import PruningPlan, layer_of

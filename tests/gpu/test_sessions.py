@@ -15,9 +15,9 @@ import pytest
 
 from engines.bundles.build import build_bundle
 from engines.bundles.golden import refuse_disagreement, replay
-from engines.bundles.targets import TARGETS, why_not
 from engines.cascade import Cascade
-from engines.sessions.session import SESSIONS, open_session
+from engines.sessions.session import open_session
+from engines.targets import TARGETS, why_not
 from engines.trt.device import capability
 from engines.trt.flavour import FLAVOURS
 from engines.trt.full import FORMS, TensorrtOptions
@@ -33,7 +33,7 @@ QUESTIONS = 12
 PAIRS = [("small", "float32"), ("large", "float32"), ("small", "float16"), ("large", "float16")]
 
 
-@pytest.fixture(scope="module", params=list(SESSIONS))
+@pytest.fixture(scope="module", params=list(TARGETS))
 def target(request: pytest.FixtureRequest) -> str:
     if reasons := why_not(request.param):
         pytest.skip(f"target {request.param}: {'; '.join(reasons)}")

@@ -48,16 +48,16 @@ def test_a_node_without_them_is_served_by_its_body(tmp_path):
     assert got["cubins"] == []
 
 
-def test_the_service_is_told_per_op_and_target():
-    assert registry.service("KeepTopK", "rtx") == ("kernel", "")
-    assert registry.service("MergePairs", "rtx") == ("body", "no kernel is written for it")
+def test_the_service_is_told_per_op_and_builder():
+    assert registry.service("KeepTopK", "tensorrt_rtx") == ("kernel", "")
+    assert registry.service("MergePairs", "tensorrt_rtx") == ("body", "no kernel is written for it")
     for op in registry.ops_with_kernels():
-        assert registry.service(op, "cpu") == ("body", "it runs the graphs, which take no plugins")
+        assert registry.service(op, None) == ("body", "it runs the graphs, which take no plugins")
 
 
 def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(registry, "find_spec", lambda module: None if module in {"triton", "cuda"} else module)
-    assert registry.service("KeepTopK", "rtx") == ("body", "triton and cuda-python not installed here")
+    assert registry.service("KeepTopK", "tensorrt_rtx") == ("body", "triton and cuda-python not installed here")
 
 
 def test_a_tensorrt_too_old_for_plugins_is_told(monkeypatch):
@@ -65,7 +65,7 @@ def test_a_tensorrt_too_old_for_plugins_is_told(monkeypatch):
     monkeypatch.setattr(registry, "installed_version", lambda name: "10.3.0")
     why = "tensorrt 10.3.0 takes no plugins of ours, 10.16 and newer do"
     assert registry.service("KeepTopK", "tensorrt") == ("body", why)
-    assert registry.service("KeepTopK", "rtx") == ("kernel", "")
+    assert registry.service("KeepTopK", "tensorrt_rtx") == ("kernel", "")
 
 
 def test_the_link_is_made_where_it_is_asked_for(tmp_path):

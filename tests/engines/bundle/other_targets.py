@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from engines.bundles.targets import Target
+from engines.targets import Target
 
 ASKED: list[Sequence[Any]] = []
 
@@ -22,5 +22,7 @@ def much(engines: Sequence[Any]) -> list[str]:
     return ["no NVIDIA driver is loaded", "dreams 3 is installed, the engines are of dreams 4"]
 
 
-DREAM = Target("dream", "graphs", "device", "tests.engines.bundle.other_targets:much")
-SECOND = Target("second", "graphs", "host", "tests.engines.bundle.other_targets:nothing")
+HERE = "tests.engines.bundle.other_targets"
+NEVER_OPENED = {"session": "", "module": "", "distributions": ()}
+DREAM = Target("dream", "graphs", "device", reasons=f"{HERE}:much", **NEVER_OPENED)
+SECOND = Target("second", "graphs", "host", reasons=f"{HERE}:nothing", **NEVER_OPENED)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from engines.bundles.targets import TARGETS
+from engines.targets import TARGETS
 from graphs.ops import OPS
 from graphs.policies import POLICIES
 from graphs.rules import RULES

@@ -13,7 +13,7 @@ from engines.bundles import bundle as bundle_module
 from engines.bundles.build import build_bundle
 from engines.bundles.bundle import checked_manifest, open_bundle
 from engines.bundles.manifest import manifest_of
-from engines.bundles.targets import TABLE, TARGETS, checked_targets, cpu_reasons, why_not
+from engines.targets import TABLE, TARGETS, checked_targets, cpu_reasons, why_not
 from graphs.errors import BackendMissing, BadArtefact, UsageError
 from graphs.spec import STAGES
 from tests.conftest import Outcome
@@ -183,5 +183,5 @@ def test_every_target_of_the_table_says_why_not(target: str) -> None:
 
 def test_a_cpu_without_its_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_reasons() == []
-    monkeypatch.setattr("engines.bundles.targets.find_spec", lambda name: None)
+    monkeypatch.setattr("engines.targets.find_spec", lambda name: None)
     assert "onnxruntime is not installed" in cpu_reasons()[0]

@@ -280,7 +280,7 @@ def test_fp16_engines_want_onnxruntime_before_anything_is_lowered(
 
 
 def test_a_flavour_is_a_line_of_the_targets() -> None:
-    from engines.bundles.targets import TARGETS
+    from engines.targets import TARGETS
 
     assert list(TARGETS)[:2] == list(FLAVOURS)
     assert FULL.version() is None

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.bundles import targets
+from engines import targets
 from engines.bundles.build import build_bundle
 from engines.bundles.bundle import open_bundle
 from engines.bundles.golden import replay
