@@ -84,7 +84,8 @@ def build(
     **of_engines: Any,
 ) -> None:
     """Turn a SMALL and a LARGE export (in any order), or one export alone, into a bundle for one target or several."""
-    from engines.bundles.build import build_bundle, split_precision
+    from engines.bundles.build import build_bundle
+    from engines.bundles.jobs import split_precision
     from graphs.talk import say
 
     packed, of_engines["precision"] = split_precision(targets, of_engines["precision"])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
 
+from engines.bundles.jobs import BuiltMember
 from engines.bundles.losses import losses_in_words, losses_of
 from engines.bundles.manifest import Loss
 from engines.sessions.session import open_session
@@ -19,18 +19,9 @@ from graphs.spec import SPEC_FILE, CacheForm, ExportSpec, StageSpec, WeightFile
 from graphs.talk import say, step
 
 
-@dataclass(frozen=True)
-class PackedMember:
-    """The spec of the packed stages, whose files are relative to the model's folder, and what they cost."""
-
-    spec: ExportSpec
-    weight_bytes: int
-    losses: tuple[Loss, ...]
-
-
 def pack_member(
     name: str, source: Path, spec: ExportSpec, out: Path, precision: HostPrecision, target: str = "cpu"
-) -> PackedMember:
+) -> BuiltMember:
     """Write an export's stages and weights into the new folder ``out``, which lies in the model's.
 
     Quantised ones are replayed on the target against the golden tensors of ``source``; the errors are told and
@@ -68,4 +59,4 @@ def pack_member(
             losses = losses_of(source, packed, out.parent, partial(open_session, target=target, dtype=dtype))
         for line in losses_in_words(losses):
             say(f"{name} in {precision} on {target}, golden tensors: {line}")
-    return PackedMember(packed, size, losses)
+    return BuiltMember(packed, size, precision, losses)

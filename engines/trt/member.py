@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from engines.bundles.jobs import BuiltMember
 from engines.bundles.losses import losses_in_words, losses_of
 from engines.bundles.manifest import Compatibility, EngineEntry, Loss, Served
 from engines.bundles.overflow import guard_against_overflow
@@ -70,17 +71,6 @@ def _plainer(source: Path, spec: ExportSpec, lowered: LoweredExport, lowering: L
     return lowered_export(source, spec, lowered.folder / PLAINER, replace(lowering, parser="current"), link=True)
 
 
-@dataclass(frozen=True)
-class BuiltMember:
-    """One model as it lies in the bundle. losses: what weights of 8 or 4 bits cost, in ONNX Runtime."""
-
-    spec: ExportSpec
-    engines: dict[str, EngineEntry]
-    ops: dict[str, Served]
-    weight_bytes: int
-    losses: tuple[Loss, ...]
-
-
 def build_member(
     name: str, source: Path, spec: ExportSpec, out: Path, options: EngineOptions, flavour: Flavour = RTX
 ) -> BuiltMember:
@@ -139,7 +129,10 @@ def build_member(
             # One node left to its body is what a reader must know of the op.
             op = lowered.ops[stage][node]
             served[op] = by if served.get(op, by) == by else "body"
-    return BuiltMember(built, engines, dict(sorted(served.items())), sum(lowered.weight_bytes.values()), losses)
+    precision = options.precision or "" if losses else ""
+    return BuiltMember(
+        built, sum(lowered.weight_bytes.values()), precision, losses, dict(sorted(served.items())), engines
+    )
 
 
 def _split(lowered: LoweredExport) -> LoweredExport:

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from engines import notes
-from engines.bundles.build import build_bundle, split_precision
+from engines.bundles.build import build_bundle
 from engines.bundles.bundle import open_bundle
+from engines.bundles.jobs import split_precision
 from engines.bundles.manifest import manifest_of
 from engines.cascade import Cascade
 from engines.evaluation.flops import costs_of
