@@ -51,8 +51,9 @@ def usable(model: Model, tokens: Sequence[int], rows: int, limit: int) -> tuple[
     """
     spec, session = model.spec, model.session("decoder")
     most = limit - 1
-    if largest := getattr(session, "largest", None):
-        most = min(most, largest("tail")[0] - 1, largest("inputs_embeds")[1] - rows)
+    tail, embeds = session.largest("tail"), session.largest("inputs_embeds")
+    if tail and embeds:
+        most = min(most, tail[0] - 1, embeds[1] - rows)
     known = takewhile(lambda token: token not in spec.tokens.eos and token < spec.language.vocab, tokens)
     return tuple(known)[: max(0, most)]
 

@@ -149,9 +149,11 @@ def longest_answer(model: Model, prompt: Prompt) -> int:
     That is the rows of its caches, and with guidance the rows of the pass that scores the answer.
     """
     most = model.spec.language.max_positions - prompt.next_position
-    if largest := getattr(model.session("decoder"), "largest", None):
-        most = min(most, largest("past_k_0")[2] - len(prompt) + 1)
-        most = min(most, largest("tail")[0]) if model.spec.plan.guidance else most
+    session = model.session("decoder")
+    if past := session.largest("past_k_0"):
+        most = min(most, past[2] - len(prompt) + 1)
+    if model.spec.plan.guidance and (tail := session.largest("tail")):
+        most = min(most, tail[0])
     return max(1, most)
 
 

@@ -24,7 +24,7 @@ from engines.sessions.openvino_device import CPU, chosen_device
 from engines.sessions.openvino_graph import Dims, read_graph
 from engines.sessions.openvino_guidance import ASKED, GUIDANCE, TOLD, Asked, Guide
 from engines.sessions.openvino_pages import Pages
-from engines.sessions.session import NOTHING, Value
+from engines.sessions.session import GRAPH_DISAGREES, NOTHING, Value, refuse_misfed
 from graphs.errors import BadArtefact, OperationFailed, SaccadeError
 from graphs.spec import CacheForm, FloatType
 from graphs.talk import warn
@@ -120,12 +120,7 @@ class OpenVinoSession:
     ) -> dict[str, Value]:
         """Run once; see ``engines.sessions.session.Session.run``. Blocks are in place of ``in_place``."""
         assert not in_place
-        if set(feeds) != set(self._inputs):
-            missing, unknown = sorted(set(self._inputs) - set(feeds)), sorted(set(feeds) - set(self._inputs))
-            raise OperationFailed(
-                f"{self._file.name} was fed wrongly: missing {missing}, unknown {unknown}; "
-                "spec.json and the graph disagree, export the checkpoint again"
-            )
+        refuse_misfed(self._file, self._inputs, feeds, GRAPH_DISAGREES)
         sizes = {symbol: feeds[name].shape[axis] for symbol, (name, axis) in self._symbols.items()}
         ends = {segment: _size(dim, sizes) for segment, dim in self._ends.items()}
         room = self._room_for({name: feeds[name] for name in self._pasts})
@@ -167,6 +162,9 @@ class OpenVinoSession:
         if isinstance(value, Rows):
             return value.room.pages.rows(value.name, value.shape[2])
         return np.asarray(value)
+
+    def largest(self, name: str) -> None:
+        """Lengths are bounded by memory alone."""
 
     def _room_for(self, pasts: Mapping[str, Value]) -> Room:
         """Where a run that begins with these caches takes place: theirs, or a new one that holds a copy of them."""

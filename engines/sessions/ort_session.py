@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from engines.sessions.heap import give_back
 from engines.sessions.host_buffers import Bound, HostBuffer, Shelf
-from engines.sessions.session import NOTHING, Value
+from engines.sessions.session import GRAPH_DISAGREES, NOTHING, Value, refuse_misfed
 from graphs.errors import BadArtefact, OperationFailed, SaccadeError, first_line
 from graphs.packed import packed_as
 from graphs.spec import CacheForm, form_of
@@ -106,12 +106,7 @@ class OrtSession:
         in_place: Mapping[str, str] = NOTHING,
     ) -> dict[str, Value]:
         """Run once; see ``engines.sessions.session.Session.run``."""
-        if set(feeds) != self._inputs:
-            missing, unknown = sorted(self._inputs - set(feeds)), sorted(set(feeds) - self._inputs)
-            raise OperationFailed(
-                f"{self._file.name} was fed wrongly: missing {missing}, unknown {unknown}; "
-                "spec.json and the graph disagree, export the checkpoint again"
-            )
+        refuse_misfed(self._file, self._inputs, feeds, GRAPH_DISAGREES)
         returned = tuple(name for name in (*host, *device) if name not in in_place)
         try:
             bound = self._bound(feeds, returned, in_place)
@@ -168,6 +163,9 @@ class OrtSession:
         if isinstance(value, HostBuffer):
             return value.array
         return value if isinstance(value, np.ndarray) else value.numpy()
+
+    def largest(self, name: str) -> None:
+        """Lengths are bounded by memory alone."""
 
     def buffers(self, sources: Mapping[str, Value], held: int, rows: int, wanted: int) -> dict[str, Value]:
         """Buffers of the host, one piece of memory; see ``engines.sessions.session.Session.buffers``."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 
 from engines.targets import TARGETS, found_at, refuse_unrunnable
-from graphs.errors import BackendMissing, BadArtefact, UsageError
+from graphs.errors import BackendMissing, BadArtefact, OperationFailed, UsageError
 from graphs.spec import CacheForm, FloatType
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Value: TypeAlias = Any
 
 NOTHING: Mapping[str, str] = {}
+GRAPH_DISAGREES = "spec.json and the graph disagree, export the checkpoint again"
 
 
 class Later(ABC):
@@ -68,6 +69,9 @@ class Session(Protocol):
     def to_host(self, value: Value) -> np.ndarray:
         """Copy a handle (or pass an array through) to the host."""
 
+    def largest(self, name: str) -> tuple[int, ...] | None:
+        """The largest shape of an input that a run takes; None where nothing but memory bounds it."""
+
 
 def open_session(
     file: Path,
@@ -105,3 +109,11 @@ def open_session(
             f"target {target} needs {e.name}, which this Python lacks: run pip install 'saccade[{target}]'"
         ) from None
     return session
+
+
+def refuse_misfed(file: Path, inputs: Collection[str], feeds: Collection[str], remedy: str) -> None:
+    """OperationFailed where the names that are fed are not a graph's inputs. remedy: what disagrees, and what to do."""
+    taken, given = set(inputs), set(feeds)
+    if given != taken:
+        missing, unknown = sorted(taken - given), sorted(given - taken)
+        raise OperationFailed(f"{file.name} was fed wrongly: missing {missing}, unknown {unknown}; {remedy}")

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from engines.bundles.manifest import EngineFile
-from engines.sessions.session import NOTHING, Value
+from engines.sessions.session import NOTHING, Value, refuse_misfed
 from engines.trt.device import Device, DeviceTensor, device_of
 from engines.trt.flavour import FULL, RTX, Flavour
 from engines.trt.jit_cache import JitCache
@@ -106,12 +106,7 @@ class TrtSession:
         in_place: Mapping[str, str] = NOTHING,
     ) -> dict[str, Value]:
         """Run once, as ``engines.sessions.session.Session``; OperationFailed for a shape outside of every profile."""
-        if set(feeds) != set(self._inputs):
-            missing, unknown = sorted(set(self._inputs) - set(feeds)), sorted(set(feeds) - set(self._inputs))
-            raise OperationFailed(
-                f"{self._file.name} was fed wrongly: missing {missing}, unknown {unknown}; "
-                "spec.json and the engine disagree, build the bundle again"
-            )
+        refuse_misfed(self._file, self._inputs, feeds, "spec.json and the engine disagree, build the bundle again")
         profile = self._profile({name: tuple(value.shape) for name, value in feeds.items()})
         context = self._context(profile)
         buffered = all(isinstance(feeds[name], DeviceTensor) for name in in_place.values())

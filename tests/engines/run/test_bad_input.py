@@ -209,7 +209,7 @@ def test_an_answer_ends_where_an_engine_does(tiny_pair: TinyPair, monkeypatch: p
     model = tiny_pair.model("small")
     prompt = model.prompt((asked(QUESTION, picture_of(0)),))
     bounds = {"past_k_0": (1, 1, len(prompt) + 6, 8), "tail": (9,)}
-    monkeypatch.setattr(type(model.session("decoder")), "largest", lambda _, name: bounds[name], raising=False)
+    monkeypatch.setattr(type(model.session("decoder")), "largest", lambda _, name: bounds[name])
     assert longest_answer(model, prompt) == 7
     bounds["tail"] = (4,)
     assert longest_answer(model, prompt) == 4
