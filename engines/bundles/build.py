@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from engines.bundles.bundle import files_below
 from engines.bundles.footprint import footprint_of
+from engines.bundles.given import exports_in
 from engines.bundles.jobs import BuiltMember, Job, resolved
 from engines.bundles.manifest import MANIFEST_FILE, FileEntry, Manifest, MemberEntry, Served, TargetEntry
 from engines.bundles.pair import Source, members_from_sources, prunes_nothing
@@ -49,8 +50,9 @@ def build_bundle(
     engines: EngineOptions | None = None,
     precision: str | None = None,
 ) -> Manifest:
-    """Build a bundle from one export, or from a small and a large one in any order; return its manifest.
+    """Build a bundle from one export, from a small and a large one in any order, or from a bundle; return its manifest.
 
+    folders: the exports, or a bundle alone that holds canonical graphs, which brings its threshold.
     target: one of ``engines.targets.TABLE``, or several: those that run graphs share the stages, engines lie beside.
     threshold: the score S above which the small model's answer stands, in [0, 1]. overwrite: replace an
     older bundle at ``out``. engines: how engines are built (``engines.trt.options.EngineOptions``).
@@ -62,13 +64,15 @@ def build_bundle(
     is left under the final name then.
     """
     jobs = resolved(target, precision, engines)
-    chosen = DEFAULT_THRESHOLD if threshold is None else threshold
-    if not 0 <= chosen <= 1:
-        raise UsageError(f"threshold is {chosen:g}, but must lie in [0, 1]; 1 never exits early, 0 always")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise UsageError(f"threshold is {threshold:g}, but must lie in [0, 1]; 1 never exits early, 0 always")
     for folder in folders:
-        refuse_overlap(Path(out), Path(folder), f"the export {folder}")
+        what = "the bundle" if (Path(folder) / MANIFEST_FILE).is_file() else "the export"
+        refuse_overlap(Path(out), Path(folder), f"{what} {folder}")
+    sources, brought = exports_in([Path(folder) for folder in folders])
+    chosen = next(value for value in (threshold, brought, DEFAULT_THRESHOLD) if value is not None)
     with step("checking the exports"):
-        exports = [refuse_findings(Path(folder)) for folder in folders]
+        exports = [refuse_findings(source) for source in sources]
         by_folder = {export.folder: export for export in exports}
         members = members_from_sources([Source(export.folder, export.spec) for export in exports])
     if threshold is not None and "alone" in members:

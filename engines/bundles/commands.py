@@ -69,7 +69,7 @@ def check(folder: Path, as_json: bool) -> None:
     "--threshold",
     type=float,
     metavar="S",
-    help="Keep the small model's answer if its score is above this, in [0, 1]. [0.9]",
+    help="Keep the small model's answer if its score is above this, in [0, 1]. [0.9, or the given bundle's]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an older bundle.")
 @engine_options
@@ -83,7 +83,11 @@ def build(
     as_json: bool,
     **of_engines: Any,
 ) -> None:
-    """Turn a SMALL and a LARGE export (in any order), or one export alone, into a bundle for one target or several."""
+    """Turn a SMALL and a LARGE export (in any order), or one export alone, into a bundle for one target or several.
+
+    An older bundle may stand in their place where it holds canonical graphs (built for cpu, cuda or openvino without
+    narrower weights), as on the device that engines are to be for; it brings its threshold.
+    """
     from engines.bundles.build import build_bundle
     from engines.bundles.jobs import split_precision
     from graphs.talk import say
