@@ -11,11 +11,10 @@ AttentionReceived's with one product more.
 
 from typing import Any
 
-from graphs.ops.attention_received import body_of, flat_body_of, received_in_pieces
+from graphs.ops.attention_received import LATER_KEYS, RATED, bodies_of, received_in_pieces
 from graphs.ops.op import Op
 
-BODY = body_of("RatedAttentionReceived", weighted=True)
-FLAT_BODY = flat_body_of("RatedAttentionReceived", weighted=True)
+BODY, FLAT_BODY = bodies_of("RatedAttentionReceived", "q, k, weight", RATED, LATER_KEYS)
 
 
 def define() -> Any:

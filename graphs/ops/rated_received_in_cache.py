@@ -10,10 +10,11 @@ of k. Shape rule: q [B,H,S,D], k [B,V,C,D], weight fp32 [B,G], length int64 [1] 
 
 from typing import Any
 
+from graphs.ops.attention_received import RATED
 from graphs.ops.op import Op
-from graphs.ops.received_in_cache import body_of, flat_body_of, received_from_filled
+from graphs.ops.received_in_cache import bodies_of, received_from_filled
 
-NAME = "RatedReceivedInCache"
+BODY, FLAT_BODY = bodies_of("RatedReceivedInCache", "q, k, weight, length", RATED)
 
 
 def define() -> Any:
@@ -33,4 +34,4 @@ def define() -> Any:
     return rated_received_in_cache
 
 
-OP = Op(NAME, body_of(NAME, weighted=True), define, flat_body_of(NAME, weighted=True))
+OP = Op("RatedReceivedInCache", BODY, define, FLAT_BODY)

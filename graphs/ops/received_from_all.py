@@ -11,11 +11,11 @@ k [B,V,T,D] → fp32 [B,T]. The S×T map never exists: the body walks S in piece
 
 from typing import Any
 
-from graphs.ops.attention_received import PIECE, body_of, flat_body_of
+from graphs.ops.attention_received import EVERY_ROW, Mask, bodies_of, received_in_pieces
 from graphs.ops.op import Op
 
-BODY = body_of("ReceivedFromAll", causal=False)
-FLAT_BODY = flat_body_of("ReceivedFromAll", causal=False)
+NOTHING = Mask("logit_seen = Identity (logit)", "logit_seen = Identity (logit)")
+BODY, FLAT_BODY = bodies_of("ReceivedFromAll", "q, k", EVERY_ROW, NOTHING)
 
 
 def define() -> Any:
@@ -24,14 +24,9 @@ def define() -> Any:
 
     @torch.library.custom_op("saccade::received_from_all", mutates_args=())
     def received_from_all(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-        (b, h, s, d), (_, v, t, _) = q.shape, k.shape
-        received_BT = torch.zeros(b, t, dtype=torch.float32, device=q.device)
-        k_BVDT = k.float().transpose(2, 3)
-        for start in range(0, s, PIECE):
-            q_BHPD = q[:, :, start : start + PIECE].float() * scale
-            logit_BHPT = (q_BHPD.reshape(b, v, -1, d) @ k_BVDT).reshape(b, h, q_BHPD.shape[2], t)
-            received_BT += logit_BHPT.softmax(-1).sum((1, 2))
-        return received_BT
+        once_BS = torch.ones(q.shape[0], q.shape[2], dtype=torch.float32, device=q.device)
+        nothing = torch.zeros((), dtype=torch.bool, device=q.device)
+        return received_in_pieces(q, k, once_BS, scale, lambda _: nothing)
 
     @received_from_all.register_fake
     def _(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:

@@ -10,11 +10,23 @@ q [B,H,S,D], k [B,V,S,D], image int64 [B,S] → fp32 [B,S]. Rows are walked in p
 
 from typing import Any
 
-from graphs.ops.attention_received import PIECE, body_of, flat_body_of
+from graphs.ops.attention_received import EVERY_ROW, Mask, bodies_of, received_in_pieces
 from graphs.ops.op import Op
 
-BODY = body_of("ReceivedWithin", causal=False, within=True)
-FLAT_BODY = flat_body_of("ReceivedWithin", causal=False, within=True)
+OTHER_IMAGES = Mask(
+    """image_piece = Gather <axis: int = 1> (image, guide_real)
+      image_row = Unsqueeze (image_piece, head_and_width)
+      image_key = Unsqueeze (image, head_and_row)
+      visible = Equal (image_row, image_key)
+      logit_seen = Where (visible, logit, none)""",
+    """head_and_width = Constant <value_ints: ints = [1, 3]> ()
+  none = Constant <value: tensor = float {-inf}> ()
+  image_row = Unsqueeze (image, head_and_width)
+  image_key = Unsqueeze (image, head_and_row)
+  visible = Equal (image_row, image_key)
+  logit_seen = Where (visible, logit, none)""",
+)
+BODY, FLAT_BODY = bodies_of("ReceivedWithin", "q, k, image", EVERY_ROW, OTHER_IMAGES)
 
 
 def define() -> Any:
@@ -23,15 +35,9 @@ def define() -> Any:
 
     @torch.library.custom_op("saccade::received_within", mutates_args=())
     def received_within(q: torch.Tensor, k: torch.Tensor, image: torch.Tensor, scale: float) -> torch.Tensor:
-        (b, h, s, d), (_, v, t, _) = q.shape, k.shape
-        received_BT = torch.zeros(b, t, dtype=torch.float32, device=q.device)
-        k_BVDT = k.float().transpose(2, 3)
-        for start in range(0, s, PIECE):
-            q_BHPD = q[:, :, start : start + PIECE].float() * scale
-            logit_BHPT = (q_BHPD.reshape(b, v, -1, d) @ k_BVDT).reshape(b, h, q_BHPD.shape[2], t)
-            other_BPT = image[:, start : start + PIECE, None] != image[:, None]
-            received_BT += logit_BHPT.masked_fill(other_BPT[:, None], -torch.inf).softmax(-1).sum((1, 2))
-        return received_BT
+        once_BS = torch.ones(q.shape[0], q.shape[2], dtype=torch.float32, device=q.device)
+        image_B11S = image[:, None, None]
+        return received_in_pieces(q, k, once_BS, scale, lambda row_P: image_B11S[..., row_P].mT != image_B11S)
 
     @received_within.register_fake
     def _(q: torch.Tensor, k: torch.Tensor, image: torch.Tensor, scale: float) -> torch.Tensor:
