@@ -1,6 +1,8 @@
-"""What passes share: nodes put in front of others, constants, and values that take over a name."""
+"""What passes share: nodes put in front of others, constants, values that take over a name, and branches."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -26,6 +28,29 @@ def takes_over(new: ir.Value, old: ir.Value) -> ir.Value:
     new.name, new.type, new.shape = name, old.type, old.shape
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     return new
+
+
+def choose(
+    nodes: list[ir.Node], values: Sequence[ir.Value], condition: ir.Value, then: ir.Graph, name: str, rest: str
+) -> ir.Node:
+    """An If in the place of nodes: ``then`` gives their ``values`` too; its else-branch, named ``rest``, is the nodes.
+
+    The If takes over the values wherever else they stood. In the else-branch they stay what they were, those too that
+    its nodes give each other.
+    """
+    graph = nodes[-1].graph
+    assert graph is not None
+    choice = ir.node("If", [condition], num_outputs=len(values), name=name)
+    graph.insert_before(nodes[-1], choice)
+    own = {takes_over(new, old): old for new, old in zip(choice.outputs, values, strict=True)}
+    for node in nodes:
+        for i, value in enumerate(node.inputs):
+            if value is not None and value in own:
+                node.replace_input_with(i, own[value])
+    graph.remove(nodes)
+    choice.attributes["then_branch"] = ir.AttrGraph("then_branch", then)
+    choice.attributes["else_branch"] = ir.AttrGraph("else_branch", ir.Graph([], values, nodes=nodes, name=rest))
+    return choice
 
 
 def made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:

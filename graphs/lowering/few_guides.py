@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from graphs.lowering.edit import Branch, before, constant, takes_over, with_else_branches
+from graphs.lowering.edit import Branch, before, choose, constant, with_else_branches
 from graphs.lowering.grouped import CONTRIB, LAST, PAST_K, Q
 from graphs.lowering.one_row import RECEIVED
 from graphs.ops import DOMAIN
@@ -92,17 +92,10 @@ def _guides(top: ir.Node, node: ir.Node, attention: ir.Node, heads: int) -> _Gui
 
 
 def _rewrite(node: ir.Node, guides: _Guides) -> None:
-    graph, old = node.graph, node.outputs[0]
-    assert graph is not None
-    name = node.name or str(old.name)
+    name = node.name or str(node.outputs[0].name)
     few = _few(node, guides, f"{name}/few_guides")
-    choice = ir.node("If", [guides.few], num_outputs=1, name=f"{name}/guides")
-    graph.insert_before(node, choice)
     node.name = f"{name}/many_guides"
-    takes_over(choice.outputs[0], old)
-    graph.remove(node)
-    choice.attributes["then_branch"] = ir.AttrGraph("then_branch", few)
-    choice.attributes["else_branch"] = ir.AttrGraph("else_branch", ir.Graph([], [old], nodes=[node], name=node.name))
+    choose([node], node.outputs, guides.few, few, f"{name}/guides", node.name)
 
 
 def _few(node: ir.Node, guides: _Guides, name: str) -> ir.Graph:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from graphs.lowering.edit import Branch, before, constant, takes_over, with_else_branches
+from graphs.lowering.edit import Branch, before, choose, constant, with_else_branches
 from graphs.lowering.grouped import CONTRIB, FILLED, PAST_K, PAST_V, Heads, K, Q, V, heads_of
 
 MAP = 1 << 22  # scores of a whole map, at most: 16 MiB
@@ -79,20 +79,12 @@ def _chunk(top: ir.Node, node: ir.Node, heads: Heads) -> _Chunk:
 
 
 def _rewrite(node: ir.Node, heads: Heads, chunk: _Chunk) -> None:
-    graph, old = node.graph, list(node.outputs)
-    assert graph is not None
-    name = node.name or str(old[0].name)
-    choice = ir.node("If", [chunk.small], num_outputs=len(old), name=f"{name}/map")
-    graph.insert_before(node, choice)
-    for new, value in zip(choice.outputs, old, strict=True):
-        takes_over(new, value)
-    graph.remove(node)
-    choice.attributes["then_branch"] = ir.AttrGraph("then_branch", _whole(node, heads, f"{name}/whole"))
-    if heads.together < SHARED:
-        tiles = ir.Graph([], old, nodes=[node], name=f"{name}/tiles")
-    else:
-        tiles = _pieces_or_tiles(node, heads, chunk, name)
-    choice.attributes["else_branch"] = ir.AttrGraph("else_branch", tiles)
+    name = node.name or str(node.outputs[0].name)
+    whole = _whole(node, heads, f"{name}/whole")
+    choice = choose([node], node.outputs, chunk.small, whole, f"{name}/map", f"{name}/tiles")
+    if heads.together >= SHARED:
+        large = _pieces_or(choice.attributes["else_branch"].as_graph(), heads, chunk, name)
+        choice.attributes["else_branch"] = ir.AttrGraph("else_branch", large)
 
 
 def _whole(node: ir.Node, heads: Heads, name: str) -> ir.Graph:
@@ -105,14 +97,12 @@ def _whole(node: ir.Node, heads: Heads, name: str) -> ir.Graph:
     return ir.Graph([], whole.outputs, nodes=[*branch.nodes, whole], name=name)
 
 
-def _pieces_or_tiles(node: ir.Node, heads: Heads, chunk: _Chunk, name: str) -> ir.Graph:
-    branch = Branch(f"{name}/large")
+def _pieces_or(tiles: ir.Graph, heads: Heads, chunk: _Chunk, name: str) -> ir.Graph:
+    node, branch = tiles[0], Branch(f"{name}/large")
     short = branch.add("LessOrEqual", [chunk.filled, branch.add("Mul", [chunk.rows, branch.ints(CHUNKS)])])
-    choice = ir.node("If", [short], num_outputs=3, name=f"{name}/past")
+    branches = {"then_branch": _in_pieces(node, heads, chunk, f"{name}/pieces"), "else_branch": tiles}
+    choice = ir.node("If", [short], branches, num_outputs=3, name=f"{name}/past")
     _told_as(choice.outputs, node, f"{name}/past")
-    tiles = ir.Graph([], node.outputs, nodes=[node], name=f"{name}/tiles")
-    choice.attributes["then_branch"] = ir.AttrGraph("then_branch", _in_pieces(node, heads, chunk, f"{name}/pieces"))
-    choice.attributes["else_branch"] = ir.AttrGraph("else_branch", tiles)
     return ir.Graph([], choice.outputs, nodes=[*branch.nodes, choice], name=f"{name}/large")
 
 

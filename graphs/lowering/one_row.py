@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from graphs.lowering.edit import Branch, before, constant, takes_over
+from graphs.lowering.edit import Branch, before, choose, constant
 from graphs.lowering.grouped import CONTRIB, LAST, PAST_K, PAST_V, Heads, K, Q, V, heads_of
 from graphs.ops import DOMAIN
 
@@ -54,6 +54,11 @@ class _Layer:
     heads: Heads
 
     @property
+    def outputs(self) -> list[ir.Value]:
+        """What the form gives too."""
+        return [*self.node.outputs, *(self.received.outputs if self.received else ())]
+
+    @property
     def gains(self) -> bool:
         """Whether the form is worth its nodes."""
         if self.received is not None:
@@ -85,24 +90,12 @@ def _behind(value: ir.Value | None, *op_types: str) -> ir.Value | None:
 
 def _rewrite(layer: _Layer, shared: dict[tuple[object, ...], ir.Value]) -> None:
     node, received = layer.node, layer.received
-    graph = node.graph
-    assert graph is not None
     name = node.name or str(node.outputs[0].name)
     node.name = node.name or f"{name}/attention"
-    old = list(node.outputs) + (list(received.outputs) if received else [])
     one = _one_row(layer, _hidden(node, shared), _write_at(node, shared), f"{name}/one_row")
     condition = _condition(layer, shared)
-    choice = ir.node("If", [condition], num_outputs=len(old), name=f"{name}/rows")
-    graph.insert_before(received or node, choice)
-    for new, value in zip(choice.outputs, old, strict=True):
-        takes_over(new, value)
-    many = [node]
-    if received:
-        received.replace_input_with(1, node.outputs[1])  # of its own branch
-        many += [*_own_view(received, node), received]
-    graph.remove(many)
-    choice.attributes["then_branch"] = ir.AttrGraph("then_branch", one)
-    choice.attributes["else_branch"] = ir.AttrGraph("else_branch", ir.Graph([], old, nodes=many, name=f"{name}/many"))
+    many = [node, *_own_view(received, node), received] if received else [node]
+    choose(many, layer.outputs, condition, one, f"{name}/rows", f"{name}/many")
 
 
 def _own_view(received: ir.Node, node: ir.Node) -> list[ir.Node]:
@@ -183,7 +176,6 @@ def _one_row(layer: _Layer, hidden: ir.Value, write_at: ir.Value, name: str) -> 
             ones_1H = body.add("Mul", [ones_1H, layer.received.inputs[2]])
         share_HC = body.add("Reshape", [share_1VGC, body.ints(h, -1)])
         outputs.append(body.add("MatMul", [ones_1H, share_HC]))
-    told = [*node.outputs, *(layer.received.outputs if layer.received else ())]
-    for value, like in zip(outputs, told, strict=True):
+    for value, like in zip(outputs, layer.outputs, strict=True):
         value.type, value.shape = like.type, like.shape
     return ir.Graph([], outputs, nodes=body.nodes, name=name)
