@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from engines.sessions.session import NOTHING, Session
 from graphs.files import path_inside
-from graphs.lowering.linear import MICROSOFT
+from graphs.lowering.edit import MICROSOFT
 from graphs.ops import DOMAIN
 from graphs.rules.rule import Stage, attribute_of, stage_from_folder
 from graphs.spec import ExportSpec, length_name, spec_from_folder

@@ -11,9 +11,11 @@ Source: ONNX Attention-23; TensorRT-RTX 1.7's parser, which takes Attention node
 
 from __future__ import annotations
 
+from functools import partial
+
 import onnx_ir as ir
 
-from graphs.lowering.edit import takes_over
+from graphs.lowering.edit import before, takes_over
 
 PAST_K, PAST_V, MASK = 4, 5, 3
 KEPT_ATTRIBUTES = ("scale", "softcap", "softmax_precision", "q_num_heads", "kv_num_heads")
@@ -59,9 +61,7 @@ def _rewrite(node: ir.Node, masks: dict[tuple[str, str], ir.Value]) -> None:
     assert graph is not None
     grown = []
     for past, chunk, present in zip((past_k, past_v), (k, v), presents, strict=True):
-        concat = ir.node("Concat", [past, chunk], {"axis": 2}, num_outputs=1)
-        graph.insert_before(node, concat)
-        grown.append(takes_over(concat.outputs[0], present))
+        grown.append(takes_over(before(node, "Concat", [past, chunk], axis=2), present))
     mask = _mask_of(node, q, grown[0], (_length(q), _length(past_k)), masks)
     attributes = [node.attributes[name] for name in KEPT_ATTRIBUTES if name in node.attributes]
     lowered = ir.Node("", "Attention", [q, *grown, mask], attributes=attributes, num_outputs=1, name=node.name)
@@ -82,25 +82,13 @@ def _mask_of(
 ) -> ir.Value:
     """visible bool [1,1,S,T]: built in front of the first node of these lengths, reused by the others."""
     if lengths not in masks:
-        made: list[ir.Node] = []
-
-        def op(op_type: str, inputs: list[ir.Value | None], **attributes: int) -> ir.Value:
-            made.append(ir.node(op_type, inputs, attributes, num_outputs=1))
-            return made[-1].outputs[0]
-
-        def constant(value: int | list[int]) -> ir.Value:
-            key = "value_int" if isinstance(value, int) else "value_ints"
-            made.append(ir.node("Constant", [], {key: value}, num_outputs=1))
-            return made[-1].outputs[0]
-
-        zero, one = constant(0), constant(1)
+        op = partial(before, node)
+        zero, one = (op("Constant", [], value_int=x) for x in (0, 1))
         rows, keys = (op("Squeeze", [op("Shape", [x], start=2, end=3)]) for x in (q, k))
         key_T = op("Range", [zero, keys, one])
         row_S = op("Range", [op("Sub", [keys, rows]), keys, one])
-        visible_ST = op("LessOrEqual", [key_T, op("Unsqueeze", [row_S, constant([1])])])
-        masks[lengths] = op("Unsqueeze", [visible_ST, constant([0, 1])])
-        assert node.graph is not None
-        node.graph.insert_before(node, made)
+        visible_ST = op("LessOrEqual", [key_T, op("Unsqueeze", [row_S, op("Constant", [], value_ints=[1])])])
+        masks[lengths] = op("Unsqueeze", [visible_ST, op("Constant", [], value_ints=[0, 1])])
         masks[lengths].name = f"visible_{len(masks) - 1}"
         masks[lengths].type = ir.TensorType(ir.DataType.BOOL)
         masks[lengths].shape = ir.Shape([1, 1, *lengths_as_dims(q, k)])

@@ -1,4 +1,4 @@
-"""What passes share: nodes put in front of others, constants, values that take over a name, and branches."""
+"""What passes share: nodes put in front of others or in their place, constants, weights, values, and branches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
+
+MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 
 
 def before(node: ir.Node, op_type: str, inputs: list[ir.Value | None], **attributes: object) -> ir.Value:
@@ -28,6 +30,40 @@ def takes_over(new: ir.Value, old: ir.Value) -> ir.Value:
     new.name, new.type, new.shape = name, old.type, old.shape
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     return new
+
+
+def replace(old: ir.Node, new: ir.Node) -> None:
+    """Put ``new`` in the place of ``old``, under its names; nodes that only fed ``old`` are removed with it."""
+    graph = old.graph
+    assert graph is not None
+    new.name = old.name
+    fed = [value.producer() for value in old.inputs if value is not None]
+    graph.insert_before(old, new)
+    for made, value in zip(new.outputs, old.outputs, strict=True):
+        takes_over(made, value)
+    graph.remove(old, safe=True)
+    remove_unread(fed)
+
+
+def remove_unread(nodes: list[ir.Node | None]) -> None:
+    """Remove nodes whose outputs nobody reads, and then what fed only them."""
+    for node in nodes:
+        if node is None or node.graph is None:
+            continue
+        if any(out.uses() or out.is_graph_output() for out in node.outputs):
+            continue
+        fed = [value.producer() for value in node.inputs if value is not None]
+        node.graph.remove(node, safe=True)
+        remove_unread(fed)
+
+
+def initializer(model: ir.Model, tensor: ir.ExternalTensor) -> ir.Value:
+    """The graph's value of an external tensor, made once per name."""
+    name = str(tensor.name)
+    if name not in model.graph.initializers:
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        model.graph.initializers[name] = value
+    return model.graph.initializers[name]
 
 
 def choose(

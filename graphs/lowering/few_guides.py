@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from graphs.lowering.edit import Branch, before, choose, constant, with_else_branches
-from graphs.lowering.grouped import CONTRIB, LAST, PAST_K, Q
+from graphs.lowering.edit import MICROSOFT, Branch, before, choose, constant, with_else_branches
+from graphs.lowering.grouped import LAST, PAST_K, Q
 from graphs.lowering.one_row import RECEIVED
 from graphs.ops import DOMAIN
 from graphs.ops.attention_received import PIECE
@@ -107,7 +107,7 @@ def _few(node: ir.Node, guides: _Guides, name: str) -> ir.Graph:
     asked_1HGD = branch.add("Slice", [q_1HSD, guides.start, guides.end, branch.ints(2)])
     asked_1VRD = branch.add("Reshape", [asked_1HGD, branch.ints(1, groups, -1, width)])
     scale = node.attributes["scale"].value
-    logit_1VRC = branch.add("FusedMatMul", [asked_1VRD, k_1VCD], CONTRIB, transB=1, alpha=scale)
+    logit_1VRC = branch.add("FusedMatMul", [asked_1VRD, k_1VCD], MICROSOFT, transB=1, alpha=scale)
     logit_1HGC = branch.add("Reshape", [logit_1VRC, guides.shape])
     share_1HGC = branch.add("Softmax", [branch.add("Add", [logit_1HGC, guides.hidden])], axis=-1)
     if node.op_type == "RatedReceivedInCache":

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from graphs.lowering.edit import before, constant, takes_over
+from graphs.lowering.edit import MICROSOFT, before, constant, takes_over
 
-CONTRIB = "com.microsoft"
 HEAD_WIDTHS = 8
 ALL_HEADS_LAST = (0, 2, 1, 3)  # [B,H,S,D] ↔ [B,S,H,D]
 Q, K, V, PAST_K, PAST_V, LAST, FILLED = range(7)  # inputs of GroupQueryAttention
@@ -73,7 +72,7 @@ def attend(node: ir.Node, segment: Segment) -> list[ir.Value]:
         "GroupQueryAttention",
         [*flat, past_k, past_v, last, filled],
         attributes | dict(zip(("num_heads", "kv_num_heads"), counts, strict=True)),
-        domain=CONTRIB,
+        domain=MICROSOFT,
         num_outputs=3,
         name=node.name,
     )

@@ -19,9 +19,9 @@ from typing import Literal
 import onnx_ir as ir
 
 from graphs.lowering.attention import KEPT_ATTRIBUTES, PAST_K, PAST_V, is_canonical
-from graphs.lowering.edit import before, constant, takes_over
+from graphs.lowering.edit import MICROSOFT, before, constant, takes_over
 from graphs.lowering.few_guides import FewGuides
-from graphs.lowering.grouped import CONTRIB, HEAD_WIDTHS, Segment, attend, heads_together
+from graphs.lowering.grouped import HEAD_WIDTHS, Segment, attend, heads_together
 from graphs.lowering.many_rows import ManyRows
 from graphs.lowering.one_row import OneRow
 from graphs.ops import DOMAIN, OPS
@@ -91,7 +91,7 @@ class _Rewriting:
             self.graph.remove(node, safe=True)
         self._going_on()
         if self.by == "grouped":
-            self.graph.opset_imports[CONTRIB] = 1
+            self.graph.opset_imports[MICROSOFT] = 1
 
     def _segment(self, past: ir.Value) -> Segment:
         """The segment of a past [1,V,P_j,D], told by the name of its length."""

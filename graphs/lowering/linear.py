@@ -15,7 +15,8 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-MICROSOFT = "com.microsoft"
+from graphs.lowering.edit import MICROSOFT, replace
+
 Rows = Callable[[int, int], np.ndarray]  # rows of a weight in fp32, by first and end
 
 
@@ -54,42 +55,6 @@ def sizes_of(weight: ir.Value) -> tuple[int, ...]:
     """The axes of a stored weight."""
     assert weight.const_value is not None
     return tuple(int(size) for size in weight.const_value.shape.numpy())
-
-
-def replace(old: ir.Node, new: ir.Node) -> None:
-    """Put ``new`` in the place of ``old``, under its names; nodes that only fed ``old`` are removed with it."""
-    graph = old.graph
-    assert graph is not None
-    new.name = old.name
-    fed = [value.producer() for value in old.inputs if value is not None]
-    graph.insert_before(old, new)
-    for before, after in zip(old.outputs, new.outputs, strict=True):
-        name, before.name = before.name, f"{before.name}_replaced"
-        after.name, after.type, after.shape = name, before.type, before.shape
-        ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
-    graph.remove(old, safe=True)
-    remove_unread(fed)
-
-
-def remove_unread(nodes: list[ir.Node | None]) -> None:
-    """Remove nodes whose outputs nobody reads, and then what fed only them."""
-    for node in nodes:
-        if node is None or node.graph is None:
-            continue
-        if any(out.uses() or out.is_graph_output() for out in node.outputs):
-            continue
-        fed = [value.producer() for value in node.inputs if value is not None]
-        node.graph.remove(node, safe=True)
-        remove_unread(fed)
-
-
-def initializer(model: ir.Model, tensor: ir.ExternalTensor) -> ir.Value:
-    """The graph's value of an external tensor, made once per name."""
-    name = str(tensor.name)
-    if name not in model.graph.initializers:
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-        model.graph.initializers[name] = value
-    return model.graph.initializers[name]
 
 
 def mapped_values(held: ir.ExternalTensor) -> np.ndarray:

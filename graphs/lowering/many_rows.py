@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from graphs.lowering.edit import Branch, before, choose, constant, with_else_branches
-from graphs.lowering.grouped import CONTRIB, FILLED, PAST_K, PAST_V, Heads, K, Q, V, heads_of
+from graphs.lowering.edit import MICROSOFT, Branch, before, choose, constant, with_else_branches
+from graphs.lowering.grouped import FILLED, PAST_K, PAST_V, Heads, K, Q, V, heads_of
 
 MAP = 1 << 22  # scores of a whole map, at most: 16 MiB
 # In pieces where so many query heads share their keys, and a past and its chunk are no more than so many chunks: the
@@ -43,7 +43,7 @@ class ManyRows(ir.passes.InPlacePass):
         shared: dict[tuple[object, ...], _Chunk] = {}
         changed = False
         for top, node in with_else_branches(model.graph):
-            if node.op_type != "GroupQueryAttention" or node.domain != CONTRIB:
+            if node.op_type != "GroupQueryAttention" or node.domain != MICROSOFT:
                 continue
             heads, softcap = heads_of(node), node.attributes.get_float("softcap", 0.0)
             if softcap:
@@ -92,7 +92,7 @@ def _whole(node: ir.Node, heads: Heads, name: str) -> ir.Graph:
     sink_H = branch.constant(np.full(heads.queries, NO_WEIGHT, np.float32))
     attributes = {key: attribute.value for key, attribute in node.attributes.items()}
     inputs = [*node.inputs, *[None] * (SINK - len(node.inputs)), sink_H]
-    whole = ir.node(node.op_type, inputs, attributes, domain=CONTRIB, num_outputs=3, name=f"{name}/attention")
+    whole = ir.node(node.op_type, inputs, attributes, domain=MICROSOFT, num_outputs=3, name=f"{name}/attention")
     _told_as(whole.outputs, node, name)
     return ir.Graph([], whole.outputs, nodes=[*branch.nodes, whole], name=name)
 
@@ -150,7 +150,7 @@ def _piece(heads: Heads, r: int, held_VCD: list[ir.Value], name: str) -> ir.Grap
     q_VMD = body.add("Reshape", [q_VGRD, body.ints(v, g * r, d)])
     end = body.add("Add", [begin, body.ints(r)])
     k_VTD, v_VTD = (body.add("Slice", [held, body.ints(0), end, body.ints(1)]) for held in held_VCD)
-    logit_VMT = body.add("FusedMatMul", [q_VMD, k_VTD], CONTRIB, transB=1, alpha=heads.scale)
+    logit_VMT = body.add("FusedMatMul", [q_VMD, k_VTD], MICROSOFT, transB=1, alpha=heads.scale)
     logit_VGRT = body.add("Reshape", [logit_VMT, body.ints(v, g, r, -1)])
     seen = body.add("Squeeze", [body.add("Shape", [k_VTD], start=1, end=2)])
     zero, one = (body.constant(np.array(x, np.int64)) for x in (0, 1))

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from graphs.errors import UsageError
+from graphs.lowering.edit import before, takes_over
 from graphs.lowering.operators_10_3 import CONSTANT_INPUT, OPERATORS, OPSET
 from graphs.ops import DOMAIN, OPS
 
@@ -88,12 +89,8 @@ def _fold(graph: ir.Graph) -> None:
         known = _known(node)
         if known is None or known.size > FOLDED_SIZE:
             continue
-        constant = ir.node("Constant", [], {"value": ir.tensor(known)}, num_outputs=1)
-        graph.insert_before(node, constant)
-        new, old = constant.outputs[0], node.outputs[0]
-        name, old.name = old.name, f"{old.name}_unfolded"
-        new.name, new.type, new.shape = name, ir.TensorType(ir.DataType.from_numpy(known.dtype)), ir.Shape(known.shape)
-        ir.convenience.replace_all_uses_with(old, new)
+        new = takes_over(before(node, "Constant", [], value=ir.tensor(known)), node.outputs[0])
+        new.type, new.shape = ir.TensorType(ir.DataType.from_numpy(known.dtype)), ir.Shape(known.shape)
         graph.remove(node, safe=True)
 
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from graphs.lowering.edit import Branch, before, choose, constant
-from graphs.lowering.grouped import CONTRIB, LAST, PAST_K, PAST_V, Heads, K, Q, V, heads_of
+from graphs.lowering.edit import MICROSOFT, Branch, before, choose, constant
+from graphs.lowering.grouped import LAST, PAST_K, PAST_V, Heads, K, Q, V, heads_of
 from graphs.ops import DOMAIN
 
 # From where on it gains without received attention: query heads that share their keys, H·D, and rows of the buffer.
@@ -37,9 +37,9 @@ class OneRow(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite in place; what stands outside the decoder's own graph is left as it is."""
         shared: dict[tuple[object, ...], ir.Value] = {}
-        attentions = [node for node in model.graph if node.op_type == "GroupQueryAttention" and node.domain == CONTRIB]
+        found = [node for node in model.graph if node.op_type == "GroupQueryAttention" and node.domain == MICROSOFT]
         changed = False
-        for node in attentions:
+        for node in found:
             layer = _layer_of(node)
             if layer.gains and not node.attributes.get_float("softcap", 0.0):
                 _rewrite(layer, shared)
@@ -162,7 +162,7 @@ def _one_row(layer: _Layer, hidden: ir.Value, write_at: ir.Value, name: str) -> 
         for past, chunk in ((node.inputs[PAST_K], node.inputs[K]), (node.inputs[PAST_V], node.inputs[V]))
     ]
     q_1VGD = body.add("Reshape", [node.inputs[Q], body.ints(1, v, g, d)])
-    logit_1VCG = body.add("FusedMatMul", [presents[0], q_1VGD], CONTRIB, transB=1, alpha=of.scale)
+    logit_1VCG = body.add("FusedMatMul", [presents[0], q_1VGD], MICROSOFT, transB=1, alpha=of.scale)
     logit_1VGC = body.add("Transpose", [logit_1VCG], perm=[0, 1, 3, 2])
     share_1VGC = body.add("Softmax", [body.add("Add", [logit_1VGC, hidden])], axis=-1)
     # Products of one row each: a product of G rows would copy the values first.

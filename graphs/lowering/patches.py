@@ -14,9 +14,8 @@ from math import prod
 
 import onnx_ir as ir
 
-from graphs.lowering.edit import before, constant, takes_over
+from graphs.lowering.edit import before, constant, initializer, takes_over
 from graphs.lowering.linear import sizes_of
-from graphs.lowering.quantised import initializer
 
 
 class PatchesByProduct(ir.passes.InPlacePass):

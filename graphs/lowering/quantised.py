@@ -21,7 +21,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphs.lowering.derived import CHUNK, DerivedWeights
-from graphs.lowering.linear import MICROSOFT, Rows, initializer, is_stored_matrix, replace, sizes_of, stored_weight
+from graphs.lowering.edit import MICROSOFT, initializer, replace
+from graphs.lowering.linear import Rows, is_stored_matrix, sizes_of, stored_weight
 
 ACCURACY_LEVEL = 4
 SMALLEST_BLOCK = 16  # of both ops

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graphs.lowering.edit import before, constant, made_by, only_user
-from graphs.lowering.linear import remove_unread, replace
+from graphs.lowering.edit import before, constant, made_by, only_user, remove_unread, replace
 
 SINCE = 23  # the version of the standard that has the node
 ONE_BY_ONE, SCALED = ("Cos", "Sin", "Cast"), ("Mul",)  # what may stand between the halves' Concat and the rotation

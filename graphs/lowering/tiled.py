@@ -15,8 +15,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from graphs.lowering.edit import before, constant, made_by, only_user, takes_over
-from graphs.lowering.linear import MICROSOFT, remove_unread
+from graphs.lowering.edit import MICROSOFT, before, constant, made_by, only_user, remove_unread, takes_over
 from graphs.ops import DOMAIN
 
 LOW = -1e30  # times any scale of an attention still less than every score, and no infinity

@@ -24,7 +24,8 @@ import onnx_ir as ir
 from numpy.typing import DTypeLike
 
 from graphs.lowering.derived import CHUNK, DerivedWeights
-from graphs.lowering.linear import Rows, initializer, is_stored_matrix, rows_of, sizes_of, stored_weight
+from graphs.lowering.edit import initializer
+from graphs.lowering.linear import Rows, is_stored_matrix, rows_of, sizes_of, stored_weight
 from graphs.lowering.roles import Width, place_of
 
 BLOCK = 128
