@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from graphs.lowering.edit import MICROSOFT, before, constant, takes_over
+from graphs.lowering.heads import TURN, heads_and_width, is_turn, split, split_from, turned_from
 
 HEAD_WIDTHS = 8
-ALL_HEADS_LAST = (0, 2, 1, 3)  # [B,H,S,D] ↔ [B,S,H,D]
 Q, K, V, PAST_K, PAST_V, LAST, FILLED = range(7)  # inputs of GroupQueryAttention
 
 
@@ -86,15 +86,11 @@ def attend(node: ir.Node, segment: Segment) -> list[ir.Value]:
 
 def _rows_first(node: ir.Node, value: ir.Value) -> ir.Value:
     """[B,H,S,D] as [B,S,H·D]: what it was made of by a reshape and a transpose, or turned back."""
-    maker = value.producer()
-    if maker is not None and _is_turn(maker):
-        view = maker.inputs[0].producer() if maker.inputs[0] is not None else None
-        rows = view.inputs[0] if view is not None and view.op_type == "Reshape" else None
-        if rows is not None and rows.shape is not None and len(rows.shape) == 3:
-            return rows
-    turned = before(node, "Transpose", [value], perm=ALL_HEADS_LAST)
+    if rows := split_from(turned_from(value)):
+        return rows
+    apart = before(node, "Transpose", [value], perm=TURN)
     heads, head_width = _heads(value)
-    rows = before(node, "Reshape", [turned, constant(node, [0, 0, heads * head_width])])
+    rows = before(node, "Reshape", [apart, constant(node, [0, 0, heads * head_width])])
     assert value.shape is not None
     rows.type, rows.shape = value.type, ir.Shape([value.shape[0], value.shape[2], heads * head_width])
     return rows
@@ -105,17 +101,15 @@ def _heads_first(node: ir.Node, flat: ir.Value) -> None:
     graph, old = node.graph, node.outputs[0]
     assert graph is not None
     users = [user for user, _ in old.uses()]
-    behind = [u for user in users if _is_turn(user) for u, _ in user.outputs[0].uses()]
-    if users and all(map(_is_turn, users)) and all(u.op_type == "Reshape" for u in behind):
+    behind = [u for user in users if is_turn(user) for u, _ in user.outputs[0].uses()]
+    if users and all(map(is_turn, users)) and all(u.op_type == "Reshape" for u in behind):
         for reshape in behind:
             takes_over(flat, reshape.outputs[0])
             graph.remove(reshape, safe=True)
         for user in users:
             graph.remove(user, safe=True)
         return
-    apart = before(node, "Reshape", [flat, constant(node, [0, 0, *_heads(old)])])
-    turned = before(node, "Transpose", [apart], perm=ALL_HEADS_LAST)
-    takes_over(turned, old)
+    takes_over(split(node, flat, *_heads(old)), old)
 
 
 def _filled(node: ir.Node, segment: Segment) -> tuple[ir.Value, ir.Value]:
@@ -138,11 +132,7 @@ def heads_together(node: ir.Node) -> bool:
 
 def _heads(value: ir.Value) -> tuple[int, int]:
     """H and D of [B,H,S,D], which the exporter always knows."""
-    heads, width = (value.shape[1], value.shape[3]) if value.shape is not None else (None, None)
-    if not isinstance(heads, int) or not isinstance(width, int):
+    sizes = heads_and_width(value)
+    if sizes is None:
         raise ir.passes.PassError(f"{value.name} has no shape")
-    return heads, width
-
-
-def _is_turn(node: ir.Node) -> bool:
-    return node.op_type == "Transpose" and tuple(node.attributes.get_ints("perm", ()) or ()) == ALL_HEADS_LAST
+    return sizes

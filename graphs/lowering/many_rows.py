@@ -25,6 +25,7 @@ import onnx_ir as ir
 
 from graphs.lowering.edit import MICROSOFT, Branch, before, choose, constant, with_else_branches
 from graphs.lowering.grouped import FILLED, PAST_K, PAST_V, Heads, K, Q, V, heads_of
+from graphs.lowering.heads import TURN
 
 MAP = 1 << 22  # scores of a whole map, at most: 16 MiB
 # In pieces where so many query heads share their keys, and a past and its chunk are no more than so many chunks: the
@@ -120,7 +121,7 @@ def _in_pieces(node: ir.Node, heads: Heads, chunk: _Chunk, name: str) -> ir.Grap
     presents = []
     for buffer, added in ((node.inputs[PAST_K], node.inputs[K]), (node.inputs[PAST_V], node.inputs[V])):
         chunk_1SVD = branch.add("Reshape", [added, branch.ints(1, -1, v, d)])
-        chunk_1VSD = branch.add("Transpose", [chunk_1SVD], perm=[0, 2, 1, 3])
+        chunk_1VSD = branch.add("Transpose", [chunk_1SVD], perm=TURN)
         presents.append(branch.add("TensorScatter", [buffer, chunk_1VSD, begin], axis=2))
     held_VCD = [branch.add("Reshape", [present, branch.ints(v, -1, d)]) for present in presents]
     # The last piece is filled up with rows of zeros, whose results are cut off.

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graphs.lowering.edit import before, constant, made_by, only_user, remove_unread, replace
+from graphs.lowering.edit import before, constant, made_by, remove_unread, replace
+from graphs.lowering.heads import only_joined, split, split_from, turned_from
 
 SINCE = 23  # the version of the standard that has the node
 ONE_BY_ONE, SCALED = ("Cos", "Sin", "Cast"), ("Mul",)  # what may stand between the halves' Concat and the rotation
@@ -143,8 +144,7 @@ class HeadsTogether(ir.passes.InPlacePass):
 def _join(node: ir.Node) -> bool:
     """Rewrite one attention, all of its three inputs and its output or nothing."""
     sources = [source for value in node.inputs[:3] if (source := _together(value)) is not None]
-    out = only_user(node.outputs[0], "Transpose")
-    merged = only_user(out.outputs[0], "Reshape") if out is not None and _perm(out) == [0, 2, 1, 3] else None
+    merged = only_joined(node.outputs[0])
     if merged is None or len(sources) != 3:
         return False
     graph = node.graph
@@ -164,9 +164,9 @@ def _join(node: ir.Node) -> bool:
         _views_of(new.outputs[0], old[i])
     node.attributes["q_num_heads"] = ir.AttrInt64("q_num_heads", heads[0])
     node.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", heads[1])
-    node.outputs[0].shape = merged.outputs[0].shape
-    ir.convenience.replace_all_uses_with(merged.outputs[0], node.outputs[0])
-    remove_unread([merged, *(value.producer() for value in old if value is not None)])
+    node.outputs[0].shape = merged.shape
+    ir.convenience.replace_all_uses_with(merged, node.outputs[0])
+    remove_unread([merged.producer(), *(value.producer() for value in old if value is not None)])
     return True
 
 
@@ -184,8 +184,7 @@ def _views_of(rows_first: ir.Value, heads_first: ir.Value | None) -> None:
     if any(places.get(id(user), -1) < places[id(rotation)] for user, _ in users):
         return
     for user, at in users:
-        shape = constant(user, [0, 0, int(sizes[1]), int(sizes[3])])  # type: ignore[arg-type]
-        turned = before(user, "Transpose", [before(user, "Reshape", [rows_first, shape])], perm=[0, 2, 1, 3])
+        turned = split(user, rows_first, int(sizes[1]), int(sizes[3]))  # type: ignore[arg-type]
         turned.type, turned.shape = heads_first.type, sizes
         user.replace_input_with(at, turned)
 
@@ -205,24 +204,17 @@ def _flat(node: ir.Node, source: ir.Value) -> ir.Value:
 def _together(value: ir.Value | None) -> tuple[ir.Value, ir.Node | None, int] | None:
     """x [B,S,H·d] behind a split value, or [B,S,H,d] where heads are normed first; a rotation on the way; and H."""
     rotary = made_by(value, "RotaryEmbedding")
-    turned = made_by(rotary.inputs[0] if rotary else value, "Transpose")
-    if turned is None or _perm(turned) != [0, 2, 1, 3]:
+    turned = rotary.inputs[0] if rotary else value
+    apart = turned_from(turned)
+    count = turned.shape[1] if turned is not None and turned.shape is not None else None
+    if apart is None or not isinstance(count, int):
         return None
-    split, heads = made_by(turned.inputs[0], "Reshape"), turned.outputs[0].shape
-    count = heads[1] if heads is not None else None
-    x, rows_first = split.inputs[0] if split else None, turned.inputs[0]
-    if not isinstance(count, int):
-        return None
-    if x is not None and x.shape is not None and len(x.shape) == 3:
+    if x := split_from(apart):
         return x, rotary, count
-    sizes = rows_first.shape if rows_first is not None else None
-    if rows_first is None or sizes is None or len(sizes) != 4 or sizes[2] != count or not isinstance(sizes[3], int):
+    sizes = apart.shape
+    if sizes is None or len(sizes) != 4 or sizes[2] != count or not isinstance(sizes[3], int):
         return None
-    return rows_first, rotary, count
-
-
-def _perm(node: ir.Node) -> list[int]:
-    return list(node.attributes.get_ints("perm") or ())
+    return apart, rotary, count
 
 
 def _ints(value: ir.Value | None) -> list[int] | None:

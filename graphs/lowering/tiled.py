@@ -15,12 +15,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from graphs.lowering.edit import MICROSOFT, before, constant, made_by, only_user, remove_unread, takes_over
+from graphs.lowering.edit import MICROSOFT, before, constant, only_user, remove_unread, takes_over
+from graphs.lowering.heads import TURN, heads_and_width, only_joined, split, split_from, turned_from
 from graphs.ops import DOMAIN
 
 LOW = -1e30  # times any scale of an attention still less than every score, and no infinity
 LONG = 448  # places from which on the tiled kernel is the faster one; a map of fewer scores is small
-ROWS_FIRST = (0, 2, 1, 3)  # [B,H,K,D] ↔ [B,K,H,D]
 
 
 class TowersTiled(ir.passes.InPlacePass):
@@ -61,7 +61,7 @@ def _rewrite(node: ir.Node, columns: dict[ir.Value, tuple[ir.Value, ir.Value]]) 
     assert graph is not None
     assert sizes
     heads, width = sizes
-    rows = [_rows_first(node, value) for value in (q, k, v)]
+    rows = [turned_from(value) or before(node, "Transpose", [value], perm=TURN) for value in (q, k, v)]
     widths = [width] * 3
     if is_real := next(iter(node.inputs[3:]), None):
         if is_real not in columns:
@@ -84,8 +84,7 @@ def _rewrite(node: ir.Node, columns: dict[ir.Value, tuple[ir.Value, ir.Value]]) 
     if together:
         takes_over(made.outputs[0], together)
     else:
-        apart = before(node, "Reshape", [made.outputs[0], constant(node, [0, 0, heads, width])])
-        takes_over(before(node, "Transpose", [apart], perm=ROWS_FIRST), node.outputs[0])
+        takes_over(split(node, made.outputs[0], heads, width), node.outputs[0])
     remove_unread([together.producer() if together else node])
 
 
@@ -93,12 +92,11 @@ def _together(value: ir.Value) -> ir.Value | None:
     """[B,K,H·D], where that alone is made of [B,H,K,D]; a view of the same sizes may stand on the way."""
     sizes = value.shape
     view = only_user(value, "Reshape")
-    turn = only_user(view.outputs[0] if view is not None and view.outputs[0].shape == sizes else value, "Transpose")
-    user = only_user(turn.outputs[0], "Reshape") if turn is not None and _turns(turn) else None
-    shape = user.outputs[0].shape if user is not None else None
-    if user is None or shape is None or sizes is None or len(shape) != 3:
+    joined = only_joined(view.outputs[0] if view is not None and view.outputs[0].shape == sizes else value)
+    shape = joined.shape if joined is not None else None
+    if shape is None or sizes is None or len(shape) != 3:
         return None
-    return user.outputs[0] if shape[-1] == sizes[1] * sizes[3] and shape[:2] == (sizes[0], sizes[2]) else None
+    return joined if shape[-1] == sizes[1] * sizes[3] and shape[:2] == (sizes[0], sizes[2]) else None
 
 
 def _columns(node: ir.Node, is_real: ir.Value, heads: int) -> tuple[ir.Value, ir.Value]:
@@ -111,33 +109,14 @@ def _columns(node: ir.Node, is_real: ir.Value, heads: int) -> tuple[ir.Value, ir
 
 def _flat(node: ir.Node, value: ir.Value, width: int, turned: ir.Value | None) -> ir.Value:
     """[B,K,H·D] of [B,K,H,D]: what it was split from, or joined again; ``turned`` is [B,H,K,D]."""
-    maker = made_by(value, "Reshape")
-    split = maker.inputs[0] if maker is not None else None
+    together = split_from(value)
+    shape = together.shape if together is not None else None
     sizes = turned.shape if turned is not None else None
-    if split is not None and split.shape is not None and sizes is not None:
-        shape = split.shape
-        if len(shape) == 3 and shape[-1] == width and shape[:2] == (sizes[0], sizes[2]):
-            return split
+    if together and shape and sizes and shape[-1] == width and shape[:2] == (sizes[0], sizes[2]):
+        return together
     return before(node, "Reshape", [value, constant(node, [0, 0, width])])
-
-
-def _rows_first(node: ir.Node, value: ir.Value | None) -> ir.Value:
-    """[B,K,H,D] of [B,H,K,D]: what it was turned from, or turned back."""
-    maker = made_by(value, "Transpose")
-    if maker is not None and _turns(maker):
-        source = maker.inputs[0]
-        assert source is not None
-        return source
-    return before(node, "Transpose", [value], perm=ROWS_FIRST)
-
-
-def _turns(node: ir.Node) -> bool:
-    return tuple(node.attributes.get_ints("perm") or ()) == ROWS_FIRST
 
 
 def _heads(value: ir.Value | None) -> tuple[int, int] | None:
     """H and D of [B,H,K,D] in fp32; None where type or sizes are others, or not known."""
-    if value is None or value.shape is None or len(value.shape) != 4 or value.dtype != ir.DataType.FLOAT:
-        return None
-    heads, width = value.shape[1], value.shape[3]
-    return (heads, width) if isinstance(heads, int) and isinstance(width, int) else None
+    return heads_and_width(value) if value is not None and value.dtype == ir.DataType.FLOAT else None
