@@ -170,13 +170,10 @@ def following(positions: np.ndarray, rows: int) -> np.ndarray:
 
 
 def guide_rows(plan: PruningPlan, is_visual_S: np.ndarray) -> int:
-    """Return G, how many trailing rows guide.
+    """Return G, how many trailing rows guide: what the plan says, but every row of a chunk without an image.
 
-    The text rows after the last image, one more where the plan says so, 1 for rows ``last``; every
-    row of a chunk without an image. Raises UsageError where an image has no text behind it.
+    Raises UsageError where an image has no text behind it.
     """
-    rows = plan.attention_rows
-    assert rows
     visual = np.flatnonzero(is_visual_S)
     if not len(visual):
         return len(is_visual_S)
@@ -186,7 +183,7 @@ def guide_rows(plan: PruningPlan, is_visual_S: np.ndarray) -> int:
             "the question is not in the same chunk as its image, and guidance is computed from the text rows "
             "behind the image; feed image and question together"
         )
-    return {"text": text, "raters": text, "last": 1, "text_and_last_visual": text + 1}[rows]
+    return plan.guide_rows(text)
 
 
 def rows_behind(

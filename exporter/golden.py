@@ -76,13 +76,6 @@ def carrier(length: int) -> torch.Tensor:
     return torch.zeros(length, dtype=torch.int32)
 
 
-def guide_rows(plan: PruningPlan, text_after: int) -> int:
-    """How many of the last rows guide the pruning, by the plan's choice of rows."""
-    rows = plan.attention_rows
-    assert rows
-    return {"text": text_after, "raters": text_after, "last": 1, "text_and_last_visual": text_after + 1}[rows]
-
-
 def decoder_feed(
     program: DecoderProgram,
     embedded: Tensors,
@@ -166,7 +159,7 @@ def decoder_cases(program: DecoderProgram, embedded: Tensors, language: Language
     text = embeds.shape[1] - visual
     points = program.plan.points
     keep = tuple(text + max(1, visual >> (i + 1)) for i in range(len(points)))
-    guide = guide_rows(program.plan, TEXT_AFTER) if program.plan.uses_guide else 1
+    guide = program.plan.guide_rows(TEXT_AFTER) if program.plan.uses_guide else 1
     past = empty_past(program, language, embeds.dtype, [0] * len(program.segments))
     positions = positions_of(language, 0, embeds.shape[1], is_visual)
     first = decoder_feed(program, embedded, past, positions=positions, guide=guide, keep=keep, tail=2)

@@ -189,6 +189,11 @@ class PruningPlan(Record):
             return self.guidance.rows
         return next((p.rows for p in self.points if p.score in BY_ATTENTION), None)
 
+    def guide_rows(self, text: int) -> int:
+        """G, how many of a chunk's last rows guide where the plan has a guide; text: rows behind the last image."""
+        assert self.attention_rows
+        return {"last": 1, "text_and_last_visual": text + 1}.get(self.attention_rows, text)
+
     def segments(self, layers: int) -> tuple[range, ...]:
         """The layers between prune points, one range per segment; each has its own cache length.
 
