@@ -39,6 +39,7 @@ Natural = Annotated[int, Field(ge=0)]
 # concat: present_* are new tensors, one chunk longer than past_*. in-place: past_* and present_* are one buffer of C_j
 # rows, of which the first ``length_j`` are filled; the chunk's rows are written behind them.
 CacheForm = Literal["concat", "in-place"]
+Parser = Literal["current", "10.3"]  # of TensorRT, whose operators a file is lowered to
 
 
 class TensorSpec(Record):
@@ -112,6 +113,10 @@ class VisualGrid(Record):
     def tokens(self) -> int:
         """Visual tokens of one tile."""
         return self.rows * self.columns
+
+    def most_windows(self, patches: int, images: int) -> int:
+        """W at its largest, for ``patches`` of all images: a window at an edge is cut off; 1 where there are none."""
+        return max(1, 4 * patches // self.window**2 + images) if self.window else 1
 
     @property
     def tokens_alike(self) -> bool:

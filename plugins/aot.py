@@ -25,6 +25,7 @@ from graphs.errors import UsageError
 from graphs.ops import DOMAIN
 from plugins.cubins import check_sms, ptx_from_variant
 from plugins.ops import SERVED, ServedOp
+from plugins.ops.keep_topk import MOST_ROWS
 from plugins.table import Variant, bits_of
 from plugins.trt import data_type, type_name
 
@@ -57,7 +58,7 @@ class AheadOfTime:
         served = SERVED[self.op]
         if not served.accepts(types):
             raise UsageError(f"{self.name} takes no {', '.join(types)}: build with --ops body")
-        largest = [[16_384 if d < 0 else d for d in shape] if self.op == "KeepTopK" else shape for shape in shapes]
+        largest = [[MOST_ROWS if d < 0 else d for d in shape] if self.op == "KeepTopK" else shape for shape in shapes]
         return served.variants(types, largest)[self.launch]
 
 

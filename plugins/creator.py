@@ -21,9 +21,8 @@ from plugins.cubin_file import Cubin, pack, unpack
 from plugins.launch import Launcher
 from plugins.ops import ServedOp
 from plugins.table import Variant, bits_of
-from plugins.trt import data_type, type_name
+from plugins.trt import VERSION, data_type, type_name
 
-VERSION = "1"
 CUBINS_FIELD = "cubins"
 ALIGNMENT = 256  # bytes; what TensorRT aligns tensors to, so that scratch pieces are aligned alike
 

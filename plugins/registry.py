@@ -18,13 +18,11 @@ from graphs.ops import DOMAIN
 from graphs.versions import installed_version
 from plugins.ops import SERVED
 from plugins.ops.keep_topk import MOST_ROWS
-from plugins.trt import LEAST
+from plugins.trt import LEAST, VERSION
 
-NAMESPACE = DOMAIN
-VERSION = "1"
-NODE_ATTRIBUTES = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
+NODE_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": VERSION}
 
-__all__ = ["MOST_ROWS", "NAMESPACE", "NODE_ATTRIBUTES", "VERSION", "ops_with_kernels", "register", "service"]
+__all__ = ["MOST_ROWS", "NODE_ATTRIBUTES", "ops_with_kernels", "register", "service"]
 
 
 def ops_with_kernels() -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from graphs.versions import missing
 TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "i64": "INT64", "i32": "INT32", "i8": "INT8", "i1": "BOOL"}
 NAMES = {theirs: ours for ours, theirs in TYPES.items()}
 
+VERSION = "1"  # of our plugins, which a node asks for by it
 LIBRARY = "libtensorrt_rtx.so"
 LEAST = "10.16"  # the first full TensorRT that our plugins are written for
 

@@ -20,6 +20,7 @@ from engines.targets import TARGETS
 from engines.trt.bounds import Bounds
 from graphs.errors import OperationFailed
 from graphs.ops import DOMAIN
+from graphs.ops.attention_received import PIECE
 from graphs.rules.rule import Export, Stage, all_inputs_of, attribute_of
 from graphs.spec import ExportSpec, form_of
 from graphs.talk import say, warn
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 ON_A_CPU = {"float32": 1.2, "float16": 2.2, "bfloat16": 1.2}
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 OLD_AND_NEW = 2  # a step reads one cache and writes the next; written in place, two conversations' views
-PIECE = 64  # guide rows that AttentionReceived walks at once
 # ONNX element type → bytes; a float takes what the target computes in.
 BYTES = {2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 11: 8}
 FLOATS = (1, 10, 16)
@@ -190,7 +190,7 @@ def _sizes(spec: ExportSpec, bounds: Bounds) -> dict[str, int]:
         "N": images,
         "I": images,
         "K": patches,
-        "W": max(1, 4 * patches // grid.window**2 + images) if grid.window else 1,
+        "W": grid.most_windows(patches, images),
         "M": rows,
         "Q": rows,
     }

@@ -19,7 +19,7 @@ from engines.calibration.record import Calibration
 from graphs.errors import BadArtefact
 from graphs.files import unreadable
 from graphs.plan import PruningPlan, Record, Role
-from graphs.spec import SPEC_FILE, LanguageModel, StageSpec, VisualGrid
+from graphs.spec import SPEC_FILE, LanguageModel, Parser, StageSpec, VisualGrid
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
@@ -29,7 +29,6 @@ REBUILD = "build it again with: saccade build"
 Served = Literal["kernel", "body"]
 Hardware = Literal["none", "same-cc", "ampere-plus"]
 Plugins = Literal["none", "python", "aot"]
-Parser = Literal["current", "10.3"]
 
 
 class FileEntry(Record):

@@ -116,7 +116,7 @@ def profiles_of(stage: str, spec: ExportSpec, bounds: Bounds) -> dict[str, Profi
     grid = spec.grid
     per_image = max(1, grid.tokens)
     patches = grid.merge**2 * prompt
-    windows = max(1, 4 * patches // grid.window**2 + images) if grid.window else 1
+    windows = grid.most_windows(patches, images)
     ranges = {
         "N": (1, 1, images),
         "I": (1, 1, images),

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from engines.bundles.manifest import Compatibility, Hardware, Plugins
 from engines.trt.flavour import FULL, LEAST_WRITTEN_OUT, out_of_range
 from engines.trt.running import tensorrt_reasons
 from graphs.errors import BackendMissing, UsageError
-from graphs.lowering import PARSERS, Parser
+from graphs.spec import Parser
 
 LEVELS = range(6)
 LEVEL_OF: dict[Hardware, str] = {
@@ -24,6 +24,7 @@ LEVEL_OF: dict[Hardware, str] = {
     "same-cc": "SAME_COMPUTE_CAPABILITY",
 }
 FORMS = ("python", "aot")
+PARSERS: tuple[Parser, ...] = get_args(Parser)
 AMPERE = 80
 
 

@@ -21,11 +21,11 @@ from engines.trt.reading import Reading, reading_from
 from engines.trt.running import here
 from graphs.errors import OperationFailed, UsageError
 from graphs.files import atomic_folder, refuse_overlap
-from graphs.lowering import Lowering, Parser
+from graphs.lowering import Lowering
 from graphs.lowering.export import LoweredExport, lowered_export
 from graphs.lowering.in_place import refusal
 from graphs.rules import refuse_findings
-from graphs.spec import SPEC_FILE, ExportSpec
+from graphs.spec import SPEC_FILE, ExportSpec, Parser
 from graphs.talk import say, step, warn
 from graphs.versions import require
 

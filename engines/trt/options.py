@@ -10,13 +10,13 @@ from engines.trt.engine import checked_sms, refuse_missing
 from engines.trt.flavour import FLAVOURS, RTX, Flavour
 from engines.trt.full import TensorrtOptions, own_sm, refuse_for_parser
 from graphs.errors import UsageError
-from graphs.lowering import Lowering, Parser
+from graphs.lowering import Lowering
 from graphs.lowering.roles import Width
-from graphs.spec import ExportSpec, FloatType
+from graphs.lowering.weight_only import BITS
+from graphs.spec import ExportSpec, FloatType, Parser
 from graphs.talk import say
 
 PRECISIONS: dict[str, FloatType] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-BITS: dict[str, Width] = {"int8": 8, "int4": 4}  # of the weights of products; all else is fp16
 OPS_CHOICES = ("plugin", "body")
 
 

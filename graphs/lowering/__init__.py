@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 import onnx_ir as ir
 
@@ -29,10 +28,8 @@ from graphs.lowering.precision import Precision, Rebind
 from graphs.lowering.roles import Width, width_of
 from graphs.lowering.served import AskForPlugins
 from graphs.lowering.weight_only import WeightOnly
-from graphs.spec import CacheForm, FloatType
+from graphs.spec import CacheForm, FloatType, Parser
 
-Parser = Literal["current", "10.3"]
-PARSERS: tuple[Parser, ...] = get_args(Parser)
 ONNX_TYPES: dict[FloatType, ir.DataType] = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,

@@ -32,14 +32,12 @@ from graphs.lowering.linear import (
 from graphs.lowering.patches import PatchesByProduct
 from graphs.lowering.precision import Precision
 from graphs.lowering.quantised import Bits, Quantise
-from graphs.lowering.roles import Place, Width, place_of, tables_of, width_of
-from graphs.lowering.weight_only import WeightOnly
+from graphs.lowering.roles import Place, place_of, tables_of, width_of
+from graphs.lowering.weight_only import BITS, BLOCK, WeightOnly
 from graphs.packed import PACKED
 
 HostPrecision = Literal["fp32", "int8", "int4"]
 PRECISIONS: tuple[HostPrecision, ...] = get_args(HostPrecision)
-BITS: dict[str, Width] = {"int8": 8, "int4": 4}
-BLOCK = 128
 
 
 class Packing:

@@ -28,7 +28,8 @@ from graphs.lowering.edit import initializer
 from graphs.lowering.linear import Rows, is_stored_matrix, rows_of, sizes_of, stored_weight
 from graphs.lowering.roles import Width, place_of
 
-BLOCK = 128
+BITS: dict[str, Width] = {"int8": 8, "int4": 4}  # precision → bits of the weights of products
+BLOCK = 128  # values of a row that share a scale in int4
 SMALLEST = {np.dtype(np.float16): 2.0**-24, np.dtype(np.float32): 2.0**-126}
 LARGEST: dict[Width, int] = {8: 127, 4: 7}
 TYPES: dict[Width, ir.DataType] = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
