@@ -186,16 +186,6 @@ def guide_rows(plan: PruningPlan, is_visual_S: np.ndarray) -> int:
     return plan.guide_rows(text)
 
 
-def rows_behind(
-    plan: PruningPlan, is_visual_S: np.ndarray, keep: Keep, visual_tokens: int | None = None
-) -> tuple[int, ...]:
-    """Return S_{i+1} of every prune point: all text rows, and int(N·r) of the images' N original visual tokens.
-
-    visual_tokens: N, where the vision stage dropped some already; no more stay than are left.
-    """
-    return tuple(cut.rows for cut in cuts_behind(plan, is_visual_S, keep, visual_tokens))
-
-
 def cuts_behind(
     plan: PruningPlan,
     is_visual_S: np.ndarray,
@@ -204,7 +194,10 @@ def cuts_behind(
     images: Sequence[int] = (),
     image_of: np.ndarray | None = None,
 ) -> tuple[Cut, ...]:
-    """Return what every prune point of the decoder is told; the arguments are those of a ``Chunk`` and of ``run``."""
+    """Return what every prune point of the decoder is told; the arguments are those of a ``Chunk`` and of ``run``.
+
+    Behind it are all text rows, and int(N·r) of the images' N original visual tokens, or as many as are left.
+    """
     visual = int(is_visual_S.sum())
     ratios = keep_ratios(plan, keep)[len(plan.budgets) - len(plan.points) :]
     if not visual and keep is not None and any(r < 1 for r in ratios):

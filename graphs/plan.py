@@ -5,7 +5,6 @@ Legend: L decoder layers, K the layer before which a prune point sits, N visual 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -324,10 +323,3 @@ def kept_count(tokens: int, keep: float) -> int:
     if not 0 < keep <= 1:
         raise UsageError(f"keep is {keep:g}, but must lie in (0, 1]; give the share of visual tokens to keep")
     return max(1, int(tokens * keep + 1e-9)) if tokens else 0
-
-
-def checked_keep(values: Sequence[float]) -> tuple[float, ...]:
-    """Keep ratios as given, each in (0, 1]."""
-    for value in values:
-        kept_count(1, value)
-    return tuple(values)

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from graphs.errors import UsageError
-from graphs.plan import PruningPlan, Role, checked_keep, layer_of
+from graphs.plan import PruningPlan, Role, kept_count, layer_of
 from graphs.plan_file import GuidanceDocument, PlanDocument, PointDocument
 
 
@@ -196,8 +196,8 @@ def plan_of_policy(policy: str, role: Role, layers: int, **options: float) -> Pr
 def _with_options(policy: str, point: PointDocument, options: dict[str, float]) -> PointDocument:
     changed: dict[str, Any] = {}
     if "keep" in options:
-        (changed["keep"],) = checked_keep([options["keep"]])
-        changed["count"] = None
+        kept_count(1, options["keep"])
+        changed |= {"keep": options["keep"], "count": None}
     if "fraction" in options:
         if point.where == "vision":
             raise UsageError(f"policy {policy} prunes at the vision stage, so it takes no fraction; leave it out")

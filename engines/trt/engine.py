@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from engines.bundles.manifest import Plugins
 from engines.sessions.host_memory import free_memory
 from engines.trt.bounds import Profile
 from engines.trt.flavour import RTX, Flavour
@@ -72,7 +73,7 @@ def engine_from_onnx(
     sms: list[int],
     profiles: dict[str, Profile],
     ops: dict[str, str],
-    plugins: bool | str = False,
+    plugins: Plugins = "none",
     parse_only: bool = False,
     flavour: Flavour = RTX,
     settings: dict[str, Any] | None = None,
@@ -80,10 +81,10 @@ def engine_from_onnx(
 ) -> dict[str, Any]:
     """Build ``engine`` from a lowered file and return the worker's answer: tensorrt, reading, bytes, warnings.
 
-    ops: the file's nodes of our domain, name → op. plugins: False, or ``python`` (True) or ``aot``. settings: as in
-    ``engines.trt.worker.Request``. timing_cache: read where it exists, and replaced in one step by what the build
-    made of it. Errors: BackendMissing where TensorRT or Polygraphy is not installed, OperationFailed with TensorRT's
-    own last words where it refuses or dies.
+    ops: the file's nodes of our domain, name → op. plugins: what is registered to serve them. settings: as in
+    ``engines.trt.worker.Request``. timing_cache: read where it exists, and replaced in one step by what the build made
+    of it. Errors: BackendMissing where TensorRT or Polygraphy is not installed, OperationFailed with TensorRT's own
+    last words where it refuses or dies.
     """
     refuse_missing(flavour)
     with tempfile.TemporaryDirectory(prefix="saccade-build-") as held, step(f"building {engine.name}") as shown:
@@ -96,7 +97,7 @@ def engine_from_onnx(
             profiles,
             ops,
             flavour.target,
-            "python" if plugins is True else plugins or "",
+            plugins,
             parse_only,
             settings or {},
             str(timing_cache.absolute()) if timing_cache else "",

@@ -197,7 +197,7 @@ class _Build:
             sms=self.sms,
             profiles=profiles,
             ops=lowered.ops[stage],
-            plugins="" if form == "none" else form,
+            plugins=form,
             flavour=self.flavour,
             settings=full.settings(self.sms[0], ops) if of_full else None,
             timing_cache=full.timing_cache if of_full else None,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engines.bundles.manifest import Plugins
 from engines.trt.bounds import Profile
 from engines.trt.flavour import FLAVOURS, Flavour
 from engines.trt.reading import reading_of
@@ -26,10 +27,10 @@ from graphs.errors import OperationFailed
 class Request:
     """onnx, engine, answer: files to read and to write. sms: as 89. ops: node → op of ours in the file.
 
-    flavour: the target. plugins: '' where none is registered, ``python`` or ``aot``. parse_only: read the network back
-    and build nothing. settings: full TensorRT's optimization_level, version_compatible, hardware_compatibility (a name
-    of HardwareCompatibilityLevel) and kernel_sms, what kernels are compiled for. timings, new_timings: the timing cache
-    to begin with, where the file exists, and where it goes; '' for none.
+    flavour: the target. plugins: what is registered, ``python`` or ``aot``. parse_only: read the network back and build
+    nothing. settings: full TensorRT's optimization_level, version_compatible, hardware_compatibility (a name of
+    HardwareCompatibilityLevel) and kernel_sms, what kernels are compiled for. timings, new_timings: the timing cache to
+    begin with, where the file exists, and where it goes; '' for none.
     """
 
     onnx: str
@@ -39,7 +40,7 @@ class Request:
     profiles: dict[str, Profile]
     ops: dict[str, str]
     flavour: str = "rtx"
-    plugins: str = ""
+    plugins: Plugins = "none"
     parse_only: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     timings: str = ""
@@ -65,7 +66,7 @@ def build(request: Request, tell: Callable[..., None]) -> dict[str, Any]:
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = flavour.polygraphy
     from plugins.trt import imported, load
 
-    trt = (load if request.plugins else imported)(flavour.module)
+    trt = (imported if request.plugins == "none" else load)(flavour.module)
     from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath
     from polygraphy.logger import G_LOGGER
 

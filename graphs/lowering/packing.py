@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -37,7 +37,6 @@ from graphs.lowering.weight_only import BITS, BLOCK, WeightOnly
 from graphs.packed import PACKED
 
 HostPrecision = Literal["fp32", "int8", "int4"]
-PRECISIONS: tuple[HostPrecision, ...] = get_args(HostPrecision)
 
 
 class Packing:

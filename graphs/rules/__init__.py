@@ -7,7 +7,6 @@ from pathlib import Path
 from graphs.errors import BadArtefact
 from graphs.rules import attention, functions, interface, plan, weights
 from graphs.rules.rule import Export, Finding, Rule, Stage, export_from_folder
-from graphs.spec import ExportSpec
 
 RULES: tuple[Rule, ...] = (
     functions.op_without_body,
@@ -42,9 +41,9 @@ def findings_in(export: Export) -> list[Finding]:
     return [finding for rule in RULES for finding in rule.findings(export)]
 
 
-def refuse_findings(folder: Path, spec: ExportSpec | None = None) -> Export:
+def refuse_findings(folder: Path) -> Export:
     """Read an export and run the rules; BadArtefact with the first finding where there is one."""
-    export = export_from_folder(folder, spec)
+    export = export_from_folder(folder)
     found = findings_in(export)
     if found:
         more = f" ({len(found) - 1} more: saccade check {folder})" if len(found) > 1 else ""

@@ -103,11 +103,11 @@ def export_rule(code: str, title: str, next: str) -> Callable[[Callable[[Export]
     return lambda check: Rule(code, title, next, of_export=check)
 
 
-def export_from_folder(folder: Path, spec: ExportSpec | None = None) -> Export:
+def export_from_folder(folder: Path) -> Export:
     """Read spec.json and the stages' graphs, not their weights; BadArtefact where one cannot be read."""
     require_once("onnx", "onnx-ir")
     folder = Path(folder)
-    spec = spec or spec_from_folder(folder)
+    spec = spec_from_folder(folder)
     return Export(folder, spec, {name: stage_from_folder(folder, spec, name) for name in spec.stages})
 
 

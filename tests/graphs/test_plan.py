@@ -14,7 +14,6 @@ from graphs.plan import (
     PruningPlan,
     VisionPoint,
     average_retention,
-    checked_keep,
     keep_for_retention,
     kept_count,
     layer_of,
@@ -121,17 +120,11 @@ def test_a_count_keeps_at_most_what_is_there(budget, tokens, kept):
 def test_keep_outside_its_range(keep):
     with pytest.raises(UsageError, match=r"must lie in \(0, 1\]"):
         kept_count(10, keep)
-    with pytest.raises(UsageError, match=r"must lie in \(0, 1\]"):
-        checked_keep([0.5, keep])
     for role in ("large", "alone", "small"):
         with pytest.raises(UsageError, match="keep"):
             plan_of_policy("sgl", role, 12, keep=keep)
     with pytest.raises(ValidationError):
         point(1, keep)
-
-
-def test_keep_inside_its_range():
-    assert checked_keep([0.05, 1]) == (0.05, 1)
 
 
 @pytest.mark.parametrize("fraction", [1, 1.5, -0.1, float("nan")])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engines.budgets import cuts_of, image_index
-from engines.decoder import checked_priority, composed, guide_rows, keep_ratios, rows_behind
+from engines.decoder import checked_priority, composed, cuts_behind, guide_rows, keep_ratios
 from engines.guidance import GuidanceSum, drawn_priority, priority_of, priority_of_rows, random_guidance, top_visual
 from engines.sessions.session import Later
 from graphs.errors import OperationFailed, UsageError
@@ -40,6 +40,10 @@ def test_every_row_of_a_text_chunk_guides() -> None:
 def test_image_and_question_belong_in_one_chunk() -> None:
     with pytest.raises(UsageError, match="same chunk"):
         guide_rows(TWO, np.array([0, 1, 1], bool))
+
+
+def rows_behind(plan: PruningPlan, is_visual_S: np.ndarray, keep: float | tuple[float, ...] | None) -> tuple[int, ...]:
+    return tuple(cut.rows for cut in cuts_behind(plan, is_visual_S, keep))
 
 
 def test_all_text_stays_and_each_point_counts_from_the_original() -> None:
