@@ -4,26 +4,25 @@ Where every weight already has the wanted dtype, the checkpoint's own files are 
 place) and the graphs point into them; else one safetensors file is written, converted as a stream.
 """
 
-import json
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
 from exporter.checkpoint import DTYPES
 from graphs.errors import BadArtefact, OperationFailed
 from graphs.files import clone_or_copy
-from graphs.weights import SINGLE_FILE, TensorSlice
+from graphs.weights import SINGLE_FILE, NewTensor, TensorSlice, write_safetensors
 
 Placing = Literal["clone", "copy", "in-place", "converted"]
-CHUNK = 1 << 22
-SAFETENSORS_NAME = {"float32": "F32", "float16": "F16"}
+CHUNK = 1 << 22  # values converted at a time
 
 
 @dataclass(frozen=True)
@@ -58,33 +57,25 @@ def place_weights(slices: Mapping[str, TensorSlice], dtype: str, folder: Path, *
 
 def _converted(slices: Mapping[str, TensorSlice], dtype: str, target: Path) -> dict[str, TensorSlice]:
     """Write one safetensors file in ``dtype``; OperationFailed names a weight that is not finite in it."""
-    width = DTYPES[dtype].itemsize
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at, places = 0, {}
     sources: dict[TensorSlice, str] = {}
     for name, s in slices.items():  # what two names share is written once, under the first
         sources.setdefault(s, name)
-    for s, name in sources.items():
-        length = s.length // DTYPES[s.dtype].itemsize * width
-        header[name] = {"dtype": SAFETENSORS_NAME[dtype], "shape": list(s.shape), "data_offsets": [at, at + length]}
-        places[s] = (at, length)
-        at += length
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with target.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        for s, name in sources.items():
-            for chunk in _chunks(s):
-                narrowed = chunk.to(DTYPES[dtype])
-                if not bool(torch.isfinite(narrowed).all()):
-                    what = "leaves the range of" if bool(torch.isfinite(chunk).all()) else "is not finite in"
-                    raise OperationFailed(
-                        f"weight {name} {what} {dtype if 'range' in what else 'the checkpoint'}; "
-                        "export with --dtype float32, or repair the checkpoint"
-                    )
-                out.write(narrowed.numpy().data)
-    start = 8 + len(text)
-    return {name: TensorSlice(target, dtype, s.shape, start + places[s][0], places[s][1]) for name, s in slices.items()}
+    new = [NewTensor(name, dtype, s.shape, partial(_narrowed, name, s, dtype)) for s, name in sources.items()]
+    written = write_safetensors(target, new)
+    return {name: written[sources[s]] for name, s in slices.items()}
+
+
+def _narrowed(name: str, s: TensorSlice, dtype: str) -> Iterator[np.ndarray]:
+    """A weight's values in ``dtype``, a chunk at a time; OperationFailed where one is not finite."""
+    for chunk in _chunks(s):
+        narrowed = chunk.to(DTYPES[dtype])
+        if not bool(torch.isfinite(narrowed).all()):
+            what = "leaves the range of" if bool(torch.isfinite(chunk).all()) else "is not finite in"
+            raise OperationFailed(
+                f"weight {name} {what} {dtype if 'range' in what else 'the checkpoint'}; "
+                "export with --dtype float32, or repair the checkpoint"
+            )
+        yield narrowed.numpy()
 
 
 def _chunks(s: TensorSlice) -> Iterator[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Where each weight of a checkpoint lies, read from the safetensors headers; no weight is loaded.
+"""safetensors files: where each weight of a checkpoint lies, no weight loaded; and new files, written as a stream.
 
 A safetensors file is 8 bytes of header length (little-endian), the header (a JSON object: tensor name →
 dtype, shape, data_offsets, beside an optional ``__metadata__``), then the tensors without a hole between
@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from graphs.errors import BadArtefact
+import numpy as np
+
+from graphs.errors import BadArtefact, OperationFailed
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -40,6 +43,7 @@ DTYPES = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
+NAMES = {ours: (name, width) for name, (ours, width) in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,52 @@ def _checked(path: Path) -> SafetensorsFile:
     tensors = {name: _slice(path, name, entry, 8 + length) for name, entry in header.items()}
     _check_layout(tensors, start=8 + length, size=size)
     return SafetensorsFile(path, tensors, metadata if isinstance(metadata, dict) else {}, size)
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor to be written; dtype as in spec.json. ``pieces`` makes its values, of that type and in order."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterator[np.ndarray]]
+
+
+def write_safetensors(
+    path: Path, tensors: Sequence[NewTensor], *, header_bytes: int | None = None, align: int = 1
+) -> dict[str, TensorSlice]:
+    """Write a file a piece at a time, and return each tensor's place by its name.
+
+    header_bytes: where the first tensor begins, for those who must know it before; None: as soon as it can, at a
+    multiple of 8. align: each begins at a multiple of so many bytes behind that; what lies between is a tensor too.
+    Errors: OperationFailed where the names do not fit into ``header_bytes``, and what ``pieces`` raises.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    spans, end = [], 0
+    for i, tensor in enumerate(tensors):
+        at = -(-end // align) * align
+        if at > end:
+            header[f"{i}.padding"] = {"dtype": "U8", "shape": [at - end], "data_offsets": [end, at]}
+        name, width = NAMES[tensor.dtype]
+        end = at + prod(tensor.shape) * width
+        header[tensor.name] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [at, end]}
+        spans.append((at, end))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    start = header_bytes or 8 + -(-len(text) // 8) * 8
+    if 8 + len(text) > start:
+        raise OperationFailed(f"{len(tensors)} weights are more than one file can name; report this")
+    with path.open("wb") as out:
+        out.write(struct.pack("<Q", start - 8) + text.ljust(start - 8))
+        for tensor, (at, end) in zip(tensors, spans, strict=True):
+            out.write(b"\0" * (start + at - out.tell()))
+            for piece in tensor.pieces():
+                out.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+            assert out.tell() == start + end
+    return {
+        t.name: TensorSlice(path, t.dtype, t.shape, start + at, end - at)
+        for t, (at, end) in zip(tensors, spans, strict=True)
+    }
 
 
 def index_of_checkpoint(folder: Path) -> dict[str, SafetensorsFile]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -12,19 +10,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from graphs.errors import OperationFailed
-from graphs.lowering.weights import HEADER
+from graphs.weights import NewTensor, write_safetensors
 
 CHUNK = 1 << 22  # values made at a time
 ALIGNED = 64  # bytes: a cache line
-# int4 is stored as bytes of two values
-SAFETENSORS_NAME = {
-    ir.DataType.INT4: "U8",
-    ir.DataType.FLOAT: "F32",
-    ir.DataType.FLOAT16: "F16",
-    ir.DataType.UINT8: "U8",
-    ir.DataType.INT8: "I8",
-}
+HEADER = 1 << 20  # a fixed place for safetensors' header, so that offsets are known before the last weight is
 Pieces = Callable[[], Iterator[np.ndarray]]
 
 
@@ -40,8 +30,9 @@ class _Place:
 class DerivedWeights:
     """``place`` gives a tensor its place in ``folder / file``, once per key; ``write`` fills the file."""
 
-    def __init__(self, folder: Path, file: str = "weights.safetensors") -> None:
+    def __init__(self, folder: Path, file: str = "weights.safetensors", align: int = ALIGNED) -> None:
         self.folder, self.file = folder, file
+        self._align = align
         self._places: dict[tuple[object, ...], _Place] = {}
         self._size = 0
 
@@ -58,8 +49,8 @@ class DerivedWeights:
         key: tensors of one key are one tensor; what is read under another shape of as many bytes is a view of it.
         """
         if key not in self._places:
-            self._places[key] = _Place(self._size, name, dtype, shape, pieces)
-            self._size += -(-_bytes(shape, dtype) // ALIGNED) * ALIGNED
+            self._places[key] = _Place(self._size, self._stored_as(name), dtype, shape, pieces)
+            self._size += -(-_bytes(shape, dtype) // self._align) * self._align
         length = _bytes(shape, dtype)
         return ir.ExternalTensor(
             self.file,
@@ -73,33 +64,21 @@ class DerivedWeights:
 
     def write(self) -> None:
         """Fill the file; OperationFailed where a name table of this many weights does not fit."""
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for i, p in enumerate(self._places.values()):
-            if p.at > end:
-                header[f"{i}.padding"] = {"dtype": "U8", "shape": [p.at - end], "data_offsets": [end, p.at]}
-            end = p.at + _bytes(p.shape, p.dtype)
-            name = SAFETENSORS_NAME[p.dtype]
-            header[f"{i}.{p.name}"] = {"dtype": name, "shape": _shape(p), "data_offsets": [p.at, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        if len(text) > HEADER - 8:
-            raise OperationFailed(f"{len(self._places)} weights are more than one file can name; report this")
-        with (self.folder / self.file).open("wb") as out:
-            out.write(struct.pack("<Q", HEADER - 8) + text.ljust(HEADER - 8))
-            for p in self._places.values():
-                out.write(b"\0" * (HEADER + p.at - out.tell()))
-                for piece in p.pieces():
-                    out.write(np.ascontiguousarray(piece, np.uint8 if _halves(p.dtype) else p.dtype.numpy()).data)
-                assert out.tell() == HEADER + p.at + _bytes(p.shape, p.dtype)
+        tensors = [_new(place) for place in self._places.values()]
+        write_safetensors(self.folder / self.file, tensors, header_bytes=HEADER, align=self._align)
+
+    def _stored_as(self, name: str) -> str:
+        """The next tensor's name in the file, where several may have the same in their graphs."""
+        return f"{len(self._places)}.{name}"
 
 
-def _halves(dtype: ir.DataType) -> bool:
-    return dtype == ir.DataType.INT4
+def _new(place: _Place) -> NewTensor:
+    """A tensor as safetensors has it: int4 is stored as bytes of two values."""
+    kind, shape = place.dtype.numpy(), place.shape
+    if place.dtype == ir.DataType.INT4:
+        kind, shape = np.dtype(np.uint8), (_bytes(shape, place.dtype),)
+    return NewTensor(place.name, kind.name, shape, lambda: (piece.astype(kind, copy=False) for piece in place.pieces()))
 
 
 def _bytes(shape: tuple[int, ...], dtype: ir.DataType) -> int:
     return int(prod(shape) * dtype.itemsize)
-
-
-def _shape(place: _Place) -> list[int]:
-    return [_bytes(place.shape, place.dtype)] if _halves(place.dtype) else list(place.shape)
