@@ -10,17 +10,15 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import linear
 
 from exporter.family import SEED, Tensors
+from exporter.feeds import Lengths, decoder_feed, empty_past, positions_of
 from exporter.program import DecoderProgram, EmbedProgram, VisionProgram
 from graphs.errors import OperationFailed
-from graphs.layouts.budgets import places
-from graphs.plan import PruningPlan
 from graphs.spec import LanguageModel, Tokens, past_names, present_names
 
 TEXT_BEFORE, VISUAL, TEXT_AFTER, FOLLOW_UP = 4, 16, 4, 3
@@ -71,87 +69,6 @@ def wide_products(model: nn.Module) -> Iterator[None]:
             del module.forward
 
 
-def carrier(length: int) -> torch.Tensor:
-    """A shape carrier of this length."""
-    return torch.zeros(length, dtype=torch.int32)
-
-
-def decoder_feed(
-    program: DecoderProgram,
-    embedded: Tensors,
-    past: Tensors,
-    *,
-    positions: torch.Tensor,
-    guide: int,
-    keep: tuple[int, ...],
-    tail: int,
-    merging: tuple[int, int] | None = None,
-) -> Tensors:
-    """All inputs of one decoder run, in the program's order; ``keep`` are row counts behind each point.
-
-    merging: lengths of merge_i and recycle_i instead of the plan's own.
-    """
-    rows = embedded["inputs_embeds"].shape[1]
-    draw = torch.Generator().manual_seed(SEED + rows)
-    ready = {
-        **embedded,
-        "position_ids": positions,
-        "guide": carrier(guide),
-        "tail": carrier(tail),
-        "priority": torch.rand(1, rows, generator=draw),
-        "image_index": embedded["is_visual"].to(torch.int64) - 1,
-        **budgets(program.plan, embedded["is_visual"], keep, merging),
-        **past,
-    }
-    return {name: ready[name] for name in program.inputs}
-
-
-def budgets(
-    plan: PruningPlan, is_visual: torch.Tensor, keep: tuple[int, ...], merging: tuple[int, int] | None
-) -> Tensors:
-    """What says how many rows stay at each point, for a chunk of at most one image."""
-    before = int(is_visual.sum())
-    text, feed = is_visual.shape[1] - before, {}
-    for i, (point, rows) in enumerate(zip(plan.points, keep, strict=True)):
-        feed[f"keep_{i}"] = carrier(rows)
-        chosen = places([before], [rows - text], text) if before else np.arange(rows)
-        feed[f"pick_{i}"] = torch.from_numpy(chosen)
-        lengths = merging or point.merging(before, rows - text)
-        feed |= {f"{name}_{i}": carrier(n) for name, n in zip(("merge", "recycle"), lengths, strict=True)}
-        before = rows - text if before else 0
-    return feed
-
-
-def positions_of(language: LanguageModel, start: int, rows: int, is_visual: torch.Tensor | None = None) -> torch.Tensor:
-    """Positions of consecutive rows, [1,S], or [3,1,S] with visual rows on a square grid of their own."""
-    line = torch.arange(start, start + rows)
-    if language.position_axes == 1:
-        return line[None]
-    axes = line.repeat(3, 1)
-    if is_visual is not None:
-        visual = is_visual[0].nonzero()[:, 0]
-        axes[:, visual] = visual[0] + torch.stack([0 * visual, *(f(visual - visual[0]) for f in (_row, _column))])
-    return axes[:, None]
-
-
-def _row(place: torch.Tensor) -> torch.Tensor:
-    return place // 4
-
-
-def _column(place: torch.Tensor) -> torch.Tensor:
-    return place % 4
-
-
-def empty_past(program: DecoderProgram, language: LanguageModel, dtype: torch.dtype, lengths: list[int]) -> Tensors:
-    """A cache of the given length per segment, filled with zeros."""
-    shape = (1, language.kv_heads, 0, language.head_dim)
-    past: Tensors = {}
-    for segment, length in zip(program.segments, lengths, strict=True):
-        for i in segment:
-            past |= {n: torch.zeros(*shape[:2], length, shape[3], dtype=dtype) for n in past_names(i)}
-    return past
-
-
 def decoder_cases(program: DecoderProgram, embedded: Tensors, language: LanguageModel) -> Cases:
     """Prefill with an empty cache, a follow-up chunk of text, one decode step."""
     embeds, is_visual = embedded["inputs_embeds"], embedded["is_visual"]
@@ -162,7 +79,7 @@ def decoder_cases(program: DecoderProgram, embedded: Tensors, language: Language
     guide = program.plan.guide_rows(TEXT_AFTER) if program.plan.uses_guide else 1
     past = empty_past(program, language, embeds.dtype, [0] * len(program.segments))
     positions = positions_of(language, 0, embeds.shape[1], is_visual)
-    first = decoder_feed(program, embedded, past, positions=positions, guide=guide, keep=keep, tail=2)
+    first = decoder_feed(program, embedded, past, positions, Lengths(guide, keep, tail=2))
     cases = {"prefill": (first, program(first))}
     before, start = "prefill", int(positions.max()) + 1
     for name, rows in (("chunk", FOLLOW_UP), ("decode", 1)):
@@ -171,8 +88,7 @@ def decoder_cases(program: DecoderProgram, embedded: Tensors, language: Language
         fed = {key: value[:, :rows] for key, value in embedded.items()}
         fed["is_visual"] = torch.zeros(1, rows, dtype=torch.bool)
         positions = positions_of(language, start, rows)
-        keep = (rows,) * len(points)
-        feed = decoder_feed(program, fed, past, positions=positions, guide=rows, keep=keep, tail=rows)
+        feed = decoder_feed(program, fed, past, positions, Lengths(rows, (rows,) * len(points), tail=rows))
         cases[name] = (feed, program(feed))
         before, start = name, start + rows
     return cases

@@ -5,12 +5,21 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from exporter import golden
 from exporter.family import Dims, Tensors
+from exporter.feeds import Lengths, decoder_feed, empty_past, positions_of
 from exporter.program import DecoderProgram, Program, VisionProgram
 from exporter.weights import PlacedWeights
 from graphs.errors import OperationFailed
-from graphs.spec import DType, LanguageModel, StageSpec, TensorSpec, VisualGrid, deepstack_names, visual_names
+from graphs.spec import (
+    DType,
+    LanguageModel,
+    StageSpec,
+    TensorSpec,
+    VisualGrid,
+    deepstack_names,
+    past_names,
+    visual_names,
+)
 from graphs.weights import TensorSlice
 
 ONNX_NAME = {"float32": "FLOAT", "float16": "FLOAT16"}
@@ -30,23 +39,15 @@ def examples_of(
     """Example inputs and dimension names per stage; no two dimensions of one stage share a size by chance."""
     width, rows = language.width, 23
     points = len(decoder.plan.points)
-    past = golden.empty_past(decoder, language, dtype, [3 + 2 * j for j in range(points + 1)])
+    past = empty_past(decoder, language, dtype, [3 + 2 * j for j in range(points + 1)])
     deepstack = deepstack_names(language)
     embedded = {
         "inputs_embeds": torch.zeros(1, rows, width, dtype=dtype),
         "is_visual": torch.zeros(1, rows, dtype=torch.bool),
         **{name: torch.zeros(1, rows, width, dtype=dtype) for name in deepstack},
     }
-    feed = golden.decoder_feed(
-        decoder,
-        embedded,
-        past,
-        positions=golden.positions_of(language, 0, rows),
-        guide=6,
-        keep=tuple(rows - 2 - i for i in range(points)),
-        tail=2,
-        merging=(3, 5),
-    )
+    lengths = Lengths(guide=6, keep=tuple(rows - 2 - i for i in range(points)), tail=2, merging=(3, 5))
+    feed = decoder_feed(decoder, embedded, past, positions_of(language, 0, rows), lengths)
     dims: Dims = {
         "inputs_embeds": (1, "S", width),
         "position_ids": (1, "S") if language.position_axes == 1 else (3, 1, "S"),
@@ -62,7 +63,7 @@ def examples_of(
     }
     for j, segment in enumerate(decoder.segments):
         for i in segment:
-            dims |= dict.fromkeys(golden.past_names(i), (1, language.kv_heads, f"P_{j}", language.head_dim))
+            dims |= dict.fromkeys(past_names(i), (1, language.kv_heads, f"P_{j}", language.head_dim))
     visual = {name: torch.zeros(5, width, dtype=dtype) for name in visual_names(language)}
     embed_dims: Dims = {"input_ids": (1, "S"), **dict.fromkeys(visual, ("V", width))}
     return {
