@@ -19,7 +19,7 @@ from engines.sessions.host_memory import free_memory
 from engines.targets import TARGETS
 from engines.trt.bounds import Bounds
 from graphs.errors import OperationFailed
-from graphs.ops import DOMAIN
+from graphs.ops import DOMAIN, IN_CACHE
 from graphs.ops.attention_received import PIECE
 from graphs.rules.rule import Export, Stage, all_inputs_of, attribute_of
 from graphs.spec import ExportSpec, form_of
@@ -235,7 +235,7 @@ def _inside(node: Any, shapes: Shapes, float_bytes: int, sizes: Mapping[str, int
     """Bytes that a node takes for itself while it runs: the map of an attention."""
     if node.op_type == "Attention" and not node.domain:
         return _map_bytes(node, shapes, float_bytes, sizes)
-    if node.domain == DOMAIN and "AttentionReceived" in node.op_type and node.input[0] in shapes:
+    if node.domain == DOMAIN and node.op_type in IN_CACHE and node.input[0] in shapes:
         _, q_BHSd = shapes[node.input[0]]
         return q_BHSd[1] * min(PIECE, sizes["G"]) * sizes["T"] * 4
     return 0

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from engines.sessions.session import NOTHING, Session
 from graphs.files import path_inside
 from graphs.lowering.edit import MICROSOFT
-from graphs.ops import DOMAIN
+from graphs.ops import DOMAIN, IN_CACHE
 from graphs.rules.rule import Stage, attribute_of, stage_from_folder
 from graphs.spec import ExportSpec, length_name, spec_from_folder
 
@@ -36,7 +36,6 @@ Dim: TypeAlias = int | str
 Dims: TypeAlias = tuple[Dim, ...]
 Shapes: TypeAlias = Mapping[str, Dims]
 Sizes: TypeAlias = Mapping[str, int]
-GUIDED = ("AttentionReceived", "RatedAttentionReceived", "ReceivedInCache", "RatedReceivedInCache")
 MULTIPLE = re.compile(r"(?:(?P<times>\d+)\*)?(?P<symbol>[A-Za-z]\w*)")
 
 
@@ -271,8 +270,9 @@ def _grouped(node: Any, shapes: Shapes) -> Dims:
 def _received(node: Any, shapes: Shapes) -> Dims:
     """Guide rows (all rows where there is no guide) against keys."""
     (batch, heads, rows, width), k_BVTd = (shapes[node.input[i]] for i in (0, 1))
-    guided = node.op_type in GUIDED
-    keys = _filled(k_BVTd[2], rows) if node.op_type.endswith("InCache") else k_BVTd[2]
+    buffered = node.op_type in IN_CACHE.values()
+    guided = buffered or node.op_type in IN_CACHE
+    keys = _filled(k_BVTd[2], rows) if buffered else k_BVTd[2]
     return (2, batch, heads, shapes[node.input[2]][-1] if guided else rows, keys, width)
 
 

@@ -24,13 +24,13 @@ from graphs.files import atomic_folder, refuse_overlap
 from graphs.lowering import Lowering
 from graphs.lowering.export import LoweredExport, lowered_export
 from graphs.lowering.in_place import refusal
+from graphs.ops import RANKING
 from graphs.rules import refuse_findings
 from graphs.spec import SPEC_FILE, ExportSpec, Parser
 from graphs.talk import say, step, warn
 from graphs.versions import require
 
 IN_PLACE = "KV_CACHE_UPDATE"  # TensorRT's kind of layer that writes a chunk into a cache's buffer
-RANKING = {"KeepTopK", "KeepPerImage", "MergeDropped"}  # ops whose bodies hold a TopK over a chunk's rows
 SIZE_LIMIT = 1.1  # engine bytes per weight byte, above what an engine of no weights takes
 EMPTY_ENGINE_BYTES = 24 << 20
 PLAINER = "plainer"  # the folder of a second form, beside the files for an older parser

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from graphs.ops import DOMAIN
+from graphs.ops import DOMAIN, OPS
 
 WIDE = ir.DataType.FLOAT
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
@@ -29,17 +29,6 @@ NARROW_INPUTS = ("inputs_embeds", "past_", "deepstack_", "visual_")
 WIDE_OUTPUTS = ("logits", "attention_received")
 CAST_BACK = {"RMSNormalization", "LayerNormalization", "GroupNormalization", "Softmax", "LogSoftmax"}
 PIECES = {"Pow", "ReduceMean", "ReduceSum", "ReduceL2", "ReduceSumSquare", "Sqrt", "Reciprocal", "Exp", "Log"}
-# Our ops: inputs that are scores, and outputs that have the type of an input; every other float output is W.
-WIDE_INPUTS_OF = {
-    "KeepTopK": {0},
-    "KeepPerImage": {0},
-    "MergeDropped": {1},
-    "MergePairs": {1},
-    "RatedAttentionReceived": {2},
-    "RatedReceivedInCache": {2},
-}
-CARRY = ("CompactRows", "MergeContext", "MergeContextWithin", "MergeDropped", "MergePairs", "BlockAttention")
-FOLLOWS = {op: {0: 0} for op in CARRY}
 FIXED_INPUTS = {"Resize": {1, 2}}
 
 Rebind = Callable[[ir.ExternalTensor, ir.DataType], ir.ExternalTensor]
@@ -137,13 +126,12 @@ class _Retyping:
         self._settle(output, to)
 
     def _ours(self, node: ir.Node) -> None:
-        scores = WIDE_INPUTS_OF.get(node.op_type, set())
+        op = OPS[node.op_type]
         for i, value in enumerate(node.inputs):
             if value in self.free or value in self.settled:
-                self._feed_one(node, i, WIDE if i in scores else self.settled.get(value, self.narrow))
+                self._feed_one(node, i, WIDE if i in op.scores else self.settled.get(value, self.narrow))
         for i, output in enumerate(node.outputs):
-            follows = FOLLOWS.get(node.op_type, {}).get(i)
-            source = None if follows is None else node.inputs[follows]
+            source = node.inputs[0] if op.carries and i == 0 else None
             if source is None or source in self.settled:
                 self._settle_float(output, WIDE if source is None else self.settled[source])
 

@@ -39,5 +39,8 @@ OPS: dict[str, Op] = {
         rated_received_in_cache.OP,
     )
 }
+# What guide rows ask of keys: op → the op of the same meaning over a cache written in place.
+IN_CACHE = {op.name: op.in_cache for op in OPS.values() if op.in_cache}
+RANKING = frozenset(op.name for op in OPS.values() if op.ranks)
 
-__all__ = ["DOMAIN", "OPS", "VERSION", "Op"]
+__all__ = ["DOMAIN", "IN_CACHE", "OPS", "RANKING", "VERSION", "Op"]

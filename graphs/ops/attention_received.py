@@ -215,4 +215,4 @@ def define() -> Any:
     return attention_received
 
 
-OP = Op("AttentionReceived", BODY, define, FLAT_BODY)
+OP = Op("AttentionReceived", BODY, define, FLAT_BODY, in_cache="ReceivedInCache")

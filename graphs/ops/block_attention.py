@@ -7,7 +7,7 @@ Legend: B blocks (windows, or images), H heads, K places of a block, D head widt
 Source: the vision towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL (transformers, cu_seqlens attention).
 Shape rule: q, k, v [B,H,K,D], is_real bool [B,K] → q's [B,H,K,D]; what stands in padding rows is not defined.
 The body walks the query rows in pieces of at most 256, so the largest intermediate is B·H·256·K: linear in
-the number of patches both for windows (K fixed, B grows) and for one large image (B = 1, K grows). The carried
+the number of patches both for windows (K fixed, B grows) and for one large image (B = 1, K grows). The unstacked
 body does the same for a parser whose Loop stacks nothing, and copies the output once for every piece.
 """
 
@@ -73,7 +73,7 @@ BODY = f"""{START}
 """
 
 # Every pass writes its own rows into what the passes before it wrote: each row is written once.
-CARRIED_BODY = f"""{START}
+UNSTACKED_BODY = f"""{START}
   row_then_width = Constant <value_ints: ints = [1]> ()
   last_place = Sub (piece, one)
   all_rows = Range (zero, rows, one)
@@ -113,4 +113,4 @@ def define() -> Any:
     return block_attention
 
 
-OP = Op("BlockAttention", BODY, define, carried_body=CARRIED_BODY)
+OP = Op("BlockAttention", BODY, define, unstacked_body=UNSTACKED_BODY, carries=True)

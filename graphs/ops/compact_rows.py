@@ -37,4 +37,4 @@ def define() -> Any:
     return compact_rows
 
 
-OP = Op("CompactRows", BODY, define)
+OP = Op("CompactRows", BODY, define, carries=True)

@@ -57,4 +57,4 @@ def define() -> Any:
     return keep_per_image
 
 
-OP = Op("KeepPerImage", BODY, define)
+OP = Op("KeepPerImage", BODY, define, scores=(0,), ranks=True)

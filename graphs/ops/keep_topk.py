@@ -50,4 +50,4 @@ def define() -> Any:
     return keep_topk
 
 
-OP = Op("KeepTopK", BODY, define)
+OP = Op("KeepTopK", BODY, define, scores=(0,), ranks=True)

@@ -150,4 +150,4 @@ def define() -> Any:
     return merge_context
 
 
-OP = Op("MergeContext", BODY, define)
+OP = Op("MergeContext", BODY, define, carries=True)

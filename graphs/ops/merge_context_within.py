@@ -40,4 +40,4 @@ def define() -> Any:
     return merge_context_within
 
 
-OP = Op("MergeContextWithin", BODY, define)
+OP = Op("MergeContextWithin", BODY, define, carries=True)

@@ -187,4 +187,4 @@ def define() -> Any:
     return merge_dropped
 
 
-OP = Op("MergeDropped", BODY, define)
+OP = Op("MergeDropped", BODY, define, scores=(1,), carries=True, ranks=True)

@@ -126,4 +126,4 @@ def define() -> Any:
     return merge_pairs
 
 
-OP = Op("MergePairs", BODY, define)
+OP = Op("MergePairs", BODY, define, scores=(1,), carries=True)

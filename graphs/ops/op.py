@@ -20,14 +20,22 @@ class Op:
     body: an ONNX FunctionProto in onnx.parser's text form.
     define: registers the torch custom op (meaning and fake) and returns it; imports torch, so call it late.
     flat_body: the same meaning without a Loop, for a compiler that fails on one; '' where the body has none.
-    carried_body: the same with a Loop that carries its output and stacks nothing; '' where the body stacks nothing.
+    unstacked_body: the same with a Loop that carries its output and stacks nothing; '' where the body stacks nothing.
+    scores: the inputs that are scores, sizes or weights of rows: fp32, whatever the others are in.
+    carries: whether its first output has the type of its first input; every other float output is fp32.
+    ranks: whether it chooses rows by a TopK over a chunk's, as a prune point of the decoder does.
+    in_cache: the op that means the same over a cache written in place; '' where there is none.
     """
 
     name: str
     body: str
     define: Callable[[], Any]
     flat_body: str = ""
-    carried_body: str = ""
+    unstacked_body: str = ""
+    scores: tuple[int, ...] = ()
+    carries: bool = False
+    ranks: bool = False
+    in_cache: str = ""
 
     @cached_property
     def function(self) -> Any:
@@ -44,11 +52,11 @@ class Op:
         return onnx.parser.parse_function(self.flat_body or self.body)
 
     @cached_property
-    def carried_function(self) -> Any:
-        """``carried_body`` as onnx.FunctionProto; the body where that stacks nothing."""
+    def unstacked_function(self) -> Any:
+        """``unstacked_body`` as onnx.FunctionProto; the body where that stacks nothing."""
         import onnx.parser
 
-        return onnx.parser.parse_function(self.carried_body or self.body)
+        return onnx.parser.parse_function(self.unstacked_body or self.body)
 
     @cached_property
     def torch_op(self) -> Any:

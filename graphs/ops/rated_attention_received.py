@@ -32,4 +32,4 @@ def define() -> Any:
     return rated_attention_received
 
 
-OP = Op("RatedAttentionReceived", BODY, define, FLAT_BODY)
+OP = Op("RatedAttentionReceived", BODY, define, FLAT_BODY, scores=(2,), in_cache="RatedReceivedInCache")

@@ -34,4 +34,4 @@ def define() -> Any:
     return rated_received_in_cache
 
 
-OP = Op("RatedReceivedInCache", BODY, define, FLAT_BODY)
+OP = Op("RatedReceivedInCache", BODY, define, FLAT_BODY, scores=(2,))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from graphs.ops import DOMAIN
+from graphs.ops import DOMAIN, IN_CACHE, RANKING
 from graphs.plan import BY_ATTENTION, FROM_OUTSIDE
 from graphs.rules.rule import Node, Report, Stage, all_inputs_of, nodes_of, stage_rule
 from graphs.spec import present_names
 
-RECEIVED = ("AttentionReceived", "RatedAttentionReceived")
-CUTS = ("KeepTopK", "KeepPerImage", "MergeDropped")
 AGAIN = "export the checkpoint again under the wanted plan"
 
 
@@ -17,7 +15,7 @@ def prune_points_differ(stage: Stage) -> Report:
     """There is one op per prune point, the one its plan asks for, and layer l lies behind exactly those before it."""
     if not stage.is_decoder:
         return
-    plan, cuts = stage.spec.plan, _ours(stage, *CUTS)
+    plan, cuts = stage.spec.plan, _ours(stage, *RANKING)
     if len(cuts) != len(plan.points):
         yield "KeepTopK", f"{len(cuts)} in the graph, {len(plan.points)} prune points in plan {plan.name}"
         return
@@ -36,10 +34,10 @@ def prune_points_differ(stage: Stage) -> Report:
 @stage_rule("G502", "score differs", AGAIN)
 def score_differs(stage: Stage) -> Report:
     """A prune point goes by the input ``priority`` or by attention received, as the plan says."""
-    cuts = _ours(stage, *CUTS)
+    cuts = _ours(stage, *RANKING)
     if not stage.is_decoder or len(cuts) != len(stage.spec.plan.points):
         return
-    received = {node.output[0]: 2 for node in _ours(stage, *RECEIVED)}
+    received = {node.output[0]: 2 for node in _ours(stage, *IN_CACHE)}
     before = _bits_before(stage, {"priority": 1, **received}, opaque=("CompactRows", "MergeDropped"))
     for i, (cut, point) in enumerate(zip(cuts, stage.spec.plan.points, strict=True)):
         wanted = 1 if point.score in FROM_OUTSIDE else 2
@@ -52,7 +50,7 @@ def guidance_differs(stage: Stage) -> Report:
     """One AttentionReceived for each guidance layer and each prune point by attention, summed into one output."""
     if not stage.is_decoder:
         return
-    plan, received = stage.spec.plan, _ours(stage, *RECEIVED)
+    plan, received = stage.spec.plan, _ours(stage, *IN_CACHE)
     layers = plan.guidance.layers if plan.guidance else ()
     wanted = len(layers) + sum(point.score in BY_ATTENTION for point in plan.points)
     if len(received) != wanted:

@@ -17,7 +17,6 @@ from graphs.compare import TOLERANCES, compare
 from graphs.errors import OperationFailed
 from graphs.lowering import Lowering
 from graphs.lowering.attention import ExplicitMask
-from graphs.lowering.precision import FOLLOWS, WIDE_INPUTS_OF
 from graphs.lowering.weights import ConvertedWeights
 from graphs.ops import DOMAIN, OPS
 from tests.engines.rtx.conftest import Exports, Lower, golden, run_onnx
@@ -151,10 +150,9 @@ def test_every_op_is_known_to_the_precision_pass() -> None:
     """A score's input stays fp32, and the output that carries tokens has their type: read from the bodies' text."""
     for name, op in OPS.items():
         inputs = list(op.function.input)
-        wide = {i for i, given in enumerate(inputs) if given in ("score", "size", "weight")}
-        assert WIDE_INPUTS_OF.get(name, set()) == wide, name
-        carries = op.function.output[0] in ("compact", "tokens", "merged", "out")
-        assert FOLLOWS.get(name, {}) == ({0: 0} if carries else {}), name
+        wide = tuple(i for i, given in enumerate(inputs) if given in ("score", "size", "weight"))
+        assert op.scores == wide, name
+        assert op.carries is (op.function.output[0] in ("compact", "tokens", "merged", "out")), name
 
 
 def test_no_body_that_a_decoder_has_holds_a_loop_when_lowered() -> None:
