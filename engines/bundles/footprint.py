@@ -9,7 +9,6 @@ Legend: S rows of a chunk, T rows of a cache, G guide rows, H heads.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from engines.bundles.manifest import EngineEntry, Footprint
 from engines.sessions.host_memory import free_memory
 from engines.targets import TARGETS
 from engines.trt.bounds import Bounds
+from graphs.dims import size_of, symbols_of
 from graphs.errors import OperationFailed
 from graphs.ops import DOMAIN, IN_CACHE
 from graphs.ops.attention_received import PIECE
@@ -214,21 +214,14 @@ def _shapes(model: Any, sizes: Mapping[str, int], float_bytes: int) -> Shapes:
 
 
 def _size(dimension: str, sizes: Mapping[str, int]) -> int:
-    """A symbolic dimension at its bound: a sum of products; written otherwise, the largest symbol in it."""
-    if "/" in dimension or "(" in dimension:
-        return max((_term(word, sizes) for word in re.findall(r"[A-Za-z]\w*", dimension)), default=1)
-    return max(1, sum(_term(term, sizes) for term in dimension.replace("- ", "+ -").split("+")))
-
-
-def _term(term: str, sizes: Mapping[str, int]) -> int:
-    return prod(_factor(factor, sizes) for factor in term.replace(" ", "").split("*") if factor)
-
-
-def _factor(factor: str, sizes: Mapping[str, int]) -> int:
-    """A number or a symbol at its bound, with the sign before it."""
-    bare = factor.lstrip("-")
-    found = int(bare) if bare.isdecimal() else sizes.get(bare.partition("_")[0], sizes["T"])
-    return -found if factor.startswith("-") else found
+    """A symbolic dimension at its bound, 1 where it has no name; of a quotient the largest symbol in it."""
+    at = {symbol: sizes.get(symbol.partition("_")[0], sizes["T"]) for symbol in symbols_of(dimension)}
+    if not dimension or "/" in dimension or "(" in dimension:
+        return max(at.values(), default=1)
+    try:
+        return max(1, size_of(dimension, at))
+    except KeyError:
+        return sizes["T"]
 
 
 def _inside(node: Any, shapes: Shapes, float_bytes: int, sizes: Mapping[str, int]) -> int:

@@ -11,18 +11,16 @@ Legend: B batch, H heads, S rows, T keys, d head width, G guide rows.
 
 from __future__ import annotations
 
-import ast
-import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from engines.sessions.session import NOTHING, Session
+from graphs.dims import Dim, Sizes, size_of, symbols_of
 from graphs.files import path_inside
 from graphs.lowering.edit import MICROSOFT
 from graphs.ops import DOMAIN, IN_CACHE
@@ -32,10 +30,8 @@ from graphs.spec import ExportSpec, length_name, spec_from_folder
 if TYPE_CHECKING:
     from engines.bundles.manifest import Manifest
 
-Dim: TypeAlias = int | str
 Dims: TypeAlias = tuple[Dim, ...]
 Shapes: TypeAlias = Mapping[str, Dims]
-Sizes: TypeAlias = Mapping[str, int]
 MULTIPLE = re.compile(r"(?:(?P<times>\d+)\*)?(?P<symbol>[A-Za-z]\w*)")
 
 
@@ -159,47 +155,11 @@ def cost_of(stage: Stage) -> StageCost:
     return StageCost(known, {s: places[s] for s in used & places.keys()}, (*uncounted, *missing))
 
 
-def size_of(dim: Dim, sizes: Sizes) -> int:
-    """A length at these sizes: a number, a symbol, or arithmetic on them as the tracer writes it."""
-    return dim if isinstance(dim, int) else _value(_parsed(dim), sizes)
-
-
-def symbols_of(dim: Dim) -> set[str]:
-    """The symbols in a length."""
-    return set() if isinstance(dim, int) else {node.id for node in ast.walk(_parsed(dim)) if isinstance(node, ast.Name)}
-
-
 def _countable(dim: Dim, symbols: Iterable[str]) -> bool:
     try:
         return size_of(dim, dict.fromkeys(symbols, 1)) is not None
     except KeyError:
         return False
-
-
-@cache
-def _parsed(dim: str) -> ast.expr:
-    return ast.parse(dim, mode="eval").body
-
-
-ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-}
-
-
-def _value(node: ast.expr, sizes: Sizes) -> int:
-    match node:
-        case ast.Constant(value=int(value)):
-            return value
-        case ast.Name(id=symbol):
-            return sizes[symbol]
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in ARITHMETIC:
-            return ARITHMETIC[type(op)](_value(left, sizes), _value(right, sizes))
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_value(operand, sizes)
-    raise KeyError(ast.unparse(node))
 
 
 def _shape(value: Any) -> Sequence[int]:
