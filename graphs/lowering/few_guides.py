@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from graphs.lowering.edit import MICROSOFT, Branch, before, choose, constant, with_else_branches
 from graphs.lowering.grouped import LAST, PAST_K, Q
-from graphs.lowering.one_row import RECEIVED
+from graphs.lowering.one_row import RECEIVED, is_rated
 from graphs.ops import DOMAIN
 from graphs.ops.attention_received import PIECE
 
@@ -70,7 +70,7 @@ def _attention_of(node: ir.Node) -> ir.Node | None:
 
 def _guides(top: ir.Node, node: ir.Node, attention: ir.Node, heads: int) -> _Guides:
     """In front of the decoder's own node that holds the segment's first attention."""
-    axis = 1 if node.op_type == "RatedReceivedInCache" else 0
+    axis = 1 if is_rated(node) else 0
     every = before(top, "Shape", [node.inputs[GUIDES]], start=axis, end=axis + 1)
     few = before(top, "Squeeze", [before(top, "LessOrEqual", [every, constant(top, [PIECE])])])
     few.type, few.shape = ir.TensorType(ir.DataType.BOOL), ir.Shape([])
@@ -110,7 +110,7 @@ def _few(node: ir.Node, guides: _Guides, name: str) -> ir.Graph:
     logit_1VRC = branch.add("FusedMatMul", [asked_1VRD, k_1VCD], MICROSOFT, transB=1, alpha=scale)
     logit_1HGC = branch.add("Reshape", [logit_1VRC, guides.shape])
     share_1HGC = branch.add("Softmax", [branch.add("Add", [logit_1HGC, guides.hidden])], axis=-1)
-    if node.op_type == "RatedReceivedInCache":
+    if is_rated(node):
         share_1HGC = branch.add("Mul", [share_1HGC, branch.add("Reshape", [told, branch.ints(-1, 1)])])
     received_1C = branch.add("ReduceSum", [share_1HGC, branch.ints(1, 2)], keepdims=0)
     received_1C.type, received_1C.shape = node.outputs[0].type, node.outputs[0].shape

@@ -41,7 +41,7 @@ def written_out(model: ir.Model) -> ir.Model:
     import onnx.inliner
 
     weights = {name: value.const_value for name, value in model.graph.initializers.items()}
-    _carry(model)
+    _unstack(model)
     for node in model.graph:
         if node.op_type == "Attention":
             node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", ir.DataType.FLOAT.value)
@@ -60,7 +60,7 @@ def written_out(model: ir.Model) -> ir.Model:
     return plain
 
 
-def _carry(model: ir.Model) -> None:
+def _unstack(model: ir.Model) -> None:
     """Give the ops whose Loop stacks its output the body that carries it."""
     for domain, name, overload in list(model.functions):
         if domain == DOMAIN and OPS[name].unstacked_body:

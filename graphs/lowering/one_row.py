@@ -22,13 +22,13 @@ import onnx_ir as ir
 
 from graphs.lowering.edit import MICROSOFT, Branch, before, choose, constant
 from graphs.lowering.grouped import LAST, PAST_K, PAST_V, Heads, K, Q, V, heads_of
-from graphs.ops import DOMAIN
+from graphs.ops import DOMAIN, IN_CACHE, OPS
 
 # From where on it gains without received attention: query heads that share their keys, H·D, and rows of the buffer.
 # With less in common a product has too few rows; in a narrower or shorter one its nodes cost more.
 SHARED, WIDE, LONG = 6, 512, 384
 SHARED_RECEIVED = 2  # … and with it, at any width and length
-RECEIVED = ("ReceivedInCache", "RatedReceivedInCache")
+RECEIVED = frozenset(IN_CACHE.values())
 
 
 class OneRow(ir.passes.InPlacePass):
@@ -64,6 +64,11 @@ class _Layer:
         if self.received is not None:
             return self.heads.together >= SHARED_RECEIVED
         return self.heads.together >= SHARED and self.heads.queries * self.heads.width >= WIDE
+
+
+def is_rated(received: ir.Node) -> bool:
+    """Whether guide rows have weights, an input of one row each, in the place of a carrier of their number."""
+    return bool(OPS[received.op_type].scores)
 
 
 def _layer_of(node: ir.Node) -> _Layer:
@@ -120,7 +125,7 @@ def _condition(layer: _Layer, shared: dict[tuple[object, ...], ir.Value]) -> ir.
         rows = before(node, "Shape", [node.inputs[Q]], start=1, end=2)
         single = before(node, "Equal", [rows, one])
         if received:
-            axis = 1 if received.op_type == "RatedReceivedInCache" else 0
+            axis = 1 if is_rated(received) else 0
             guides = before(node, "Shape", [received.inputs[2]], start=axis, end=axis + 1)
             more = before(node, "Equal", [guides, one])
         else:
@@ -172,7 +177,7 @@ def _one_row(layer: _Layer, hidden: ir.Value, write_at: ir.Value, name: str) -> 
     outputs = [body.add("Reshape", [mixed_VG1D, body.ints(1, 1, h * d)]), *presents]
     if layer.received:
         ones_1H = body.constant(np.ones((1, h), np.float32))
-        if layer.received.op_type == "RatedReceivedInCache":
+        if is_rated(layer.received):
             ones_1H = body.add("Mul", [ones_1H, layer.received.inputs[2]])
         share_HC = body.add("Reshape", [share_1VGC, body.ints(h, -1)])
         outputs.append(body.add("MatMul", [ones_1H, share_HC]))
