@@ -9,13 +9,13 @@ from pathlib import Path
 from engines.bundles.jobs import BuiltMember
 from engines.bundles.losses import losses_in_words, losses_of
 from engines.bundles.manifest import Compatibility, EngineEntry, Loss, Served
-from engines.bundles.overflow import guard_against_overflow
 from engines.sessions.session import open_session
 from engines.trt.bounds import BODY_ROWS, Bounds, Room, profiles_of
 from engines.trt.engine import engine_from_onnx, refuse_too_large
 from engines.trt.flavour import FLAVOURS, RTX, Flavour
 from engines.trt.full import TensorrtOptions, refuse_for_parser
 from engines.trt.options import EngineOptions
+from engines.trt.overflow import guard_against_overflow
 from engines.trt.photos import misfits_in_words, photos_seen, room_for
 from engines.trt.reading import Reading, reading_from
 from engines.trt.running import here

@@ -11,9 +11,9 @@ import onnxruntime as ort
 import pytest
 from safetensors import safe_open
 
-from engines.bundles.overflow import LARGEST, WATCH, guard_against_overflow, near_overflow
 from engines.trt.member import build_member
 from engines.trt.options import EngineOptions
+from engines.trt.overflow import LARGEST, WATCH, guard_against_overflow, near_overflow
 from graphs.errors import OperationFailed
 from graphs.lowering import Lowering
 from graphs.lowering.export import LoweredExport, lowered_export
