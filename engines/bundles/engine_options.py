@@ -78,6 +78,12 @@ _OF_TENSORRT = (
         help="tensorrt: timing cache; read if it exists, then updated.",
     ),
     click.option("--optimization-level", type=int, metavar="N", help="tensorrt: 0 to 5. [TensorRT's own]"),
+    click.option(
+        "--workspace",
+        type=float,
+        metavar="GB",
+        help="tensorrt: most GPU memory that a kernel may take beside its tensors. [TensorRT's own: all there is]",
+    ),
     click.option("--version-compatible", is_flag=True, help="tensorrt: engines that newer TensorRT versions run too."),
     click.option(
         "--hardware-compatibility",
@@ -99,12 +105,16 @@ def engine_options_from(
     parser: Any,
     timing_cache: Path | None,
     optimization_level: int | None,
+    workspace: float | None,
     version_compatible: bool,
     hardware_compatibility: str | None,
     **bounds: int | None,
 ) -> Any:
     """The options of engines; None where none was given, so that a target without engines can refuse the others."""
-    of_full = (plugins, parser, timing_cache, optimization_level, version_compatible or None, hardware_compatibility)
+    of_full = (
+        *(plugins, parser, timing_cache, optimization_level, workspace),
+        *(version_compatible or None, hardware_compatibility),
+    )
     if not sms and all(value is None for value in (precision, ops, *bounds.values(), *of_full)):
         return None
     from engines.trt.bounds import Bounds
@@ -120,5 +130,6 @@ def engine_options_from(
             hardware_compatibility or "none",
             plugins,
             parser or "current",
+            workspace,
         )
     return EngineOptions(sms, precision, ops or "body", Bounds(**bounds), full)

@@ -26,6 +26,7 @@ LEVEL_OF: dict[Hardware, str] = {
 FORMS = ("python", "aot")
 PARSERS: tuple[Parser, ...] = get_args(Parser)
 AMPERE = 80
+MOST_WORKSPACE = 1024  # GB
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class TensorrtOptions:
     for TensorRT's own. version_compatible: engines bring a runtime and run on newer TensorRTs. hardware_compatibility:
     a key of ``LEVEL_OF``. plugins: what kernels become, ``python`` (ours must be registered at run) or ``aot`` (in
     the engine, which needs no Python then); None: python where plugins serve at all. parser: ``10.3`` for JetPack 6.
+    workspace: GB of device memory that a kernel may take beside its tensors, at the build and at run; None for
+    TensorRT's own bound, which is all there is, on a Jetson the host's.
     """
 
     timing_cache: Path | None = None
@@ -44,11 +47,14 @@ class TensorrtOptions:
     hardware_compatibility: str = "none"
     plugins: str | None = None
     parser: Parser = "current"
+    workspace: float | None = None
 
     def check(self, ops: str, precision: str | None) -> None:
         """UsageError for a value that is not known, or that does not go with another."""
         if self.optimization_level is not None and self.optimization_level not in LEVELS:
             raise UsageError(f"optimization level {self.optimization_level} does not exist; choose 0 to 5")
+        if self.workspace is not None and not 0 < self.workspace <= MOST_WORKSPACE:
+            raise UsageError(f"--workspace is {self.workspace:g}, it must lie in (0, {MOST_WORKSPACE}] GB; give another")
         if self.hardware_compatibility not in LEVEL_OF:
             known = ", ".join(LEVEL_OF)
             raise UsageError(
@@ -83,6 +89,7 @@ class TensorrtOptions:
         """The worker's settings for a GPU."""
         return {
             "optimization_level": self.optimization_level,
+            "workspace": None if self.workspace is None else int(self.workspace * 1e9),
             "version_compatible": self.version_compatible,
             "hardware_compatibility": LEVEL_OF[self.compatibility.hardware],
             "kernel_sms": self._kernel_sms(sm, ops),

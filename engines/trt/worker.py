@@ -28,9 +28,9 @@ class Request:
     """onnx, engine, answer: files to read and to write. sms: as 89. ops: node → op of ours in the file.
 
     flavour: the target. plugins: what is registered, ``python`` or ``aot``. parse_only: read the network back and build
-    nothing. settings: full TensorRT's optimization_level, version_compatible, hardware_compatibility (a name of
-    HardwareCompatibilityLevel) and kernel_sms, what kernels are compiled for. timings, new_timings: the timing cache to
-    begin with, where the file exists, and where it goes; '' for none.
+    nothing. settings: full TensorRT's optimization_level, workspace (bytes), version_compatible, hardware_compatibility
+    (a name of HardwareCompatibilityLevel) and kernel_sms, what kernels are compiled for. timings, new_timings: the
+    timing cache to begin with, where the file exists, and where it goes; '' for none.
     """
 
     onnx: str
@@ -123,10 +123,12 @@ def config_of(trt: Any, flavour: Flavour, request: Request, tell: Callable[..., 
     level = request.settings.get("hardware_compatibility")
     if level and not hasattr(trt.HardwareCompatibilityLevel, level):
         raise OperationFailed(f"TensorRT {trt.__version__} knows no hardware compatibility {level}; build without it")
+    workspace = request.settings.get("workspace")
     created = CreateConfig(
         profiles=profiles,
         progress_monitor=monitor_of(trt, tell),
         builder_optimization_level=request.settings.get("optimization_level"),
+        memory_pool_limits={trt.MemoryPoolType.WORKSPACE: workspace} if workspace else None,
         version_compatible=request.settings.get("version_compatible"),
         hardware_compatibility_level=getattr(trt.HardwareCompatibilityLevel, level) if level else None,
     )

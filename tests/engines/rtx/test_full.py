@@ -68,7 +68,7 @@ def test_ahead_of_time_kernels_are_in_the_engines(
     exports: Exports, machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str], saccade_cli: Cli
 ) -> None:
     timings = tmp_path / "timings"
-    full = TensorrtOptions(timings, 2, hardware_compatibility="ampere-plus", plugins="aot")
+    full = TensorrtOptions(timings, 2, hardware_compatibility="ampere-plus", plugins="aot", workspace=1.5)
     options = EngineOptions((), "fp16", "plugin", BOUNDS, full)
     build_bundle([exports["small"], exports["large"]], tmp_path / "b", target="tensorrt", engines=options)
     manifest = manifest_of(tmp_path / "b")
@@ -85,7 +85,7 @@ def test_ahead_of_time_kernels_are_in_the_engines(
         assert all(re.search(rb"\.entry " + name + rb"\(", engine) for name in kernels[role])
         assert b".target sm_80" in engine
         assert b"saccade.cubins" not in engine
-    asked = {"level": 2, "hardware": "AMPERE_PLUS", "flags": [], "typed": True}
+    asked = {"level": 2, "hardware": "AMPERE_PLUS", "flags": [], "typed": True, "workspace": 1_500_000_000}
     assert machine.builds() == [{**asked, "profiles": n} for n in (1, 1, 2) * 2]
     assert timings.read_text() == "timed\n" * 6
     said = capsys.readouterr().err
@@ -114,7 +114,9 @@ def test_written_out_for_an_older_one(exports: Exports, machine: Machine, tmp_pa
     assert (decoder.parser, decoder.plugins, decoder.served) == ("10.3", "none", {})
     assert decoder.compatibility == Compatibility(hardware="same-cc", versions=True)
     asked = {"level": None, "hardware": "SAME_COMPUTE_CAPABILITY", "flags": ["VERSION_COMPATIBLE"], "typed": True}
-    assert machine.builds() == [{**asked, "profiles": n} for n in (1, 1, 2)]
+    builds = machine.builds()
+    assert all(found.pop("workspace") != 1_500_000_000 for found in builds)
+    assert builds == [{**asked, "profiles": n} for n in (1, 1, 2)]
     assert not list((tmp_path / "b").rglob("*.onnx"))
 
 
@@ -132,6 +134,8 @@ def test_a_timing_cache_of_another_machine_is_refused(exports: Exports, machine:
     [
         (["--sm", 80], "--sm is 80, and full TensorRT builds for the GPU that is here, of SM 89"),
         (["--optimization-level", 6], "choose 0 to 5"),
+        (["--workspace", 0], "--workspace is 0, it must lie in (0, 1024] GB"),
+        (["--workspace", "nan"], "--workspace is nan, it must lie in (0, 1024] GB"),
         (["--hardware-compatibility", "all"], "choose from none, ampere-plus, same-cc"),
         (["--plugins", "aot"], "give --ops plugin too"),
         (["--ops", "plugin", "--plugins", "cpp"], "neither python nor aot"),

@@ -88,6 +88,7 @@ class Builder(_real.Builder):  # type: ignore[name-defined,misc]
             "flags": sorted(config.flags),
             "typed": network.get_flag(_real.NetworkDefinitionCreationFlag.STRONGLY_TYPED),
             "profiles": config.num_optimization_profiles,
+            "workspace": config.real.get_memory_pool_limit(_real.MemoryPoolType.WORKSPACE),
         }
         with open(os.environ["STAND_IN_BUILDS"], "a") as file:  # noqa: PTH123
             file.write(json.dumps(found) + "\n")
