@@ -54,7 +54,10 @@ class TensorrtOptions:
         if self.optimization_level is not None and self.optimization_level not in LEVELS:
             raise UsageError(f"optimization level {self.optimization_level} does not exist; choose 0 to 5")
         if self.workspace is not None and not 0 < self.workspace <= MOST_WORKSPACE:
-            raise UsageError(f"--workspace is {self.workspace:g}, it must lie in (0, {MOST_WORKSPACE}] GB; give less")
+            raise UsageError(
+                f"--workspace is {self.workspace:g}, but must lie in (0, {MOST_WORKSPACE}] GB; leave it out for TensorRT's "
+                "own bound"
+            )
         if self.hardware_compatibility not in LEVEL_OF:
             known = ", ".join(LEVEL_OF)
             raise UsageError(

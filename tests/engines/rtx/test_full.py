@@ -134,8 +134,8 @@ def test_a_timing_cache_of_another_machine_is_refused(exports: Exports, machine:
     [
         (["--sm", 80], "--sm is 80, and full TensorRT builds for the GPU that is here, of SM 89"),
         (["--optimization-level", 6], "choose 0 to 5"),
-        (["--workspace", 0], "--workspace is 0, it must lie in (0, 1024] GB"),
-        (["--workspace", "nan"], "--workspace is nan, it must lie in (0, 1024] GB"),
+        (["--workspace", 0], "--workspace is 0, but must lie in (0, 1024] GB"),
+        (["--workspace", "nan"], "--workspace is nan, but must lie in (0, 1024] GB"),
         (["--hardware-compatibility", "all"], "choose from none, ampere-plus, same-cc"),
         (["--plugins", "aot"], "give --ops plugin too"),
         (["--ops", "plugin", "--plugins", "cpp"], "neither python nor aot"),
