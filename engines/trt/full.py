@@ -55,8 +55,8 @@ class TensorrtOptions:
             raise UsageError(f"optimization level {self.optimization_level} does not exist; choose 0 to 5")
         if self.workspace is not None and not 0 < self.workspace <= MOST_WORKSPACE:
             raise UsageError(
-                f"--workspace is {self.workspace:g}, but must lie in (0, {MOST_WORKSPACE}] GB; leave it out for the bound "
-                "that TensorRT has"
+                f"--workspace is {self.workspace:g}, but must lie in (0, {MOST_WORKSPACE}] GB; leave it out for "
+                "TensorRT's own bound"
             )
         if self.hardware_compatibility not in LEVEL_OF:
             known = ", ".join(LEVEL_OF)
