@@ -38,9 +38,12 @@ def test_it_brings_its_threshold_and_not_what_is_tied_to_its_target(
     assert manifest_of(tmp_path / "c").threshold == 0.5
 
 
-def test_one_model_alone(exports: dict[str, Path], tmp_path: Path) -> None:
-    build_bundle([exports["alone"]], tmp_path / "a")
-    assert set(build_bundle([tmp_path / "a"], tmp_path / "b").members) == {"alone"}
+def test_one_model_alone(exports: dict[str, Path], tmp_path: Path, saccade_cli: Cli) -> None:
+    build_bundle([exports["alone"]], tmp_path / "a", target="cpu")
+    told = saccade_cli("build", tmp_path / "a", "-o", tmp_path / "b")
+    assert set(manifest_of(tmp_path / "b").members) == {"alone"}
+    assert f"building from the models of {tmp_path / 'a'}\n" in told.stderr
+    assert "are tied to its targets" not in told.stderr
     with pytest.raises(UsageError, match="no early exit"):
         build_bundle([tmp_path / "a"], tmp_path / "c", threshold=0.5)
 
