@@ -112,3 +112,12 @@ def test_a_photo_fits_unasked(sample: Sample) -> None:
     assert (bounds.max_length or 0) >= (bounds.max_prompt or 0) + 1024
     short = Bounds().fitted(long, 1024, room)
     assert (short.max_prompt, short.max_length) == (1024, bounds.max_length), "caches have one length, whatever ranks"
+
+
+def test_a_photo_that_fills_the_bounds_fits(sample: Sample) -> None:
+    assert room_for([Photo(640, 480, MOST_ROWS - TEXT_ROWS, 0, {})]) == Room(MOST_ROWS, 0)
+    assert room_for([Photo(640, 480, MOST_ROWS - TEXT_ROWS + 1, 0, {})]) == Room()
+    photo, spec = Photo(640, 480, 100, 0, {}), sample.onnx.spec
+    assert misfits_in_words([photo], spec, replace(BOUNDS, max_prompt=100 + TEXT_ROWS).fitted(spec, None)) == []
+    told = misfits_in_words([photo], spec, replace(BOUNDS, max_prompt=99 + TEXT_ROWS).fitted(spec, None))
+    assert "makes 100 visual tokens" in told[0]
