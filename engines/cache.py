@@ -1,9 +1,9 @@
 """The KV cache of a conversation: one length per segment of layers, values that never leave the device.
 
-A decoder's cache has one of two forms, as its spec says. ``concat``: a run returns new tensors, a chunk longer.
-``in-place``: a run writes the chunk's rows behind the filled ones of a buffer, and no past row is copied. A cache is
-immutable in both: the views of one room share its buffers, each with lengths of its own, and whoever would write over
-rows that a living view still counts on moves to a room of its own first.
+A decoder's cache has one of two forms. ``Concatenated``: a run returns new tensors, a chunk longer. ``InPlace``: a run
+writes the chunk's rows behind the filled ones of a buffer, and no past row is copied. A cache is immutable in both:
+the views of one room share its buffers, each with lengths of its own, and whoever would write over rows that a living
+view still counts on moves to a room of its own first.
 
 Legend: Hkv key-value heads, P_j cached rows of segment j, C_j rows that its buffers hold, d head width.
 """
@@ -17,9 +17,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from engines.sessions.session import Session, Value
-from graphs.spec import ExportSpec, length_name, past_names, present_names
+from engines.sessions.session import NOTHING, Later, Session, Value
+from graphs.spec import RECEIVED_BEFORE, ExportSpec, length_name, past_names, present_names
 
+RECEIVED = "attention_received"
 SPARE_ROWS = 128  # that a new room has beyond what is asked for, at least; more where the cache is long
 SPARE_SHARE = 16  # … one row for so many
 
@@ -84,38 +85,81 @@ def empty_cache(spec: ExportSpec) -> Cache:
     return Cache(values, tuple(np.zeros(shape, np.int64) for _ in segments), 0)
 
 
-def present_outputs(spec: ExportSpec) -> tuple[str, ...]:
-    """Return the decoder's cache outputs, in the order of its layers."""
-    return tuple(present for _, present in _pairs(spec.language.layers))
+class Concatenated:
+    """A run returns caches that are a chunk longer, and what this run's rows received; the host adds that up."""
+
+    in_place: Mapping[str, str] = NOTHING
+
+    def __init__(self, spec: ExportSpec, session: Session) -> None:
+        self._session = session
+        presents = tuple(present for _, present in _pairs(spec.language.layers))
+        self.device = (*presents, RECEIVED) if spec.plan.guidance else presents
+
+    def prepare(self, cache: Cache, more: Sequence[int], so_far: Value | None) -> tuple[Cache, Mapping[str, Value]]:
+        """Return what ``InPlace.prepare`` does: the same view, and no more feeds."""
+        return cache, {}
+
+    def received(self, out: Mapping[str, Value]) -> Value | None:
+        """What each row received in this run, float32 [T], or what makes it later; None without guidance."""
+        received = out.get(RECEIVED)
+        if received is None or isinstance(received, Later):
+            return received
+        return self._session.to_host(received)[0].astype(np.float32)
 
 
-def shared_names(spec: ExportSpec) -> dict[str, str]:
-    """Cache output → the input whose buffer it is, in a decoder that writes in place."""
-    return {present: past for past, present in _pairs(spec.language.layers)}
+class InPlace:
+    """A run writes into the buffers of a room, and adds what its rows received to what earlier ones did."""
+
+    def __init__(self, spec: ExportSpec, session: Session) -> None:
+        self._session, self._guidance = session, spec.plan.guidance
+        self._segments = spec.plan.segments(spec.language.layers)
+        self.in_place = {present: past for past, present in _pairs(spec.language.layers)}
+        self.device = (RECEIVED,) if self._guidance else ()
+
+    def prepare(self, cache: Cache, more: Sequence[int], so_far: Value | None) -> tuple[Cache, Mapping[str, Value]]:
+        """Return the same view where ``more`` rows per segment can be written behind it, and the feeds that say where.
+
+        so_far: what the rows received in earlier steps, the last run's output; None: nothing.
+        Raises OperationFailed where the session's buffers are of a size that this does not fit into.
+        """
+        ready = self._with_room(cache, more)
+        lengths = enumerate(ready.lengths)
+        feeds: dict[str, Value] = {length_name(j): np.array([n], np.int64) for j, n in lengths if self._segments[j]}
+        if self._guidance:
+            feeds[RECEIVED_BEFORE] = self._before(ready, so_far, moved=ready is not cache)
+        return ready, feeds
+
+    def received(self, out: Mapping[str, Value]) -> Value | None:
+        """What each row received so far, [1, C_0] on the device; None without guidance."""
+        return out.get(RECEIVED)
+
+    def _with_room(self, cache: Cache, more: Sequence[int]) -> Cache:
+        """The same view here, or in a room of its own."""
+        filled = [held + rows for held, rows in zip(cache.lengths, more, strict=True)]
+        firsts = {past_names(layers[0])[0]: rows for layers, rows in zip(self._segments, filled, strict=True) if layers}
+        if cache.room and cache.room.takes(cache, firsts):
+            return cache
+        values: dict[str, Value] = {}
+        for segment, held, rows in zip(self._segments, cache.lengths, filled, strict=True):
+            wanted = rows + max(SPARE_ROWS, rows // SPARE_SHARE)
+            sources = {name: cache.values[name] for layer in segment for name in past_names(layer)}
+            values |= self._session.buffers(sources, held, rows, wanted) if sources else {}
+        return Cache(values, cache.positions, cache.next_position, Room(values))
+
+    def _before(self, cache: Cache, so_far: Value | None, moved: bool) -> Value:
+        """What the rows received in earlier steps, as long as the cache's buffers: [1, C_0]."""
+        rows = next(iter(cache.values.values())).shape[2]
+        if so_far is None:
+            return np.zeros((1, rows), np.float32)
+        if not moved:
+            return so_far
+        before = self._session.to_host(so_far)[:, : cache.lengths[0]]
+        return np.pad(before, ((0, 0), (0, rows - before.shape[1])))
 
 
-def with_room(cache: Cache, spec: ExportSpec, session: Session, more: Sequence[int]) -> Cache:
-    """Return the same view where ``more`` rows per segment can be written behind it: here, or in a room of its own.
-
-    Raises OperationFailed where the session's buffers are of a size that this does not fit into.
-    """
-    segments = spec.plan.segments(spec.language.layers)
-    filled = [held + rows for held, rows in zip(cache.lengths, more, strict=True)]
-    firsts = {past_names(layers[0])[0]: rows for layers, rows in zip(segments, filled, strict=True) if layers}
-    if cache.room and cache.room.takes(cache, firsts):
-        return cache
-    values: dict[str, Value] = {}
-    for segment, held, rows in zip(segments, cache.lengths, filled, strict=True):
-        wanted = rows + max(SPARE_ROWS, rows // SPARE_SHARE)
-        sources = {name: cache.values[name] for layer in segment for name in past_names(layer)}
-        values |= session.buffers(sources, held, rows, wanted) if sources else {}
-    return Cache(values, cache.positions, cache.next_position, Room(values))
-
-
-def length_feeds(cache: Cache, spec: ExportSpec) -> dict[str, np.ndarray]:
-    """How many rows are filled, by input name, for a decoder that writes in place."""
-    segments = spec.plan.segments(spec.language.layers)
-    return {length_name(j): np.array([n], np.int64) for j, n in enumerate(cache.lengths) if segments[j]}
+def form_of(spec: ExportSpec, session: Session) -> Concatenated | InPlace:
+    """Return how a decoder's caches grow in a session."""
+    return InPlace(spec, session) if session.form == "in-place" else Concatenated(spec, session)
 
 
 def grown(cache: Cache, outputs: Mapping[str, Value], position_S: np.ndarray, kept: tuple[np.ndarray, ...]) -> Cache:

@@ -15,11 +15,11 @@ from typing import TypeAlias
 import numpy as np
 
 from engines.budgets import Cut, cuts_of, image_index
-from engines.cache import Cache, empty_cache, grown, length_feeds, present_outputs, shared_names, with_room
-from engines.sessions.session import Later, Session, Value
+from engines.cache import Cache, empty_cache, form_of, grown
+from engines.sessions.session import Session, Value
 from graphs.errors import OperationFailed, UsageError
 from graphs.plan import PruningPlan, kept_count
-from graphs.spec import RECEIVED_BEFORE, ExportSpec, deepstack_names
+from graphs.spec import ExportSpec, deepstack_names
 
 Keep: TypeAlias = float | Sequence[float] | None
 
@@ -73,7 +73,7 @@ class Decoder:
         self._nothing = empty_cache(spec)
         self._dtype = {t.name: t.dtype for t in spec.stages["decoder"].inputs}
         self._kept_names = tuple(f"kept_{i}" for i in range(len(spec.plan.points)))
-        self._shared = shared_names(spec) if session.form == "in-place" else {}
+        self._form = form_of(spec, session)
 
     def run(
         self,
@@ -93,47 +93,23 @@ class Decoder:
         nobody reads ``received``: of a plan that prunes by no such rows it is then of one, the fewest a graph takes.
         Raises UsageError where the plan cannot serve the chunk, OperationFailed for NaN in the logits.
         """
-        plan, language, rows = self._spec.plan, self._spec.language, len(chunk)
-        cache = cache or self._nothing
-        position_S = chunk.positions
-        if position_S is None:
-            line = np.arange(cache.next_position, cache.next_position + rows, dtype=np.int64)
-            position_S = line if language.position_axes == 1 else np.tile(line, (3, 1))
-        if (last := int(position_S.max())) >= language.max_positions:
-            raise UsageError(
-                f"the conversation would be {last + 1} tokens long, but the model has "
-                f"{language.max_positions} positions; shorten it"
-            )
-        cuts = cuts_behind(plan, chunk.is_visual, keep, chunk.visual_tokens, chunk.images, chunk.image_of)
+        rows, cache = len(chunk), cache or self._nothing
+        position_S = self._positions(chunk, cache)
+        cuts = cuts_behind(self._spec.plan, chunk.is_visual, keep, chunk.visual_tokens, chunk.images, chunk.image_of)
         prunes = any(cut.rows < rows for cut in cuts)
-        held = cache
-        if self._shared:
-            cache = with_room(held, self._spec, self._session, (rows, *(cut.rows for cut in cuts)))
+        cache, held = self._form.prepare(cache, (rows, *(cut.rows for cut in cuts)), so_far)
         feeds: dict[str, Value] = {
-            "inputs_embeds": chunk.inputs_embeds,
             "position_ids": position_S[None] if position_S.ndim == 1 else position_S[:, None],
             "tail": np.zeros(tail, np.int32),
+            **self._feeds_of(chunk, guided),
             **{name: value for cut in cuts for name, value in cut.feeds.items()},
-            **{name: np.zeros((1, rows, language.width), self._dtype[name]) for name in deepstack_names(language)},
-            **chunk.deepstack,
             **cache.values,
+            **held,
         }
-        if plan.uses_visual:
-            feeds["is_visual"] = chunk.is_visual[None]
-        if plan.uses_image:
-            feeds["image_index"] = image_index(chunk.is_visual, chunk.image_of)[None]
-        if plan.uses_guide:
-            rated = guide_rows(plan, chunk.is_visual)
-            feeds["guide"] = np.zeros(rated if guided or plan.points else 1, np.int32)
-        if plan.uses_priority:
+        if self._spec.plan.uses_priority:
             feeds["priority"] = checked_priority(priority_S, chunk.is_visual, prunes)
-        guidance = ("attention_received",) if plan.guidance else ()
         host = ("logits", *(self._kept_names if prunes else ()))
-        if self._shared:
-            feeds |= length_feeds(cache, self._spec) | self._received_before(cache, so_far, moved=cache is not held)
-            out = self._session.run(feeds, host=host, device=guidance, in_place=self._shared)
-        else:
-            out = self._session.run(feeds, host=host, device=(*present_outputs(self._spec), *guidance))
+        out = self._session.run(feeds, host=host, device=self._form.device, in_place=self._form.in_place)
         logits_RV = out["logits"][0].astype(np.float32, copy=False)
         if not np.isfinite(logits_RV.max(axis=-1)).all():
             if cache.room:
@@ -145,22 +121,38 @@ class Decoder:
         # Where nothing is dropped the host knows which rows stay.
         indices = [out[name][0] for name in self._kept_names] if prunes else [np.arange(rows) for _ in cuts]
         kept = composed(rows, indices)
-        received = out.get("attention_received")
-        if received is not None and not self._shared and not isinstance(received, Later):
-            received = self._session.to_host(received)[0].astype(np.float32)
-        return Step(logits_RV, kept, received, grown(cache, out, position_S, kept))
+        return Step(logits_RV, kept, self._form.received(out), grown(cache, out, position_S, kept))
 
-    def _received_before(self, cache: Cache, so_far: Value | None, moved: bool) -> dict[str, Value]:
-        """What the rows received in earlier steps, as long as the cache's buffers: [1, C_0]."""
-        if not self._spec.plan.guidance:
-            return {}
-        rows = next(iter(cache.values.values())).shape[2]
-        if so_far is None:
-            return {RECEIVED_BEFORE: np.zeros((1, rows), np.float32)}
-        if moved:
-            before = self._session.to_host(so_far)[:, : cache.lengths[0]]
-            so_far = np.pad(before, ((0, 0), (0, rows - before.shape[1])))
-        return {RECEIVED_BEFORE: so_far}
+    def _positions(self, chunk: Chunk, cache: Cache) -> np.ndarray:
+        """Original positions of the chunk's rows, int64 [S] or [3, S]; UsageError for more than the model has."""
+        language, position_S = self._spec.language, chunk.positions
+        if position_S is None:
+            line = np.arange(cache.next_position, cache.next_position + len(chunk), dtype=np.int64)
+            position_S = line if language.position_axes == 1 else np.tile(line, (3, 1))
+        if (last := int(position_S.max())) >= language.max_positions:
+            raise UsageError(
+                f"the conversation would be {last + 1} tokens long, but the model has "
+                f"{language.max_positions} positions; shorten it"
+            )
+        return position_S
+
+    def _feeds_of(self, chunk: Chunk, guided: bool) -> dict[str, Value]:
+        """What the graph is told of the chunk's rows, whatever the cache holds and the cuts drop."""
+        plan, language = self._spec.plan, self._spec.language
+        zeros = (1, len(chunk), language.width)
+        feeds: dict[str, Value] = {
+            "inputs_embeds": chunk.inputs_embeds,
+            **{name: np.zeros(zeros, self._dtype[name]) for name in deepstack_names(language)},
+            **chunk.deepstack,
+        }
+        if plan.uses_visual:
+            feeds["is_visual"] = chunk.is_visual[None]
+        if plan.uses_image:
+            feeds["image_index"] = image_index(chunk.is_visual, chunk.image_of)[None]
+        if plan.uses_guide:
+            rated = guide_rows(plan, chunk.is_visual)
+            feeds["guide"] = np.zeros(rated if guided or plan.points else 1, np.int32)
+        return feeds
 
 
 def following(positions: np.ndarray, rows: int) -> np.ndarray:

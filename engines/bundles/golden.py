@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.cache import shared_names
+from engines.cache import form_of
 from engines.sessions.session import Session, open_session
 from graphs.compare import TOLERANCES, Comparison, compare
 from graphs.errors import BadArtefact, OperationFailed
@@ -131,7 +131,7 @@ def fed(case: Case, spec: ExportSpec) -> Tensors:
 
 def ran(case: Case, session: Session, spec: ExportSpec) -> Tensors:
     """What comes out of a session for a case, as golden tensors have it."""
-    in_place = shared_names(spec) if session.form == "in-place" else {}
+    in_place = form_of(spec, session).in_place
     feeds = fed(case, spec.model_copy(update={"cache": session.form}))
     got = told(case, session.run(feeds, host=list(case.outputs), in_place=in_place))
     return {name: np.array(value) if name in in_place else value for name, value in got.items()}  # feeds' memory

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from engines.bundles.manifest import EngineEntry, EngineFile
-from engines.cache import cut, empty_cache, with_room
+from engines.cache import InPlace, cut, empty_cache
 from engines.cascade import Cascade
 from engines.decoder import Chunk
 from engines.generate import Generation
@@ -248,7 +248,7 @@ def test_what_does_not_fit_is_one_sentence(lower: Lower, exports: Exports, cuda:
         decoder.run({})
     cache = empty_cache(model.spec)
     with pytest.raises(OperationFailed, match=r"take 97 rows of a cache, and .* was built for 96.*--max-length"):
-        with_room(cache, model.spec, decoder, (97,))
+        InPlace(model.spec, decoder).prepare(cache, (97,), None)
     cuda.room = 10
     with pytest.raises(OperationFailed, match="out of memory"):
         Cascade(model, None).ask(picture(1), QUESTION)
