@@ -7,9 +7,9 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from engines.budgets import Keep, keep_ratios
 from engines.calibration.record import Calibration
 from engines.confidence import Confidence
-from engines.decoder import Keep, keep_ratios
 from engines.draft import Drafted
 from engines.generate import Generation
 from engines.model import Model

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 import numpy as np
 
 from engines.answer import Answer, Memories, SmallPass, Turn, answer_of, answer_of_small, times_of
+from engines.budgets import Keep, keep_ratios
 from engines.clock import Clock
 from engines.confidence import Confidence, confidence_of, consistency_of
-from engines.decoder import Keep, keep_ratios
 from engines.draft import takes_draft, tokens_that_differ
 from engines.guidance import drawn_priority, priority_of
 from engines.images import Picture

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from engines.budgets import Keep
 from engines.cache import cut
 from engines.clock import Clock
 from engines.confidence import log_probs
-from engines.decoder import Chunk, Keep, Step
+from engines.decoder import Chunk, Step
 from engines.draft import Drafted, drafted_by, padded, usable, with_draft
 from engines.guidance import GuidanceSum
 from engines.sampling import Options, Sampler

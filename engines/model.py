@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engines.decoder import Decoder, Keep
+from engines.budgets import Keep
+from engines.decoder import Decoder
 from engines.generate import Generation
 from engines.processing import Processor
 from engines.sampling import Options

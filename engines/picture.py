@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from engines.answer import Answer
+from engines.budgets import Keep
 from engines.cascade import Cascade
-from engines.decoder import Keep
 from engines.images import Picture
 from engines.model import Model
 from engines.talk.messages import asked

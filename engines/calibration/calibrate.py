@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from engines.budgets import Keep
 from engines.bundles.manifest import manifest_of
 from engines.calibration.learn import Walk, checked_promise, needed_questions, walk
 from engines.calibration.promise import Promises, tied_keep
 from engines.calibration.record import Baseline, Calibration
 from engines.calibration.store import refuse_unwritable, write_calibration
 from engines.cascade import Cascade
-from engines.decoder import Keep
 from engines.evaluation.data import Data, Example
 from engines.evaluation.metrics import METRICS
 from graphs.errors import UnaskableQuestion, UsageError

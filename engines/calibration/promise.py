@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engines.answer import Answer, Turn
+from engines.budgets import Keep, keep_ratios
 from engines.calibration.record import Calibration
-from engines.decoder import Keep, keep_ratios
 from engines.sampling import Options
 from graphs.plan import PruningPlan
 from graphs.talk import say

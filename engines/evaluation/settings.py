@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from engines.decoder import keep_ratios
+from engines.budgets import keep_ratios
 from engines.evaluation.contenders import Contender
 from graphs.errors import UsageError
 from graphs.plan import PruningPlan

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 from engines.answer import Answer
-from engines.decoder import Keep
+from engines.budgets import Keep
 from engines.images import Picture
 from engines.sampling import OptionKeywords, Options
 from engines.stream import Stream

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from engines.budgets import Keep, keep_ratios
 from engines.cache import cut
 from engines.clock import Clock
-from engines.decoder import Chunk, Keep, keep_ratios
+from engines.decoder import Chunk
 from engines.families import Seen
 from engines.talk.beginning import WORTH, Beginnings, Held, alike
 from engines.talk.messages import Message, Talk

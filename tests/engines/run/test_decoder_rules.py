@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from engines.budgets import cuts_of, image_index
-from engines.decoder import checked_priority, composed, cuts_behind, guide_rows, keep_ratios
+from engines.budgets import Keep, checked_priority, cuts_behind, cuts_of, image_index, keep_ratios
+from engines.decoder import composed, guide_rows
 from engines.guidance import GuidanceSum, drawn_priority, priority_of, priority_of_rows, random_guidance, top_visual
 from engines.sessions.session import Later
 from graphs.errors import OperationFailed, UsageError
@@ -25,6 +25,10 @@ VISUAL = np.array([0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0, 0], bool)
 
 def guided(rows: str) -> PruningPlan:
     return PruningPlan(name="g", guidance=Guidance(layers=(0,), rows=rows))  # type: ignore[arg-type]
+
+
+def rows_behind(plan: PruningPlan, is_visual_S: np.ndarray, keep: Keep) -> tuple[int, ...]:
+    return tuple(cut.rows for cut in cuts_behind(plan, is_visual_S, keep))
 
 
 @pytest.mark.parametrize(("rows", "wanted"), [("text", 3), ("text_and_last_visual", 4), ("last", 1)])
