@@ -127,18 +127,17 @@ class Answer:
 
 
 def answer_of(
-    name: Literal["large", "alone"],
     model: Model,
     prompt: Prompt,
     run: Generation,
     keep: Keep,
-    confidence: Confidence | None,
     guidance: np.ndarray | None,
+    looked: SmallPass | None,
     threshold: float | None,
-    times: dict[str, float],
 ) -> Answer:
-    """Say what a pruned model's finished run gave, and what was kept for it."""
+    """Say what a pruned model's finished run gave, and what was kept for it. looked: None for a model alone."""
     plan, kept = model.spec.plan, kept_of(prompt, run)
+    name: Literal["large", "alone"] = "large" if looked else "alone"
     ratios: tuple[float, ...] = ()
     if prompt.visual_tokens:
         ratios = keep_ratios(plan, keep, prompt.visual_tokens)
@@ -156,9 +155,9 @@ def answer_of(
         model=name,
         stopped=run.stopped,
         seed=run.seed,
-        exited=False if name == "large" else None,
+        exited=False if looked else None,
         threshold=threshold,
-        confidence=confidence,
+        confidence=looked.confidence if looked else None,
         keep=ratios,
         kept=kept,
         average_retention=retention_of(plan, model.spec.language.layers, ratios) if prompt.all_visual_tokens else None,
@@ -166,7 +165,7 @@ def answer_of(
         prompt_tokens=len(prompt),
         cached_tokens=prompt.cached,
         visual_tokens=prompt.all_visual_tokens,
-        milliseconds=times,
+        milliseconds={**(looked.milliseconds if looked else {}), **times_of(name, prompt, run)},
         draft=run.drafted,
     )
 

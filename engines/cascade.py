@@ -8,6 +8,7 @@ Legend: V visual tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -28,7 +29,6 @@ from engines.sampling import OptionKeywords, Options
 from engines.stream import Stream, pieces_of
 from engines.talk.memory import Memory, Sights
 from engines.talk.messages import Content, Talk, asked
-from engines.talk.prompt import Prompt
 from graphs.errors import BadArtefact, UsageError
 from graphs.spec import spec_from_folder
 from graphs.talk import say, step
@@ -164,11 +164,11 @@ class Cascade:
         The arguments are those of ``ask``. With a pair nothing is said before the small model has
         been judged, and an answer of its own comes as one piece.
         """
-        bar = self.checked(keep, threshold, options.get("draft", True), guidance)
+        self.refuse_unservable(keep, threshold, options.get("draft", True), guidance)
         turn = self.turn((asked(question, image),), **options)
         if threshold is None and self.promises:
             return Stream(self.promises.parts(self, turn, keep, guidance))
-        return Stream(self.parts(turn, keep, bar, guidance))
+        return Stream(self.parts(turn, keep, threshold, guidance))
 
     def chat(
         self,
@@ -216,10 +216,10 @@ class Cascade:
         waits = self._sees_alike and model is self.small
         return not waits and not (self.small and model.spec.plan.vision)
 
-    def checked(
+    def refuse_unservable(
         self, keep: Keep, threshold: float | None, draft: bool = True, guidance: np.ndarray | None = None
-    ) -> float:
-        """Return the threshold that holds; UsageError for an option that this bundle cannot serve."""
+    ) -> None:
+        """UsageError for an option that this bundle cannot serve."""
         if threshold is not None and not (self.small and self.large):
             raise UsageError("this bundle holds one model, so a threshold has no effect; leave it out")
         if guidance is not None and not (self.large and self.large.spec.plan.uses_priority):
@@ -230,7 +230,8 @@ class Cascade:
             keep_ratios(self.large.spec.plan, keep)
         elif keep is not None:
             raise UsageError("this bundle's only model is not pruned, so keep has no effect; leave it out")
-        return self.threshold if threshold is None else checked_threshold(threshold)
+        if threshold is not None:
+            checked_threshold(threshold)
 
     def look_at(self, turn: Turn) -> SmallPass:
         """Run the small model on a turn; its memory is brought up to the question and its own answer."""
@@ -277,65 +278,50 @@ class Cascade:
 
         options: other ones than the small pass had, where any are given.
         """
-        own = Options(**options).seeded(looked.turn.options.seed) if options else looked.turn.options
-        return Stream(self._large_parts(looked, keep, guidance, threshold, own)).finish()
+        turn = looked.turn
+        if options:
+            turn = replace(turn, options=Options(**options).seeded(turn.options.seed))
+        return Stream(self._pruned_parts(turn, keep, guidance, looked, threshold)).finish()
 
     def parts(
-        self, turn: Turn, keep: Keep, threshold: float, guidance: np.ndarray | None = None
+        self, turn: Turn, keep: Keep, threshold: float | None, guidance: np.ndarray | None = None
     ) -> Iterator[str | Answer]:
-        """Yield the pieces of a turn's answer, then the answer."""
+        """Yield the pieces of a turn's answer, then the answer. threshold: None for the bundle's own."""
         if not self.small:
-            yield from self._alone_parts(turn, keep, guidance)
+            yield from self._pruned_parts(turn, keep, guidance)
             return
-        looked = self.look_at(turn)
-        if not self.large or looked.confidence.score > threshold:
+        looked, bar = self.look_at(turn), self.threshold if threshold is None else float(threshold)
+        if not self.large or looked.confidence.score > bar:
             yield looked.text
-            yield self.answer_small(looked, threshold)
+            yield self.answer_small(looked, bar)
             return
-        yield from self._large_parts(looked, keep, guidance, threshold, turn.options)
+        yield from self._pruned_parts(turn, keep, guidance, looked, bar)
 
-    def _large_parts(
+    def _pruned_parts(
         self,
-        looked: SmallPass,
+        turn: Turn,
         keep: Keep,
         guidance: np.ndarray | None,
-        threshold: float | None,
-        options: Options,
+        looked: SmallPass | None = None,
+        threshold: float | None = None,
     ) -> Iterator[str | Answer]:
-        large, memory = self._large(), looked.turn.memories["large"]
-        shared = f"large, vision stage {keep}" if large.spec.plan.vision else "large"
-        if shared not in looked.shared:
-            looked.shared[shared] = memory.prompt(looked.turn.talk, keep)
-        prompt = looked.shared[shared]
-        scores_V = looked.guidance if guidance is None else guidance
-        if guidance is None and (drawn := drawn_priority(large.spec.plan, prompt.all_visual_tokens)) is not None:
-            scores_V = drawn
-        draft = looked.tokens if options.draft and self.drafts else ()
-        run = large.generate(prompt, options, keep, self._priority(large, prompt, scores_V), draft)
-        yield from pieces_of(run)
-        times = {**looked.milliseconds, **times_of("large", prompt, run)}
-        answer = answer_of("large", large, prompt, run, keep, looked.confidence, scores_V, threshold, times)
-        memory.remember(prompt, run, answer.kept or ())
-        yield answer
-
-    def _alone_parts(self, turn: Turn, keep: Keep, guidance: np.ndarray | None) -> Iterator[str | Answer]:
-        alone, memory = self._large(), turn.memories["large"]
-        prompt = memory.prompt(turn.talk, keep)
+        """Run the large model behind the small one's pass, or the only one, pruned by ``guidance`` [V] where given."""
+        large, memory = self._large(), turn.memories["large"]
+        plan, prompts = large.spec.plan, looked.shared if looked else {}
+        shared = f"large, vision stage {keep}" if plan.vision else "large"
+        if shared not in prompts:
+            prompts[shared] = memory.prompt(turn.talk, keep)
+        prompt = prompts[shared]
         if guidance is None:
-            guidance = drawn_priority(alone.spec.plan, prompt.all_visual_tokens)
-        priority_S = self._priority(alone, prompt, guidance)
-        run = alone.generate(prompt, turn.options, keep, priority_S)
+            drawn = drawn_priority(plan, prompt.all_visual_tokens)
+            guidance = looked.guidance if looked and drawn is None else drawn
+        priority_S = priority_of(prompt, guidance) if plan.uses_priority and guidance is not None else None
+        draft = looked.tokens if looked and turn.options.draft and self.drafts else ()
+        run = large.generate(prompt, turn.options, keep, priority_S, draft)
         yield from pieces_of(run)
-        answer = answer_of("alone", alone, prompt, run, keep, None, guidance, None, times_of("alone", prompt, run))
+        answer = answer_of(large, prompt, run, keep, guidance, looked, threshold)
         memory.remember(prompt, run, answer.kept or ())
         yield answer
-
-    @staticmethod
-    def _priority(model: Model, prompt: Prompt, guidance_V: np.ndarray | None) -> np.ndarray | None:
-        """The rows' priority, where the plan prunes by one and there is guidance."""
-        if guidance_V is None or not model.spec.plan.uses_priority:
-            return None
-        return priority_of(prompt, guidance_V)
 
     def _large(self) -> Model:
         if not self.large:

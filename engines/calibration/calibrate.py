@@ -73,7 +73,7 @@ def calibrate_bundle(
     cascade.reuses_beginnings = False
     if not cascade.promises:
         raise UsageError(f"{bundle} holds one model, so there is no choice to calibrate; build a bundle of a pair")
-    cascade.checked(wanted.keep, None)
+    cascade.refuse_unservable(wanted.keep, None)
     refuse_unwritable(bundle)
     with suppress(UnaskableQuestion):
         outcome_of(cascade, data.examples[0], wanted)  # so that no question pays for what is done once

@@ -56,7 +56,7 @@ class Promises:
     ) -> Iterator[str | Answer]:
         """The pieces of an answer under the threshold that holds; a calibrated one is named in the answer."""
         held = self.that_holds(keep, turn.options, guidance is not None)
-        for part in cascade.parts(turn, keep, held.threshold if held else cascade.threshold, guidance):
+        for part in cascade.parts(turn, keep, held.threshold if held else None, guidance):
             yield replace(part, calibration=held) if isinstance(part, Answer) else part
 
     def that_holds(self, keep: Keep, options: Options, guided: bool = False) -> Calibration | None:

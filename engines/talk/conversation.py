@@ -32,8 +32,8 @@ class Conversation:
         **options: Unpack[OptionKeywords],
     ) -> None:
         """Take what was said before; UsageError for a message or an option that cannot be."""
-        self._cascade, self._keep = cascade, keep
-        self._threshold = cascade.checked(keep, threshold, options.get("draft", True))
+        self._cascade, self._keep, self._threshold = cascade, keep, threshold
+        cascade.refuse_unservable(keep, threshold, options.get("draft", True))
         if threshold is None and cascade.promises:
             cascade.promises.note("calibrated thresholds hold for single questions, not for a conversation's turns")
         Options(**options)
