@@ -22,15 +22,13 @@ from engines.processing import Processor
 from engines.sampling import Options
 from engines.sessions.session import Session, Value, open_session
 from engines.talk.beginning import Beginnings
-from engines.talk.memory import Memory
-from engines.talk.messages import Talk
-from engines.talk.prompt import Prompt
 from engines.targets import TARGETS
 from graphs.errors import SaccadeError
 from graphs.spec import ExportSpec, deepstack_names, visual_names
 
 if TYPE_CHECKING:
     from engines.bundles.bundle import Engines
+    from engines.talk.prompt import Prompt
 
 
 FEW_WEIGHTS = 16 << 20  # bytes of a model that is done about as soon as a second thread has woken for each of its runs
@@ -120,13 +118,6 @@ class Model:
     def decoder(self) -> Decoder:
         """The decoder with the host's rules around it."""
         return Decoder(self.session("decoder"), self.spec)
-
-    def prompt(self, talk: Talk, keep: Keep = None) -> Prompt:
-        """See a conversation's images and merge them with its text; nothing is remembered.
-
-        keep: as for ``generate``; the vision stage's share is its first, where the plan prunes there.
-        """
-        return Memory(self).prompt(talk, keep)
 
     def embed_text(self, tokens: Sequence[int]) -> Value:
         """Return inputs_embeds [1, S, D] of text alone.

@@ -156,7 +156,7 @@ class Comparison:
     def _compare_unpruned(self, question: Question, looked: SmallPass) -> None:
         """Answer with both models, nothing pruned, beside their references."""
         for name, model in (("small", self.small), ("large", self.large)):
-            prompt = looked.prompt if name == "small" else model.prompt(looked.turn.talk)
+            prompt = looked.prompt if name == "small" else self.cascade.memories()[name].prompt(looked.turn.talk)
             priority = None if name == "small" else np.zeros(len(prompt), np.float32)
             run = model.generate(prompt, keep=None if name == "small" else 1.0, priority_S=priority).finish()
             ours = sum(ms for stage, ms in prompt.ms.items() if stage != "open") + run.prefill_ms + run.decode_ms

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoConfig
 
 from engines.cascade import Cascade
+from engines.talk.memory import Memory
 from engines.talk.messages import asked
 from exporter.decoders import DECODERS
 from exporter.export import export_checkpoint
@@ -55,7 +56,7 @@ def assert_answers_as_transformers(checkpoint: Path, out: Path) -> None:
     cascade = Cascade.from_exports(out, threads=1)
     assert cascade.large
     turn = cascade.turn((asked(QUESTION, IMAGE),), max_new_tokens=TOKENS)
-    prompt = cascade.large.prompt(turn.talk)
+    prompt = Memory(cascade.large).prompt(turn.talk)
     run = cascade.large.generate(prompt, turn.options).finish()
     wanted = Reference(checkpoint).answer(IMAGE, QUESTION, TOKENS)
     assert prompt.line.tolist() == list(wanted.prompt)

@@ -11,6 +11,7 @@ import torch
 
 from engines.model import Model
 from engines.sampling import Options
+from engines.talk.memory import Memory
 from engines.talk.messages import asked
 from engines.vision import features_of
 from graphs.compare import TOLERANCES
@@ -46,7 +47,7 @@ def chosen(score: str, embeds_VD: np.ndarray, text_GD: np.ndarray, image: int = 
 @pytest.mark.parametrize("score", SCORES)
 def test_a_host_policy_is_its_formula_and_the_answer_follows(sample: Sample, score: str) -> None:
     model = planned(sample, score)
-    prompt = model.prompt((asked(QUESTION, pictures(PROMPTS[0])[0]),))
+    prompt = Memory(model).prompt((asked(QUESTION, pictures(PROMPTS[0])[0]),))
     inputs = sample.hf_inputs(PROMPTS[0])
     features, *deep = sample.hf_features(inputs)
     ids, language = inputs["input_ids"], sample.language

@@ -17,6 +17,7 @@ from engines.cascade import Cascade
 from engines.confidence import consistency_of
 from engines.guidance import priority_of
 from engines.sampling import Options
+from engines.talk.memory import Memory
 from engines.talk.messages import asked
 from engines.trt.bounds import Bounds, profiles_of
 from engines.trt.engine import engine_from_onnx
@@ -150,7 +151,7 @@ def test_a_draft_changes_no_token_and_no_kept_one(pair: dict[str, Any]) -> None:
     assert cascade.large
     assert cascade.drafts
     looked = cascade.look(pictures(PROMPTS[2]), QUESTION, max_new_tokens=6)
-    prompt = cascade.large.prompt(looked.turn.talk)
+    prompt = Memory(cascade.large).prompt(looked.turn.talk)
     priority_S = priority_of(prompt, looked.guidance)
     plain = cascade.large.generate(prompt, Options(6), 0.3, priority_S).finish()
     said = [t for t in plain.tokens if t not in cascade.large.spec.tokens.eos]

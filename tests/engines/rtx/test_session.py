@@ -22,6 +22,7 @@ from engines.decoder import Chunk
 from engines.generate import Generation
 from engines.model import Model
 from engines.sampling import Options
+from engines.talk.memory import Memory
 from engines.talk.messages import Talk, asked
 from engines.trt import device, running
 from engines.trt.bounds import Bounds, profiles_of
@@ -127,7 +128,7 @@ def test_only_what_is_asked_for_comes_to_the_host_and_what_is_dropped_is_freed(
 
 def test_guidance_comes_to_the_host_once(lower: Lower, exports: Exports, cuda: stand_in.Cuda, tmp_path: Path) -> None:
     model = engines_of(lower, exports, "small", tmp_path / "small")
-    prompt = model.prompt(asked_about(picture(1)))
+    prompt = Memory(model).prompt(asked_about(picture(1)))
     down = cuda.copied[1]
     run = model.generate(prompt, Options(max_new_tokens=6)).finish()
     assert cuda.copied[1] - down == 4 * model.spec.language.vocab * len(run.tokens)
@@ -137,7 +138,7 @@ def test_guidance_comes_to_the_host_once(lower: Lower, exports: Exports, cuda: s
 
 def generated(model: Model, seed: int, tokens: int = 8) -> Generation:
     """A whole answer on a fresh cache; the stand-ins' models have no end token that they would choose early."""
-    prompt = model.prompt(asked_about(picture(seed)))
+    prompt = Memory(model).prompt(asked_about(picture(seed)))
     priority_S = np.random.default_rng(seed).random(len(prompt), dtype=np.float32)
     scores = priority_S if model.spec.plan.uses_priority else None
     return model.generate(prompt, Options(max_new_tokens=tokens), priority_S=scores).finish()
@@ -177,7 +178,7 @@ def test_an_older_view_continued_beside_a_newer_one_keeps_its_rows(
     want = Model(exports["small"], spec_from_folder(exports["small"]))
     results = []
     for which in (model, want):
-        first = which.decoder.run(which.prompt(asked_about(picture(1))).chunk)
+        first = which.decoder.run(Memory(which).prompt(asked_about(picture(1))).chunk)
         branches, logits = [first.cache, first.cache], []
         for step in range(3):
             for i, token in ((i, 5 + 15 * i + step) for i in (0, 0, 0, 1, 1)):

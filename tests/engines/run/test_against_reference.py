@@ -11,6 +11,7 @@ from engines.cascade import Cascade
 from engines.confidence import consistency_of
 from engines.guidance import priority_of_rows, random_guidance
 from engines.sampling import Options
+from engines.talk.memory import Memory
 from engines.talk.messages import asked
 from graphs.errors import UsageError
 from graphs.plan import kept_count
@@ -141,7 +142,7 @@ def test_the_large_cache_is_short_behind_the_prune_point(cascade: Cascade) -> No
     assert cascade.large
     looked = cascade.look(picture_of(1), question_of(1), max_new_tokens=NEW_TOKENS)
     large = cascade.large
-    prompt = large.prompt(looked.turn.talk)
+    prompt = Memory(large).prompt(looked.turn.talk)
     priority_S = np.zeros(len(prompt), np.float32)
     priority_S[prompt.is_visual] = looked.guidance
     run = large.generate(prompt, Options(NEW_TOKENS), keep=0.25, priority_S=priority_S).finish()
@@ -161,7 +162,7 @@ def test_a_chunk_on_top_of_a_past_continues_as_one_sequence(cascade: Cascade, ti
 
     assert cascade.small
     small = cascade.small
-    prompt = small.prompt((asked("what colour is the 3 ?", picture_of(2)),))
+    prompt = Memory(small).prompt((asked("what colour is the 3 ?", picture_of(2)),))
     first = small.decoder.run(Chunk(prompt.inputs_embeds, prompt.is_visual))
     text = [5, 7, 9]
     chunk = Chunk(small.embed_text(text), np.zeros(3, bool))

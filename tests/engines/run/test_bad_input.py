@@ -18,6 +18,7 @@ from engines.images import image_from
 from engines.processing import Processor
 from engines.sampling import Options
 from engines.sessions import session
+from engines.talk.memory import Memory
 from engines.talk.messages import asked
 from graphs.errors import BackendMissing, BadArtefact, OperationFailed, SaccadeError, UsageError
 from graphs.spec import spec_from_folder
@@ -207,7 +208,7 @@ def test_a_numpy_share_is_a_share(cascade: Cascade) -> None:
 def test_an_answer_ends_where_an_engine_does(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of its caches, and of the pass that scores the answer."""
     model = tiny_pair.model("small")
-    prompt = model.prompt((asked(QUESTION, picture_of(0)),))
+    prompt = Memory(model).prompt((asked(QUESTION, picture_of(0)),))
     bounds = {"past_k_0": (1, 1, len(prompt) + 6, 8), "tail": (9,)}
     monkeypatch.setattr(type(model.session("decoder")), "largest", lambda _, name: bounds[name])
     assert longest_answer(model, prompt) == 7

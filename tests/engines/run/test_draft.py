@@ -21,6 +21,7 @@ from engines.generate import Generation
 from engines.guidance import priority_of
 from engines.model import Model
 from engines.sampling import Options
+from engines.talk.memory import Memory
 from graphs.errors import UsageError
 from graphs.plan import PrunePoint, PruningPlan
 from graphs.spec import past_names, spec_from_folder
@@ -40,7 +41,7 @@ def large(tiny_pair: TinyPair) -> Model:
 def finished(large: Model, seed: int, options: Options, draft: Sequence[int] = ()) -> Generation:
     from engines.talk.messages import asked
 
-    prompt = large.prompt((asked(question_of(seed), picture_of(seed)),))
+    prompt = Memory(large).prompt((asked(question_of(seed), picture_of(seed)),))
     guidance = np.random.default_rng(seed).random(prompt.all_visual_tokens, dtype=np.float32)
     return large.generate(prompt, options, KEEP, priority_of(prompt, guidance), draft).finish()
 
