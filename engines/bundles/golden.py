@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -65,11 +66,27 @@ def replay(folder: Path, spec: ExportSpec, open_stage: Callable[[Path], Session]
     open_stage: opens a stage's file. Errors: BadArtefact where the golden file is missing, broken or does
     not fit spec.json, OperationFailed where the runtime fails.
     """
-    session: tuple[str, Session] | None = None
-    for case in cases_of(folder, spec):
-        if session is None or session[0] != case.stage:
-            session = case.stage, open_stage(folder / spec.stages[case.stage].file)
-        yield _replayed(case, session[1], spec)
+    for case, got in runs(folder, spec, folder, open_stage):
+        tensors = (compare(name, value, case.outputs[name], TOLERANCES[spec.dtype]) for name, value in got.items())
+        yield Replay(case.stage, case.name, tuple(tensors))
+
+
+def runs(
+    golden: Path, spec: ExportSpec, stages: Path, open_stage: Callable[[Path], Session]
+) -> Iterator[tuple[Case, Tensors]]:
+    """Run every golden case, fed in its stage's own types, and yield it with what came out; errors as for ``replay``.
+
+    golden: the folder of the golden tensors. stages: the folder that ``spec``'s files are relative to.
+    Kept rows come first: where they differ, that is the reason for every number behind them.
+    """
+    for of_stage, cases in groupby(cases_of(golden, spec), key=lambda case: case.stage):
+        stage = spec.stages[of_stage]
+        session, dtype = open_stage(stages / stage.file), {tensor.name: tensor.dtype for tensor in stage.inputs}
+        for case in cases:
+            feeds = {name: value.astype(dtype[name], copy=False) for name, value in case.inputs.items()}
+            got = ran(replace(case, inputs=feeds), session, spec)
+            names = sorted(case.outputs, key=lambda name: not name.startswith("kept_"))
+            yield case, {name: got[name] for name in names}
 
 
 def refuse_disagreement(replays: Iterable[Replay], model: str) -> None:
@@ -159,14 +176,6 @@ def _check_names(path: Path, case: Case, spec: ExportSpec) -> None:
         if set(found) != names:
             differ = sorted(set(found) ^ names)
             raise _bad(path, f"{side} of {case.stage}/{case.name} and of spec.json differ in {', '.join(differ)}")
-
-
-def _replayed(case: Case, session: Session, spec: ExportSpec) -> Replay:
-    got = ran(case, session, spec)
-    # Kept rows first: where they differ, that is the reason for every number behind them.
-    names = sorted(case.outputs, key=lambda name: not name.startswith("kept_"))
-    tensors = tuple(compare(name, got[name], case.outputs[name], TOLERANCES[spec.dtype]) for name in names)
-    return Replay(case.stage, case.name, tensors)
 
 
 def _disagrees(replayed: Replay, model: str) -> OperationFailed:

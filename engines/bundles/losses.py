@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.bundles.golden import Case, Replay, Tensors, cases_of, ran
+from engines.bundles.golden import Case, Replay, runs
 from engines.bundles.manifest import Loss
 from engines.sessions.session import Session
 from graphs.compare import SMALLEST_SCALE, Comparison, kept_overlap
@@ -27,7 +27,7 @@ def losses_of(golden: Path, spec: ExportSpec, stages: Path, open_stage: OpenStag
     """
     return tuple(
         _loss(case, name, got[name], case.outputs[name])
-        for case, got in _ran(golden, spec, stages, open_stage)
+        for case, got in runs(golden, spec, stages, open_stage)
         for name in case.outputs
     )
 
@@ -37,13 +37,12 @@ def replay_with_losses(
 ) -> Iterator[Replay]:
     """Replay as ``engines.bundles.golden.replay``, each tensor held to 1.5 times what the build measured for it."""
     known = {(loss.stage, loss.case, loss.tensor): loss for loss in losses}
-    for case, got in _ran(folder, spec, folder, open_stage):
-        names = sorted(case.outputs, key=lambda name: not name.startswith("kept_"))
-        of_case = (
-            (name, known.get((case.stage, case.name, name)), _loss(case, name, got[name], case.outputs[name]))
-            for name in names
+    for case, got in runs(folder, spec, folder, open_stage):
+        tensors = (
+            _held(name, known.get((case.stage, case.name, name)), _loss(case, name, value, case.outputs[name]))
+            for name, value in got.items()
         )
-        yield Replay(case.stage, case.name, tuple(_held(name, then, now) for name, then, now in of_case))
+        yield Replay(case.stage, case.name, tuple(tensors))
 
 
 def losses_in_words(losses: Iterable[Loss]) -> list[str]:
@@ -64,17 +63,6 @@ def losses_in_words(losses: Iterable[Loss]) -> list[str]:
             line += f", kept rows at least {min(kept):.0%} the same"
         lines.append(line)
     return lines
-
-
-def _ran(golden: Path, spec: ExportSpec, stages: Path, open_stage: OpenStage) -> Iterator[tuple[Case, Tensors]]:
-    session: tuple[str, Session] | None = None
-    for case in cases_of(golden, spec):
-        stage = spec.stages[case.stage]
-        if session is None or session[0] != case.stage:
-            session = case.stage, open_stage(stages / stage.file)
-        wanted = {tensor.name: tensor.dtype for tensor in stage.inputs}
-        feeds = {name: value.astype(wanted[name], copy=False) for name, value in case.inputs.items()}
-        yield case, ran(replace(case, inputs=feeds), session[1], spec)
 
 
 def _loss(case: Case, name: str, got: np.ndarray, wanted: np.ndarray) -> Loss:
