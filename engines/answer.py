@@ -94,6 +94,15 @@ class Answer:
         """S, the mean of both scores."""
         return self.confidence.score if self.confidence else None
 
+    def stages(self, model: str = "") -> dict[str, float]:
+        """Milliseconds by stage, of one model where it is named; opening its sessions happens once and is left out."""
+        own = self.milliseconds.items()
+        return {stage: ms for stage, ms in own if stage.startswith(model) and not stage.endswith("_open")}
+
+    def spent(self, model: str = "") -> float:
+        """Milliseconds of those stages together."""
+        return sum(self.stages(model).values())
+
     def document(self) -> dict[str, Any]:
         """Return the answer as JSON knows it."""
         scores = self.confidence

@@ -129,7 +129,7 @@ class Comparison:
         """Ask every system one question."""
         looked = self.cascade.look(question.image, question.question)
         small = self.cascade.answer_small(looked, self.threshold)
-        self._add("small alone", small.text, question, _total(small, "small_"))
+        self._add("small alone", small.text, question, small.spent("small"))
         self._compare_unpruned(question, looked)
         narrow = self.one_layer.look(question.image, question.question)
         scores = {
@@ -143,15 +143,15 @@ class Comparison:
                 # Random tokens are timed without the small model, so its answer is no draft there.
                 answer = self.cascade.answer_large(looked, keep, guidance, draft=source != "random tokens")
                 pruned[retention, source] = answer
-                needed = _total(answer, "large_")
+                needed = answer.spent("large")
                 if source == "guided by small":
-                    needed += _total(answer, "small_")
+                    needed += answer.spent("small")
                 elif source == "one layer of small":
-                    needed += sum(narrow.milliseconds.values()) - narrow.milliseconds["small_open"]
+                    needed += self.one_layer.answer_small(narrow).spent()
                 self._add(f"large {retention:.0%}, {source}", answer.text, question, needed)
         exited = looked.confidence.score > self.threshold
         final = small if exited else pruned[self.retention, "guided by small"]
-        self._add("cascade", final.text, question, _total(final), exited)
+        self._add("cascade", final.text, question, final.spent(), exited)
 
     def _compare_unpruned(self, question: Question, looked: SmallPass) -> None:
         """Answer with both models, nothing pruned, beside their references."""
@@ -170,10 +170,3 @@ class Comparison:
 
     def _add(self, name: str, text: str, question: Question, milliseconds: float, exited: bool | None = None) -> None:
         self.tallies[name].add(text == question.answer, milliseconds, exited)
-
-
-def _total(answer: Answer, prefix: str = "") -> float:
-    """Sum an answer's stages, the opening of sessions apart."""
-    return sum(
-        ms for stage, ms in answer.milliseconds.items() if stage.startswith(prefix) and not stage.endswith("_open")
-    )

@@ -110,8 +110,8 @@ def outcome_of(cascade: Cascade, example: Example, wanted: Wanted) -> Outcome:
         fresh = cascade.turn(looked.turn.talk, max_new_tokens=wanted.max_new_tokens)
         everything = (1.0,) * len(cascade.large.spec.plan.budgets)
         baseline = cascade.answer_large(replace(looked, turn=fresh, shared={}), everything)
-    times = {name: _spent(large.milliseconds, name) for name in ("small", "large")}
-    return Outcome(looked.confidence.score, looked.text, large.text, baseline.text, times["small"], times["large"])
+    texts = looked.text, large.text, baseline.text
+    return Outcome(looked.confidence.score, *texts, large.spent("small"), large.spent("large"))
 
 
 def losses_of(outcomes: Iterable[Outcome], examples: Iterable[Example], metric: str | None) -> np.ndarray:
@@ -184,8 +184,3 @@ def _refuse_too_few(data: Data, wanted: Wanted) -> None:
             f"with confidence {wanted.confidence:g}: even without a single loss it takes {least}; nothing was "
             "written; give more questions or promise less"
         )
-
-
-def _spent(milliseconds: dict[str, float], model: str) -> float:
-    """What a model's stages took; opening its sessions happens once and is left out."""
-    return sum(ms for stage, ms in milliseconds.items() if stage.startswith(f"{model}_") and stage != f"{model}_open")

@@ -154,11 +154,10 @@ class _Asked:
 
 
 def _answer_row(answer: Answer, model: str, flops: dict[str, int] | None) -> Row:
-    """What one model said, and what it took; opening its sessions happens once and is left out.
+    """What one model said, and what it took.
 
     kept: which of the visual tokens are there in the last layers, as bits in hexadecimal, first token first.
     """
-    own = {stage: ms for stage, ms in answer.milliseconds.items() if stage.startswith(f"{model}_")}
     kept = answer.kept[-1] if answer.kept else None
     return {
         "text": answer.text,
@@ -169,8 +168,13 @@ def _answer_row(answer: Answer, model: str, flops: dict[str, int] | None) -> Row
         "kept": None if kept is None else as_bits(kept, answer.visual_tokens),
         "retention": answer.average_retention,
         "flops": flops,
-        "milliseconds": {stage: round(ms, 3) for stage, ms in own.items() if not stage.endswith("_open")},
+        "milliseconds": {stage: round(ms, 3) for stage, ms in answer.stages(model).items()},
     }
+
+
+def spent(answers: Sequence[Row]) -> np.ndarray:
+    """Milliseconds that each of these answers took, float64 [N]."""
+    return np.array([sum(answer["milliseconds"].values()) for answer in answers], float)
 
 
 def as_bits(kept: np.ndarray, tokens: int) -> str:

@@ -15,7 +15,7 @@ from engines.evaluation.contenders import Contender
 from engines.evaluation.data import Example
 from engines.evaluation.metrics import METRICS
 from engines.evaluation.settings import RANDOM, Setting
-from engines.evaluation.sweep import Row
+from engines.evaluation.sweep import Row, spent
 from engines.sampling import Options
 
 BINS = 10
@@ -153,7 +153,7 @@ def curves_of(
         grid = np.unique(
             [0.0, 1.0, *np.quantile(score_N, np.linspace(0, 1, min(POINTS - 2, len(rows))), method="lower")]
         )
-        costs = {"ms_per_question": (_spent(small), _spent(large))}
+        costs = {"ms_per_question": (spent(small), spent(large))}
         if all(row["flops"] is not None for row in (*small, *large)):
             costs["estimated_flops_per_question"] = (_operations(small), _operations(large))
         points = []
@@ -169,10 +169,6 @@ def curves_of(
             points.append(point)
         found.append({"setting": setting.name, "bundle": str(one.path), "points": points})
     return found
-
-
-def _spent(answers: Sequence[Row]) -> np.ndarray:
-    return np.array([sum(a["milliseconds"].values()) for a in answers], float)
 
 
 def _operations(answers: Sequence[Row]) -> np.ndarray:
@@ -194,7 +190,7 @@ def _system(name: str, bundle: str, answers: Sequence[Row], worth_N: np.ndarray,
 
     average_retention: over the questions with an image for which the pruned model ran, None where there are none.
     """
-    spent_N = _spent(answers)
+    spent_N = spent(answers)
     kept = [a["retention"] for a in answers if a["retention"] is not None]
     counted = all(a["flops"] is not None for a in answers)
     return {

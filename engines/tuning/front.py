@@ -17,7 +17,7 @@ import numpy as np
 
 from engines.evaluation.metrics import METRICS
 from engines.evaluation.settings import Setting
-from engines.evaluation.sweep import Row
+from engines.evaluation.sweep import Row, spent
 
 ONLY = "0"  # a journal of several bundles tells their small models apart
 BARS = tuple(round(bar / 50, 2) for bar in range(50))  # 0 always exits
@@ -95,8 +95,8 @@ def asked_of(
         layer,
         setting,
         np.array([value(a["text"], truth) for a, truth in zip(large, truths, strict=True)]),
-        _spent(large),
-        (small_worth_N, _spent(small), np.array([answer["score"] for answer in small])) if small else None,
+        spent(large),
+        (small_worth_N, spent(small), np.array([answer["score"] for answer in small])) if small else None,
         guided and setting.policy is not None,
     )
 
@@ -123,7 +123,3 @@ def cheapest(systems: Iterable[System], accuracy: float) -> System | None:
 
 def _by_time(system: System) -> tuple[float, float]:
     return system.ms, -system.accuracy
-
-
-def _spent(answers: Sequence[Row]) -> np.ndarray:
-    return np.array([sum(answer["milliseconds"].values()) for answer in answers])

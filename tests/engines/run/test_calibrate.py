@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,10 @@ def test_only_an_exit_spares_the_large_models_time() -> None:
         assert told == {"cascade": ms, "never_exit": 12}
 
 
-def test_opening_a_models_sessions_is_no_time_of_a_question() -> None:
-    assert calibration._spent({"large_open": 100.0, "large_prefill": 3.0, "small_prefill": 9.0}, "large") == 3
+def test_opening_a_models_sessions_is_no_time_of_a_question(cascade: Cascade) -> None:
+    answer = cascade.ask(picture_of(0), "red ?", max_new_tokens=1)
+    answer = replace(answer, milliseconds={"large_open": 100.0, "large_prefill": 3.0, "small_prefill": 9.0})
+    assert (answer.spent("large"), answer.spent()) == (3, 12)
 
 
 def test_no_question_hangs_on_the_one_before(
