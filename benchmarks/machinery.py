@@ -57,9 +57,10 @@ def main(work: Path, target: str, precision: str, rounds: int, threads: int, not
     for name in (alone, f"twice-{on}"):
         if why := made(name, folder, SHAPE, str(Pythons().of("torch"))):
             raise click.ClickException(why)
-    plain = Cascade.open(folder / alone, target=target, threads=threads, preload=True)
-    pair = Cascade.open(folder / f"twice-{on}", target=target, threads=threads, preload=True)
-    plain.reuses_beginnings = pair.reuses_beginnings = False  # prompts of two lengths are compared, from their start
+    plain, pair = (  # prompts of two lengths are compared, from their start
+        Cascade.open(folder / name, target=target, threads=threads, preload=True, reuses_beginnings=False)
+        for name in (alone, f"twice-{on}")
+    )
     assert plain.large
     assert pair.large
     times = asked_in_turn(plain, pair, rounds)

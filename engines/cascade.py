@@ -45,7 +45,9 @@ class Cascade:
     off where what a question costs, or gives to the last bit, must not hang on them.
     """
 
-    def __init__(self, small: Model | None, large: Model | None, threshold: float = 1.0) -> None:
+    def __init__(
+        self, small: Model | None, large: Model | None, threshold: float = 1.0, reuses_beginnings: bool = True
+    ) -> None:
         """Take members that are known to fit; ``large`` is also the place of a model alone."""
         if not small and not large:
             raise BadArtefact("the bundle holds no model; build it again")
@@ -57,19 +59,24 @@ class Cascade:
         self.small, self.large = small, large
         self.threshold = checked_threshold(threshold)
         self.promises: Promises | None = None
-        self.reuses_beginnings = True
+        self.reuses_beginnings = reuses_beginnings
 
     @classmethod
     def open(
-        cls, path: str | PathLike[str], target: str | None = None, threads: int | None = None, preload: bool = False
+        cls,
+        path: str | PathLike[str],
+        target: str | None = None,
+        threads: int | None = None,
+        preload: bool = False,
+        reuses_beginnings: bool = True,
     ) -> Cascade:
         """Open a bundle; sessions open when a question needs them, and stay open.
 
         target: this one of the bundle's; None: the best that this machine can run. threads: CPU threads of a run at
         most, None for the runtime's choice; a model of few weights takes one. preload: open every session now, the
-        large model's too. Raises BadArtefact for a bundle that is broken or tampered with, UsageError for a target that
-        it does not hold, BackendMissing where it cannot be run here, OperationFailed where its weights are more than
-        the memory that is free.
+        large model's too. reuses_beginnings: see the class. Raises BadArtefact for a bundle that is broken or tampered
+        with, UsageError for a target that it does not hold, BackendMissing where it cannot be run here, OperationFailed
+        where its weights are more than the memory that is free.
         """
         from engines.bundles.bundle import open_bundle
         from engines.bundles.footprint import refuse_what_cannot_fit
@@ -82,7 +89,7 @@ class Cascade:
             name: Model(m.folder, m.spec, bundle.target, threads, m.engines) for name, m in bundle.members.items()
         }
         opened = cls._of(models, bundle.threshold)
-        opened.promises = promises_of(bundle)
+        opened.promises, opened.reuses_beginnings = promises_of(bundle), reuses_beginnings
         if preload:
             opened.preload()
         return opened

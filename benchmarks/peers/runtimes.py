@@ -35,8 +35,9 @@ class Saccade:
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
         import saccade
 
-        self._cascade = saccade.Cascade.open(folder, target=target, threads=threads, preload=True)
-        self._cascade.reuses_beginnings = False  # the whole prompt is what is measured
+        self._cascade = saccade.Cascade.open(  # the whole prompt is what is measured
+            folder, target=target, threads=threads, preload=True, reuses_beginnings=False
+        )
         self._threshold = threshold
 
     def ask(self, image: np.ndarray, question: str, tokens: int, *, whole: bool = False) -> Measured:

@@ -69,8 +69,7 @@ def calibrate_bundle(
         say(f"{again} of {given} questions are repeats and are not counted again")
     _refuse_too_few(data, wanted)
     found_on = manifest_of(bundle).sha256
-    cascade = Cascade.open(bundle, target, threads)
-    cascade.reuses_beginnings = False
+    cascade = Cascade.open(bundle, target, threads, reuses_beginnings=False)
     if not cascade.promises:
         raise UsageError(f"{bundle} holds one model, so there is no choice to calibrate; build a bundle of a pair")
     cascade.refuse_unservable(wanted.keep, None)

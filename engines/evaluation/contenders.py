@@ -38,9 +38,6 @@ class Contender:
     costs: dict[str, Mapping[str, StageCost] | None] = field(default_factory=dict)
     meters: dict[str, Meter] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.cascade.reuses_beginnings = False
-
     @property
     def pair(self) -> bool:
         """Whether a small model looks first."""
@@ -76,7 +73,7 @@ def opened(bundles: Sequence[Path], target: str | None, threads: int | None) -> 
         manifest = manifest_of(path)
         if twin := next((c for c in found if c.manifest.sha256 == manifest.sha256), None):
             raise UsageError(f"{path} is the same bundle as {twin.path}, so it adds nothing; leave it out")
-        one = Contender(path, manifest, Cascade.open(path, target, threads))
+        one = Contender(path, manifest, Cascade.open(path, target, threads, reuses_beginnings=False))
         _meter(one)
         found.append(one)
         one.small = _first(small_identity(c) for c in found)

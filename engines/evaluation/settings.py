@@ -61,7 +61,7 @@ def settings_of(
         own = [policy for policy in policies or [plan.name] if policy in possible(plan)]
         if not own:
             continue
-        for shares in _shares(plan, keeps, alone=len(chosen) == 1):
+        for shares in shares_of(plan, keeps, alone=len(chosen) == 1):
             if all(share == 1 for share in shares):
                 found.append(Setting(shares, None, (), contenders[at].whole))
             else:
@@ -80,8 +80,8 @@ def layers_of(plan: PruningPlan) -> Layers:
     return tuple(point.layer for point in plan.points)
 
 
-def _shares(plan: PruningPlan, keeps: Sequence[Shares], alone: bool) -> list[Shares]:
-    """What this plan's points are to keep. alone: no other bundle could have been meant."""
+def shares_of(plan: PruningPlan, keeps: Sequence[Shares], alone: bool = True) -> list[Shares]:
+    """What this plan's points are to keep; raises as ``settings_of``. alone: no other bundle could have been meant."""
     if not keeps:
         if any(budget.count is not None for budget in plan.budgets):
             raise UsageError(

@@ -104,7 +104,8 @@ def cut_before(
             export(checkpoint, folder, plan, large.spec, held / "plan.toml")
         spec = spec_from_folder(folder)
         refuse_another(checkpoint, folder, spec, large.spec, manifest)
-        yield Cascade(cascade.small, Model(folder, spec, large.target, large.threads), cascade.threshold)
+        cut = Model(folder, spec, large.target, large.threads)
+        yield Cascade(cascade.small, cut, cascade.threshold, cascade.reuses_beginnings)
     finally:
         shutil.rmtree(held, ignore_errors=True)
 

@@ -19,7 +19,7 @@ from engines.bundles.manifest import Manifest, manifest_of
 from engines.cascade import Cascade
 from engines.evaluation.contenders import unmetered
 from engines.evaluation.data import Data
-from engines.evaluation.settings import Setting, settings_of
+from engines.evaluation.settings import Setting, Shares, layers_of, shares_of
 from engines.evaluation.sweep import Plan, Row, answered, asked_before, rows_of
 from engines.tuning.front import Asked, System, asked_of, cheapest, front_of, systems_of
 from engines.tuning.layers import cut_before, layers_to_walk, own_layer
@@ -93,8 +93,8 @@ def tune_bundle(
     refuse_too_few(tuned_on, reported_on, wanted.max_loss)
     say(f"{len(tuned_on.examples)} questions to tune on, {len(reported_on.examples)} others to report on")
     manifest = manifest_of(bundle)
-    cascade = Cascade.open(bundle, target, threads)
-    pruned = pruned_settings(bundle, manifest, cascade, wanted.keeps)
+    cascade = Cascade.open(bundle, target, threads, reuses_beginnings=False)
+    pruned = pruned_settings(cascade, wanted.keeps)
     everything = Setting((1.0,) * len(pruned[0].keep), None)
     layers = layers_to_walk(cascade, manifest, wanted.checkpoint, wanted.layers)
     assert cascade.large
@@ -196,21 +196,20 @@ def write_plan(search: Search, found: System, told: dict[str, Any]) -> Path:
     return path
 
 
-def pruned_settings(
-    bundle: Path, manifest: Manifest, cascade: Cascade, keeps: Sequence[tuple[float, ...]]
-) -> tuple[Setting, ...]:
+def pruned_settings(cascade: Cascade, keeps: Sequence[Shares]) -> tuple[Setting, ...]:
     """The shares to walk, less those that keep everything; UsageError where nothing can be pruned or shares misfit."""
     if not cascade.large or not cascade.large.spec.plan.budgets:
         raise UsageError("this bundle's large model is not pruned, so there is no plan to tune; build one that prunes")
-    points = len(cascade.large.spec.plan.budgets)
-    if not keeps and points > 1:
-        raise UsageError(f"this plan has {points} prune points; give --keep with a share for each, such as 0.5:0.25")
-    walked = list(keeps) or [(share,) for share in KEEPS]
-    settings = settings_of([unmetered(bundle, manifest, cascade)], walked, [], [])
-    pruned = tuple(setting for setting in settings if setting.policy)
+    plan = cascade.large.spec.plan
+    if not keeps and len(plan.budgets) > 1:
+        raise UsageError(
+            f"this plan has {len(plan.budgets)} prune points; give --keep with a share for each, such as 0.5:0.25"
+        )
+    walked = shares_of(plan, keeps or [(share,) for share in KEEPS])
+    pruned = [Setting(shares, plan.name, layers_of(plan)) for shares in dict.fromkeys(walked) if min(shares) < 1]
     if not pruned:
         raise UsageError("every share of --keep is 1, so there is nothing to choose from; give one below 1")
-    return pruned
+    return tuple(pruned)
 
 
 def halves(data: Data, seed: int) -> tuple[Data, Data]:
