@@ -58,7 +58,7 @@ def test_layers_and_policies_choose_bundles() -> None:
             [(0.3,)],
             ["pyramiddrop"],
             [],
-            "has 3 prune points and no --keep has as many; add one, as 0.5:0.25:0.125",
+            "has 3 prune points and no --keep has as many; add one, such as 0.5:0.25:0.125",
         ),
         ([(0.3,), (0.5, 0.2)], [], [], "no --keep has as many"),
         ([(0.3,), STEPS, (0.5, 0.2)], [], [], "--keep 0.5:0.2 has 2 shares, and no bundle"),

@@ -46,10 +46,6 @@ def test_image_and_question_belong_in_one_chunk() -> None:
         guide_rows(TWO, np.array([0, 1, 1], bool))
 
 
-def rows_behind(plan: PruningPlan, is_visual_S: np.ndarray, keep: float | tuple[float, ...] | None) -> tuple[int, ...]:
-    return tuple(cut.rows for cut in cuts_behind(plan, is_visual_S, keep))
-
-
 def test_all_text_stays_and_each_point_counts_from_the_original() -> None:
     assert rows_behind(ONE, VISUAL, None) == (5 + 4,)
     assert rows_behind(ONE, VISUAL, 0.05) == (5 + 1,)
