@@ -29,10 +29,10 @@ from engines.draft import padded, with_draft
 from engines.guidance import priority_of
 from glyphs.data import held_out_questions
 from glyphs.demo import PAIR
+from graphs.console import track
 from graphs.errors import SaccadeError
 from graphs.files import atomic_file
 from graphs.plan import keep_for_retention
-from graphs.talk import track
 
 RETENTIONS = (0.64, 0.35, 0.09)
 NEAR_TIE = 1e-4

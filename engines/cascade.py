@@ -29,9 +29,9 @@ from engines.sampling import OptionKeywords, Options
 from engines.stream import Stream, pieces_of
 from engines.talk.memory import Memory, Sights
 from engines.talk.messages import Content, Talk, asked
+from graphs.console import say, step
 from graphs.errors import BadArtefact, UsageError
 from graphs.spec import spec_from_folder
-from graphs.talk import say, step
 
 if TYPE_CHECKING:
     from engines.calibration.promise import Promises

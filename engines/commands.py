@@ -18,7 +18,7 @@ from engines.options import (
     tokens_option,
     writing_options,
 )
-from graphs.talk import emit_json
+from graphs.console import emit_json
 
 
 @click.command()

@@ -76,7 +76,7 @@ def export(
         )
     require("torch", "transformers")
     from exporter.export import export_checkpoint
-    from graphs.talk import emit_json
+    from graphs.console import emit_json
 
     spec = export_checkpoint(
         checkpoint,

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from graphs.console import say
 from graphs.errors import UsageError
-from graphs.talk import say
 
 # model_type of the text config. granite multiplies its embeddings (``embedding_multiplier``); the others only replay.
 # Its ``logits_scaling`` is its causal model's, which transformers' LLaVA classes leave out, and so do we: tokens are

@@ -24,12 +24,12 @@ from exporter.towers import with_tower
 from exporter.trace import finish, onnx_from_program
 from exporter.weights import PlacedWeights, place_weights, streamed
 from graphs.atomic import atomic_folder, refuse_overlap
+from graphs.console import say, step
 from graphs.errors import UsageError
 from graphs.plan import PruningPlan, Role
 from graphs.plan_file import PlanDocument, plan_from_file
 from graphs.policies import plan_of_policy
 from graphs.spec import GOLDEN_FILE, PROCESSOR_FOLDER, SPEC_FILE, STAGES, ExportSpec, FloatType, WeightFile
-from graphs.talk import say, step
 from graphs.versions import installed_version, require
 
 PINNED = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")

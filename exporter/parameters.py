@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from graphs.console import say
 from graphs.errors import BadArtefact
 from graphs.rules.tensors import HEAD
 from graphs.rules.weights import SAME_FROM
-from graphs.talk import say
 from graphs.weights import TensorSlice
 
 CHUNK = 1 << 24  # bytes that are compared at a time

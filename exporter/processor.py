@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 
 from exporter.checkpoint import Checkpoint
+from graphs.console import say, warn
 from graphs.errors import BadArtefact, first_line
 from graphs.spec import TEMPLATE_FILE, TEMPLATE_HOLDERS, Tokens
-from graphs.talk import say, warn
 
 PROCESSOR_FILES = (
     "config.json",

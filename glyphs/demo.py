@@ -39,7 +39,7 @@ def demo_command(out: Path, questions: int, as_json: bool) -> None:
     from graphs.versions import require
 
     require("torch", "transformers", "onnxruntime")
-    from graphs.talk import emit_json
+    from graphs.console import emit_json
 
     document = run_demo(out, questions)
     click.echo(table_of(document), err=as_json)
@@ -53,9 +53,9 @@ def run_demo(out: Path, questions: int = QUESTIONS) -> dict[str, Any]:
     import saccade
     from glyphs.data import held_out_questions
     from glyphs.systems import Comparison
+    from graphs.console import say, track
     from graphs.files import refuse_foreign_folder
     from graphs.plan import Guidance, PruningPlan, keep_for_retention, layer_of
-    from graphs.talk import say, track
 
     chosen = json.loads((PAIR / "threshold.json").read_text("utf-8"))
     refuse_foreign_folder(out, "exports", "pair.bundle")

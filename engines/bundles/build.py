@@ -14,13 +14,13 @@ from engines.bundles.given import exports_in
 from engines.bundles.jobs import BuiltMember, Job, resolved
 from engines.bundles.manifest import MANIFEST_FILE, FileEntry, Manifest, MemberEntry, Served, TargetEntry
 from engines.bundles.pair import Source, members_from_sources, prunes_nothing
+from graphs.console import say, step, warn
 from graphs.errors import UsageError
 from graphs.files import atomic_folder, clone_or_copy, digests_of, path_inside, refuse_overlap
 from graphs.ops import DOMAIN
 from graphs.rules import Export, refuse_findings
 from graphs.rules.rule import nodes_of
 from graphs.spec import GOLDEN_FILE, PROCESSOR_FOLDER, SPEC_FILE, ExportSpec
-from graphs.talk import say, step, warn
 from graphs.versions import installed_version
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from typing import Literal, TypeAlias
 from engines.bundles.manifest import MANIFEST_FILE, REBUILD, EngineEntry, EngineFile, FileEntry, Manifest, manifest_of
 from engines.bundles.remembered import is_remembered, marks_of, remember
 from engines.targets import choose
+from graphs.console import say
 from graphs.errors import BadArtefact
 from graphs.files import path_inside, sha256_of, sha256_of_piece, unreadable
 from graphs.spec import ExportSpec, spec_from_folder
-from graphs.talk import say
 
 ENGINE_SUFFIX = ".engine"
 HEAVY = (".safetensors", ENGINE_SUFFIX)  # what holds weights

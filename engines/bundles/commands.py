@@ -9,7 +9,7 @@ import click
 
 from engines.bundles.engine_options import engine_options, engine_options_from
 from engines.options import target_option
-from graphs.talk import emit_json, step
+from graphs.console import emit_json, step
 
 if TYPE_CHECKING:
     from engines.bundles.manifest import Manifest
@@ -90,7 +90,7 @@ def build(
     """
     from engines.bundles.build import build_bundle
     from engines.bundles.jobs import split_precision
-    from graphs.talk import say
+    from graphs.console import say
 
     packed, of_engines["precision"] = split_precision(targets, of_engines["precision"])
     options = engine_options_from(**of_engines)

@@ -17,13 +17,13 @@ from engines.bundles.manifest import EngineEntry, Footprint
 from engines.sessions.host_memory import free_memory
 from engines.targets import TARGETS
 from engines.trt.bounds import Bounds
+from graphs.console import say, warn
 from graphs.dims import size_of, symbols_of
 from graphs.errors import OperationFailed
 from graphs.ops import DOMAIN, IN_CACHE
 from graphs.ops.attention_received import PIECE
 from graphs.rules.rule import Export, Stage, all_inputs_of, attribute_of
 from graphs.spec import ExportSpec, form_of
-from graphs.talk import say, warn
 
 if TYPE_CHECKING:
     from engines.bundles.bundle import Bundle

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from engines.bundles.bundle import checked_manifest
 from engines.bundles.manifest import MANIFEST_FILE
+from graphs.console import say, step, warn
 from graphs.errors import UsageError
 from graphs.files import path_inside
 from graphs.spec import SPEC_FILE
-from graphs.talk import say, step, warn
 
 
 def exports_in(given: Sequence[Path]) -> tuple[list[Path], float | None]:

@@ -18,9 +18,9 @@ from typing import IO
 
 from engines.bundles.bundle import checked_manifest
 from engines.bundles.manifest import MANIFEST_FILE, REBUILD, FileEntry, Manifest, manifest_from
+from graphs.console import step
 from graphs.errors import BadArtefact
 from graphs.files import atomic_file, atomic_folder, path_inside, refuse_overlap, unreadable
-from graphs.talk import step
 
 CHUNK = 4 << 20
 MOST_MANIFEST = 256 << 20  # what is read into memory before anything is known to be true

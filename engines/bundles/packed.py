@@ -12,11 +12,11 @@ from engines.bundles.losses import losses_in_words, losses_of
 from engines.bundles.manifest import Loss
 from engines.sessions.session import open_session
 from engines.targets import TARGETS
+from graphs.console import say, step
 from graphs.lowering.export import interface_of
 from graphs.lowering.in_place import grouped
 from graphs.lowering.packing import BITS, HostPrecision, Packing
 from graphs.spec import SPEC_FILE, CacheForm, ExportSpec, StageSpec, WeightFile
-from graphs.talk import say, step
 
 
 def pack_member(

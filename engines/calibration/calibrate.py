@@ -22,8 +22,8 @@ from engines.calibration.store import refuse_unwritable, write_calibration
 from engines.cascade import Cascade
 from engines.evaluation.data import Data, Example
 from engines.evaluation.metrics import METRICS
+from graphs.console import say, track
 from graphs.errors import UnaskableQuestion, UsageError
-from graphs.talk import say, track
 
 SCHEMA = "saccade.calibration/1"
 AGREEMENT = "agreement"

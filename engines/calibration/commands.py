@@ -9,7 +9,7 @@ import click
 
 from engines.evaluation.asked import Questions, data_options
 from engines.options import bundle_argument, keep_option, target_option, threads_option, tokens_option
-from graphs.talk import emit_json, percent, warn
+from graphs.console import emit_json, percent, warn
 
 if TYPE_CHECKING:
     from engines.calibration.record import Baseline

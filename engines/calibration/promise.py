@@ -12,8 +12,8 @@ from engines.answer import Answer, Turn
 from engines.budgets import Keep, keep_ratios
 from engines.calibration.record import Calibration
 from engines.sampling import Options
+from graphs.console import say
 from graphs.plan import PruningPlan
-from graphs.talk import say
 
 if TYPE_CHECKING:
     from engines.bundles.bundle import Bundle

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from graphs.console import percent
 from graphs.plan import Record
-from graphs.talk import percent
 
 Baseline = Literal["pruned", "full"]
 

@@ -9,7 +9,7 @@ import click
 
 from engines.evaluation.asked import FORMATS_HELP, Layers, Questions, Several, data_options
 from engines.options import KeepRatios, target_option, threads_option, tokens_option
-from graphs.talk import emit_json, warn
+from graphs.console import emit_json, warn
 
 
 @click.command("eval", epilog=FORMATS_HELP)

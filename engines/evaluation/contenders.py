@@ -17,10 +17,10 @@ from engines.evaluation.flops import Meter, Metered, StageCost, costs_of
 from engines.model import Model
 from engines.sessions.session import Session
 from engines.targets import TARGETS
+from graphs.console import say
 from graphs.errors import UsageError
 from graphs.plan import PruningPlan
 from graphs.spec import PROCESSOR_FOLDER
-from graphs.talk import say
 
 
 @dataclass(eq=False)

@@ -26,9 +26,9 @@ from PIL import Image, ImageOps
 
 from engines.evaluation.metrics import METRICS
 from engines.images import image_from
+from graphs.console import warn
 from graphs.errors import BadArtefact, SaccadeError, UsageError
 from graphs.files import unreadable
-from graphs.talk import warn
 
 DATA_URI = "data:image/"
 PLACE = "{question}"

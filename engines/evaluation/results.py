@@ -21,9 +21,9 @@ from engines.evaluation.settings import settings_of
 from engines.evaluation.sweep import Plan, Row, answered, asked_before, rows_of
 from engines.evaluation.systems import Worths, curves_of, reliability_of, systems_of
 from engines.words import columns
+from graphs.console import say, track, warn
 from graphs.errors import UsageError
 from graphs.files import atomic_file, refuse_foreign_folder
-from graphs.talk import say, track, warn
 
 SCHEMA = "saccade.eval/2"
 JOURNAL = "answers.jsonl"

@@ -25,9 +25,9 @@ from engines.sessions.openvino_graph import Dims, read_graph
 from engines.sessions.openvino_guidance import ASKED, GUIDANCE, TOLD, Asked, Guide
 from engines.sessions.openvino_pages import Pages
 from engines.sessions.session import GRAPH_DISAGREES, NOTHING, Value, refuse_misfed
+from graphs.console import warn
 from graphs.errors import BadArtefact, OperationFailed, SaccadeError
 from graphs.spec import CacheForm, FloatType
-from graphs.talk import warn
 from graphs.versions import require_once
 
 PRECISIONS: dict[FloatType, str] = {"float32": "f32", "float16": "f32", "bfloat16": "bf16"}  # fp16 as ONNX Runtime does

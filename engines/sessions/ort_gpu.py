@@ -15,8 +15,8 @@ import onnxruntime as ort
 from engines.sessions.ort_providers import CUDA, RTX, TENSORRT, Provider
 from engines.sessions.ort_session import ERRORS_ONLY, OrtSession
 from engines.sessions.placement import Placement, inlined, placement_of, shape_nodes
+from graphs.console import warn
 from graphs.errors import BackendMissing
-from graphs.talk import warn
 
 DECODER_OUTPUT = "logits"  # the stage that gives it runs once per token
 

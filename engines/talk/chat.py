@@ -11,8 +11,8 @@ import click
 from engines.images import image_from
 from engines.stream import Stream
 from engines.talk.conversation import Conversation
+from graphs.console import emit_json
 from graphs.errors import SaccadeError, UsageError
-from graphs.talk import emit_json
 
 HELP = "/image FILE shows an image with the next question, /reset starts over, /quit ends"
 

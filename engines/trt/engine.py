@@ -21,9 +21,9 @@ from engines.sessions.host_memory import free_memory
 from engines.trt.bounds import Profile
 from engines.trt.flavour import RTX, Flavour
 from engines.trt.worker import Request
+from graphs.console import Step, say, step
 from graphs.errors import OperationFailed, UsageError
 from graphs.files import atomic_file
-from graphs.talk import Step, say, step
 from graphs.versions import missing, require
 
 WEIGHTS_IN_MEMORY = 3.0  # peak host memory of a build, in weights (measured 2.9 with one profile)

@@ -17,9 +17,9 @@ from typing import Any
 
 from engines.bundles.manifest import EngineFile
 from engines.notes import cache_home
+from graphs.console import warn
 from graphs.errors import SaccadeError
 from graphs.files import atomic_file
-from graphs.talk import warn
 
 VARIABLE = "SACCADE_JIT_CACHE"
 

@@ -19,6 +19,7 @@ from engines.trt.overflow import guard_against_overflow
 from engines.trt.photos import misfits_in_words, photos_seen, room_for
 from engines.trt.reading import Reading, reading_from
 from engines.trt.running import here
+from graphs.console import say, step, warn
 from graphs.errors import OperationFailed, UsageError
 from graphs.files import atomic_folder, refuse_overlap
 from graphs.lowering import Lowering
@@ -27,7 +28,6 @@ from graphs.lowering.in_place import refusal
 from graphs.ops import RANKING
 from graphs.rules import refuse_findings
 from graphs.spec import SPEC_FILE, ExportSpec, Parser
-from graphs.talk import say, step, warn
 from graphs.versions import require
 
 IN_PLACE = "KV_CACHE_UPDATE"  # TensorRT's kind of layer that writes a chunk into a cache's buffer

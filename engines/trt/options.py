@@ -9,12 +9,12 @@ from engines.trt.bounds import Bounds
 from engines.trt.engine import checked_sms, refuse_missing
 from engines.trt.flavour import FLAVOURS, RTX, Flavour
 from engines.trt.full import TensorrtOptions, own_sm, refuse_for_parser
+from graphs.console import say
 from graphs.errors import UsageError
 from graphs.lowering import Lowering
 from graphs.lowering.roles import Width
 from graphs.lowering.weight_only import BITS
 from graphs.spec import ExportSpec, FloatType, Parser
-from graphs.talk import say
 
 PRECISIONS: dict[str, FloatType] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 OPS_CHOICES = ("plugin", "body")

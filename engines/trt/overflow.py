@@ -17,9 +17,9 @@ import numpy as np
 import onnx_ir as ir
 
 from engines.bundles.golden import cases_of, fed
+from graphs.console import warn
 from graphs.errors import OperationFailed
 from graphs.lowering.export import LoweredExport
-from graphs.talk import warn
 
 LARGEST = 65504.0  # of fp16
 FACTOR = 4.0

@@ -25,9 +25,9 @@ from engines.trt.device import Device, DeviceTensor, device_of
 from engines.trt.flavour import FULL, RTX, Flavour
 from engines.trt.jit_cache import JitCache
 from engines.trt.replay import Step, wanted
+from graphs.console import say
 from graphs.errors import BadArtefact, OperationFailed, UsageError
 from graphs.spec import CacheForm, StageSpec, form_of, spec_from_folder
-from graphs.talk import say
 
 MOST_STEPS = 2  # captured at once: of the conversation that runs, and of one beside it
 

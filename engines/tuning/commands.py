@@ -10,7 +10,7 @@ import click
 
 from engines.evaluation.asked import FORMATS_HELP, Questions, Several, data_options
 from engines.options import KeepRatios, bundle_argument, target_option, threads_option, tokens_option
-from graphs.talk import emit_json, percent, warn
+from graphs.console import emit_json, percent, warn
 
 
 @click.command(epilog=FORMATS_HELP)

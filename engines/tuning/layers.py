@@ -18,12 +18,12 @@ from engines.bundles.manifest import Manifest, MemberEntry
 from engines.cascade import Cascade
 from engines.model import Model
 from engines.targets import TARGETS
+from graphs.console import step
 from graphs.errors import BackendMissing, BadArtefact, OperationFailed, UsageError
 from graphs.files import sha256_of
 from graphs.plan import PruningPlan, layer_of
 from graphs.plan_file import PlanDocument, document_of
 from graphs.spec import ExportSpec, spec_from_folder
-from graphs.talk import step
 
 EXPORT = ("-m", "saccade", "export")
 EXPORTED = ".export.partial"

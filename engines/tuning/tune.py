@@ -23,10 +23,10 @@ from engines.evaluation.settings import Setting, Shares, layers_of, shares_of
 from engines.evaluation.sweep import Plan, Row, answered, asked_before, rows_of
 from engines.tuning.front import Asked, System, asked_of, cheapest, front_of, systems_of
 from engines.tuning.layers import cut_before, layers_to_walk, own_layer
+from graphs.console import percent, say, track
 from graphs.errors import UsageError
 from graphs.files import atomic_file, refuse_foreign_folder
 from graphs.plan_file import document_of
-from graphs.talk import percent, say, track
 
 SCHEMA = "saccade.tune/1"
 PLAN_FILE, DOCUMENT = "plan.toml", "tune.json"

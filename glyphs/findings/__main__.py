@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from glyphs.checkpoint import PAIR
-from graphs.talk import say
+from graphs.console import say
 
 QUESTIONS = 1000
 SCHEMA = "saccade.findings/1"

@@ -11,7 +11,7 @@ from glyphs.findings.exits import scores_of
 from glyphs.findings.guidance import Source, cuts_of
 from glyphs.findings.models import best_visual
 from glyphs.findings.work import NEW_TOKENS, Work
-from graphs.talk import track
+from graphs.console import track
 
 QUESTIONS = 100
 

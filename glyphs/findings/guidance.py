@@ -13,8 +13,8 @@ import numpy as np
 from glyphs.findings.models import best_visual
 from glyphs.findings.statistics import holm, paired, share
 from glyphs.findings.work import Work
+from graphs.console import track
 from graphs.plan import average_retention, keep_for_retention, kept_count, layer_of
-from graphs.talk import track
 
 FRACTION = 0.05  # of the depth, before the cut; the demo's
 DRAWS = 3

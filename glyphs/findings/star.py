@@ -17,8 +17,8 @@ from glyphs.findings.lines import Lines
 from glyphs.findings.models import BATCH, WATCH, best_visual, gathered, kept_rows
 from glyphs.findings.statistics import holm, paired, share
 from glyphs.findings.work import Work, exact
+from graphs.console import track
 from graphs.plan import kept_count
-from graphs.talk import track
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ import torch
 from glyphs.data import Question, held_out_questions
 from glyphs.findings.lines import Lines, lines_of
 from glyphs.findings.models import BATCH, WATCH, Seer, best_visual, gathered, kept_rows
+from graphs.console import say, track
 from graphs.plan import kept_count
-from graphs.talk import say, track
 
 SEED = 0  # of the questions: those of the pair's card; no model stopped by them and no threshold was chosen on them
 NEW_TOKENS = 9

@@ -144,7 +144,7 @@ def test_every_extra_is_in_the_installed_metadata() -> None:
 def test_a_closed_stream_ends_nothing(closed: str) -> None:
     """As a daemon's are."""
     code = (
-        "import sys, saccade; from graphs.talk import step;"
+        "import sys, saccade; from graphs.console import step;"
         "saccade.run = lambda: [step('work').__enter__().advance(), sys.stdin.isatty(), print('said')] and 7;"
         "saccade.main()"
     )

@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from graphs import talk
-
 
 def test_a_document_is_one_line_of_json_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
-    talk.emit_json({"path": Path("a/b"), "score": np.float32(0.5), "kept": np.array([1, 2]), "text": "é"})
+    console.emit_json({"path": Path("a/b"), "score": np.float32(0.5), "kept": np.array([1, 2]), "text": "é"})
     out, err = capsys.readouterr()
     assert json.loads(out) == {"path": "a/b", "score": 0.5, "kept": [1, 2], "text": "é"}
     assert (out.count("\n"), err) == (1, "")
@@ -20,11 +18,11 @@ def test_a_document_is_one_line_of_json_on_stdout(capsys: pytest.CaptureFixture[
 
 def test_a_number_json_does_not_know_is_an_error() -> None:
     with pytest.raises(ValueError, match="JSON"):
-        talk.emit_json({"score": float("nan")})
+        console.emit_json({"score": float("nan")})
 
 
 def test_in_a_log_a_step_is_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(talk.track([1, 2], "asking")) == [1, 2]
+    assert list(console.track([1, 2], "asking")) == [1, 2]
     out, err = capsys.readouterr()
     first, last = err.splitlines()
     assert (out, first) == ("", "asking …")
@@ -32,8 +30,8 @@ def test_in_a_log_a_step_is_two_lines(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_long_step_counts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(talk, "SECONDS_BETWEEN_LINES", 0.0)
-    list(talk.track([1, 2], "asking"))
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.0)
+    list(console.track([1, 2], "asking"))
     assert "asking: 1 of 2, about 0 s left\n" in capsys.readouterr().err
 
 
@@ -41,7 +39,7 @@ def test_on_a_terminal_a_bar_is_drawn_and_closed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    with talk.step("exporting", 2) as step:
+    with console.step("exporting", 2) as step:
         step.note("vision")
         step.advance(2)
     out, err = capsys.readouterr()
@@ -50,6 +48,6 @@ def test_on_a_terminal_a_bar_is_drawn_and_closed(
 
 
 def test_a_step_that_fails_does_not_claim_to_be_done(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ZeroDivisionError), talk.step("exporting"):
+    with pytest.raises(ZeroDivisionError), console.step("exporting"):
         raise ZeroDivisionError
     assert "done" not in capsys.readouterr().err
