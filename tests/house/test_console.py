@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from graphs import console
+
 
 def test_a_document_is_one_line_of_json_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     console.emit_json({"path": Path("a/b"), "score": np.float32(0.5), "kept": np.array([1, 2]), "text": "é"})
