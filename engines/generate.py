@@ -93,10 +93,15 @@ class Generation:
         return self._sampler.seed
 
     @property
+    def written(self) -> str:
+        """The answer so far up to a stop string, without special tokens, white space as it was written."""
+        text = self._model.processor.written(self.tokens)
+        return text[: first_stop(text, self.options.stop)]
+
+    @property
     def text(self) -> str:
-        """The answer so far, without special tokens and what a stop string begins."""
-        written = self._model.processor.written(self.tokens)
-        return written[: first_stop(written, self.options.stop)].strip()
+        """The same without white space around it."""
+        return self.written.strip()
 
     @property
     def guidance(self) -> np.ndarray | None:

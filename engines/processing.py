@@ -150,7 +150,13 @@ class Processor:
         # A placeholder is a token of its own, so a thousand of them need not be read to be as many tokens.
         text, runs = folded(expanded(text, tokens.image_text, texts), tokens.image_text)
         bos = self.tokenizer.bos_token
-        ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
+        try:
+            ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
+            raise BadArtefact(
+                f"the tokenizer of {self.folder} cannot read the question ({e}); correct the checkpoint's files and "
+                "export it again"
+            ) from None
         folded_ids = np.asarray(ids, dtype=np.int64)
         at = np.flatnonzero(folded_ids == tokens.image)
         repeats = np.ones(len(folded_ids), np.int64)
@@ -262,6 +268,6 @@ def chat_template_of(folder: Path) -> str:
 def _json_of(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise BadArtefact(f"{path} cannot be read ({e}); export the checkpoint again") from None
     return document if isinstance(document, dict) else {}

@@ -46,7 +46,8 @@ def pieces_of(run: Generation) -> Iterator[str]:
     """
     said = ""
     for _ in run:
-        text = without_begun_stop(run.text, run.options.stop)
+        # Before white space in front is dropped, for a stop string may begin with it.
+        text = without_begun_stop(run.written.rstrip(), run.options.stop).lstrip()
         if text.startswith(said) and not text.endswith(UNFINISHED) and text != said:
             yield text[len(said) :]
             said = text

@@ -20,6 +20,7 @@ from exporter.attention import attention
 from exporter.family import Tensors
 from exporter.norm import rms_norm
 from exporter.program import Program
+from graphs.files import signals_wait
 from graphs.ops import DOMAIN, OPS, VERSION, Op
 from graphs.ops.op import BODY_OPSET
 
@@ -112,7 +113,7 @@ def onnx_from_program(program: Program, feed: Tensors, dims: Mapping[str, tuple[
     }
     # Both as torch.onnx.export itself does: sizes of 0 and 1 stay dynamic, and no guard on a size fails the trace.
     dynamic = torch.fx.experimental._config.patch(backed_size_oblivious=True)
-    with torch.no_grad(), warnings.catch_warnings(), dynamic:
+    with signals_wait(), torch.no_grad(), warnings.catch_warnings(), dynamic:
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         exported = torch.export.export(

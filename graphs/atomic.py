@@ -18,6 +18,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,21 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
+def signals_wait() -> Iterator[None]:
+    """Within the block a signal that would end the process is noted, and does so behind it.
+
+    For libraries whose C++ no exception may cross: they make others of it, or abort.
+    """
+    outer, _signals.wait = _signals.wait, True
+    try:
+        yield
+    finally:
+        _signals.wait = outer
+        if _signals.noted and not outer:
+            raise SystemExit(128 + _signals.noted)
+
+
+@contextmanager
 def _signals_raise() -> Iterator[None]:
     """Within the block SIGTERM and SIGHUP raise SystemExit, unless the program handles them itself."""
     if threading.current_thread() is not threading.main_thread():
@@ -270,6 +286,7 @@ def _signals_raise() -> Iterator[None]:
     taken = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_DFL]
     for number in taken:
         signal.signal(number, _exit_on)
+        _signals.noted = 0
     try:
         yield
     finally:
@@ -277,5 +294,18 @@ def _signals_raise() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+@dataclass
+class _Signals:
+    """noted: the number of the first that came, 0 for none. wait: whether it is raised later."""
+
+    noted: int = 0
+    wait: bool = False
+
+
+_signals = _Signals()
+
+
 def _exit_on(number: int, _: Any) -> None:
-    raise SystemExit(128 + number)
+    _signals.noted = _signals.noted or number
+    if not _signals.wait:
+        raise SystemExit(128 + number)

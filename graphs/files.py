@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from graphs.atomic import DISK_FULL, atomic_file, atomic_folder, is_disk_full, refuse_overlap
+from graphs.atomic import DISK_FULL, atomic_file, atomic_folder, is_disk_full, refuse_overlap, signals_wait
 from graphs.errors import BadArtefact, UsageError
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "refuse_overlap",
     "sha256_of",
     "sha256_of_piece",
+    "signals_wait",
     "unreadable",
 ]
 

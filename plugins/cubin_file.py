@@ -51,7 +51,7 @@ def unpack(packed: bytes) -> tuple[Cubin, ...]:
             fixed["constants"] = tuple((name, value) for name, value in fixed["constants"])
             cubins.append(Cubin(Variant(**fixed), **entry, image=images[at : at + size]))
             at += size
-    except (zlib.error, ValueError, TypeError, KeyError) as e:
+    except (zlib.error, ValueError, TypeError, KeyError, RecursionError) as e:
         raise BadArtefact(f"the plugin's kernels are damaged ({e}): build the engine again") from e
     if at != len(images):
         raise BadArtefact(f"the plugin's kernels hold {len(images)} bytes instead of {at}: build the engine again")

@@ -43,7 +43,7 @@ def opened_journal(path: Path, header: Row, examples: Sequence[Example]) -> list
         return opened_journal(path, header, examples)  # another run began it meanwhile
     try:
         first, *rows = [json.loads(line) for line in _whole_lines(content)] or [None]
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadArtefact(f"{path} is not a journal of an evaluation; {REMEDY}") from None
     if first != wanted:
         raise UsageError(f"{path} was written for another bundle, data or settings; {REMEDY}")

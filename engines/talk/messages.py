@@ -96,7 +96,7 @@ def documents_from_file(path: Path) -> list[dict[str, Any]]:
     """Read a JSON file of messages; images are paths, relative ones from the file's folder. BadArtefact, UsageError."""
     try:
         documents = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise BadArtefact(f"{path} cannot be read as JSON ({e}); give a file of messages") from None
     if not isinstance(documents, list) or not all(isinstance(d, dict) for d in documents):
         raise UsageError(f'{path} must hold a list of {{"role": …, "content": …}}; correct it')

@@ -13,7 +13,7 @@ import pytest
 
 from graphs import atomic
 from graphs.errors import OperationFailed, UsageError
-from graphs.files import atomic_file, atomic_folder, refuse_overlap
+from graphs.files import atomic_file, atomic_folder, refuse_overlap, signals_wait
 
 
 def folder_of_work(path):
@@ -222,6 +222,24 @@ def test_signals_are_taken_for_the_while_and_only_where_nobody_handles_them(tmp_
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGHUP, old)
+
+
+def test_a_signal_waits_for_the_end_of_what_no_exception_may_cross(tmp_path):
+    reached = []
+    with pytest.raises(SystemExit) as ended, atomic_folder(tmp_path / "out"):  # noqa: PT012
+        with signals_wait():
+            with signals_wait():
+                signal.raise_signal(signal.SIGTERM)
+                reached.append("inner")
+            reached.append("outer")
+        reached.append("behind")
+    assert (ended.value.code, reached) == (143, ["inner", "outer"])
+    with pytest.raises(SystemExit), atomic_folder(tmp_path / "out"), signals_wait():  # noqa: PT012
+        signal.raise_signal(signal.SIGHUP)
+        raise TypeError("made of it by a library")
+    with atomic_folder(tmp_path / "out"), signals_wait():
+        pass
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_a_thread_writes_without_taking_signals(tmp_path):

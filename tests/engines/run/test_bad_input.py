@@ -249,6 +249,7 @@ def test_a_small_model_that_gives_no_guidance_is_refused(tiny_pair: TinyPair) ->
     ("file", "text", "words"),
     [
         ("tokenizer.json", "{", "AutoTokenizer cannot read"),
+        ("tokenizer_config.json", {"model_max_length": ""}, "tokenizer of .* cannot read the question"),
         ("preprocessor_config.json", "[]", "AutoImageProcessor cannot read"),
         ("chat_template.jinja", "{{ nothing.here }}", "chat template of .* fails"),
         ("chat_template.jinja", "{% if %}", "chat template of .* fails"),

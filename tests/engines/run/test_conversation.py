@@ -453,6 +453,8 @@ def test_chat_refuses_in_one_sentence(
     broken = tmp_path / "broken.json"
     broken.write_text("[")
     assert saccade_cli("chat", tiny_bundle, "--messages", broken).code == BadArtefact.exit_code
+    broken.write_text("[" * 100_000)
+    assert saccade_cli("chat", tiny_bundle, "--messages", broken).code == BadArtefact.exit_code
     monkeypatch.setattr("sys.stdin", io.StringIO("/fly\n"))
     told = saccade_cli("chat", tiny_bundle)
     assert (told.code, len(told.stderr.strip().splitlines())) == (2, 1)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from engines.generate import Generation, first_stop
 from engines.sampling import Options, Sampler, penalised, probabilities
-from engines.stream import without_begun_stop
+from engines.stream import pieces_of, without_begun_stop
 from graphs.errors import UsageError
 
 VOCAB = 50
@@ -105,3 +111,34 @@ def test_a_stop_string_that_has_begun_is_held_back() -> None:
     assert without_begun_stop("red 3 US", ["USER:"]) == "red 3"
     assert without_begun_stop("red 3 USE", ["\nUSER:", "3 USES"]) == "red"
     assert without_begun_stop("red 3", ["USER:"]) == "red 3"
+
+
+class Written:
+    """As much of a generation as its pieces are made of; its tokens are their own text."""
+
+    written, text = Generation.written, Generation.text
+
+    def __init__(self, tokens: list[str], stop: list[str]) -> None:
+        self.said, self.tokens, self.options = tokens, [], SimpleNamespace(stop=stop)  # type: ignore[var-annotated]
+        self._model = SimpleNamespace(processor=SimpleNamespace(written="".join))
+
+    def __iter__(self) -> Iterator[str]:
+        for token in self.said:
+            self.tokens.append(token)
+            yield token
+            if first_stop("".join(self.tokens), self.options.stop) is not None:
+                return
+
+
+def test_an_answer_that_begins_with_a_stop_string_yields_nothing() -> None:
+    run = Written(["\n", "User", ":"], ["\nUser:"])
+    assert (list(pieces_of(run)), run.text) == ([], "")  # type: ignore[arg-type]
+
+
+@given(
+    st.lists(st.text("ab \n", min_size=1, max_size=2), min_size=1, max_size=6),
+    st.lists(st.text("ab \n", min_size=1, max_size=3), max_size=2),
+)
+def test_the_pieces_are_the_text(tokens: list[str], stop: list[str]) -> None:
+    run = Written(tokens, stop)
+    assert "".join(pieces_of(run)) == run.text  # type: ignore[arg-type]
