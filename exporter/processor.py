@@ -75,9 +75,9 @@ def tokens_of(source: Checkpoint) -> Tokens:
 
 
 def processor_files(folder: Path) -> list[Path]:
-    """Tokenizer, image processor and chat template, as far as there; BadArtefact where no image can be prepared.
+    """Tokenizer, image processor and chat template, as far as there; BadArtefact where one of the first two fails.
 
-    The image processor is loaded and run once, as a run will, so that one that does not work is found here.
+    Both are loaded and used once, as a run will, so that one that does not work is found here.
     """
     found = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
     if not {"preprocessor_config.json", "processor_config.json"} & {path.name for path in found}:
@@ -103,12 +103,25 @@ def processor_files(folder: Path) -> list[Path]:
             f"{folder}: its image processor cannot prepare a grey image ({first_line(e)}); correct "
             "preprocessor_config.json or download it again"
         ) from None
+    _refuse_broken_tokenizer(folder)
     if not _has_template(folder):
         warn(
             f"{folder} has no chat template, without which an export cannot be asked questions; add "
             "chat_template.jinja and export again"
         )
     return found
+
+
+def _refuse_broken_tokenizer(folder: Path) -> None:
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)("a word")
+    except Exception as e:
+        raise BadArtefact(
+            f"{folder}: its tokenizer cannot read a word ({first_line(e)}); correct tokenizer_config.json or download it "
+            "again"
+        ) from None
 
 
 def _has_template(folder: Path) -> bool:

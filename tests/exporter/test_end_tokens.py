@@ -76,3 +76,10 @@ def test_a_missing_chat_template_is_told(folder: Path, capsys: pytest.CaptureFix
             (folder / name).write_text(json.dumps(document))
     processor_files(folder)
     assert "has no chat template, without which an export cannot be asked" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_fails_is_found_at_the_export(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": ""}))
+    with pytest.raises(BadArtefact, match="its tokenizer cannot read a word"):
+        processor_files(folder)
