@@ -119,8 +119,8 @@ def _refuse_broken_tokenizer(folder: Path) -> None:
         AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)("a word")
     except Exception as e:
         raise BadArtefact(
-            f"{folder}: its tokenizer cannot read a word ({first_line(e)}); correct tokenizer_config.json or download it "
-            "again"
+            f"{folder}: its tokenizer cannot read a word ({first_line(e)}); correct tokenizer_config.json, or download "
+            "it again"
         ) from None
 
 
