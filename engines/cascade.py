@@ -88,15 +88,20 @@ class Cascade:
         models = {
             name: Model(m.folder, m.spec, bundle.target, threads, m.engines) for name, m in bundle.members.items()
         }
-        opened = cls._of(models, bundle.threshold)
-        opened.promises, opened.reuses_beginnings = promises_of(bundle), reuses_beginnings
+        opened = cls._of(models, bundle.threshold, reuses_beginnings)
+        opened.promises = promises_of(bundle)
         if preload:
             opened.preload()
         return opened
 
     @classmethod
     def from_exports(
-        cls, *folders: str | PathLike[str], threshold: float = 1.0, target: str = "cpu", threads: int | None = None
+        cls,
+        *folders: str | PathLike[str],
+        threshold: float = 1.0,
+        target: str = "cpu",
+        threads: int | None = None,
+        reuses_beginnings: bool = True,
     ) -> Cascade:
         """Run one export, or a small and a large one, where they lie; UsageError where they do not fit.
 
@@ -106,14 +111,15 @@ class Cascade:
 
         sources = [Source(Path(folder), spec_from_folder(Path(folder))) for folder in folders]
         models = {name: Model(s.folder, s.spec, target, threads) for name, s in members_from_sources(sources).items()}
-        return cls._of(models, threshold)
+        return cls._of(models, threshold, reuses_beginnings)
 
     @classmethod
-    def _of(cls, models: dict[str, Model], threshold: float) -> Cascade:
+    def _of(cls, models: dict[str, Model], threshold: float, reuses_beginnings: bool) -> Cascade:
         if "alone" in models:
             alone = models["alone"]
-            return cls(alone, None) if alone.spec.role == "small" else cls(None, alone)
-        return cls(models["small"], models["large"], threshold)
+            small, large = (alone, None) if alone.spec.role == "small" else (None, alone)
+            return cls(small, large, reuses_beginnings=reuses_beginnings)
+        return cls(models["small"], models["large"], threshold, reuses_beginnings)
 
     @cached_property
     def drafts(self) -> bool:

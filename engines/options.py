@@ -63,7 +63,7 @@ threads_option = click.option(
     "--threads",
     type=int,
     metavar="N",
-    help="CPU threads, at most; a model under 16 MiB always takes 1. [the runtime's choice]",
+    help="CPU threads, at most; on cpu and openvino a model under 16 MiB takes 1. [the runtime's choice]",
 )
 tokens_option = click.option(
     "--max-new-tokens", type=int, metavar="N", help="Longest answer, in tokens. [the checkpoint's, else 128]"

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image
@@ -77,17 +78,31 @@ def tokens_of(source: Checkpoint) -> Tokens:
 def processor_files(folder: Path) -> list[Path]:
     """Tokenizer, image processor and chat template, as far as there; BadArtefact where one of the first two fails.
 
-    Both are loaded and used once, as a run will, so that one that does not work is found here.
+    Both are loaded and used once, from the files that travel, as a run will.
     """
     found = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
     if not {"preprocessor_config.json", "processor_config.json"} & {path.name for path in found}:
         raise BadArtefact(
             f"{folder} has no preprocessor_config.json, so images cannot be prepared; download the whole checkpoint"
         )
+    with TemporaryDirectory() as alone:
+        for path in found:  # nothing else travels
+            shutil.copyfile(path, Path(alone, path.name))
+        _refuse_broken_image_processor(folder, alone)
+        _refuse_broken_tokenizer(folder, alone)
+    if not _has_template(folder):
+        warn(
+            f"{folder} has no chat template, without which an export cannot be asked questions; add "
+            "chat_template.jinja and export again"
+        )
+    return found
+
+
+def _refuse_broken_image_processor(folder: Path, alone: str) -> None:
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     try:
-        made = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False, backend="pil")
+        made = AutoImageProcessor.from_pretrained(alone, local_files_only=True, trust_remote_code=False, backend="pil")
     except Exception as e:
         raise BadArtefact(
             f"{folder}: transformers cannot load its image processor ({first_line(e)}); name one that it knows in "
@@ -103,20 +118,13 @@ def processor_files(folder: Path) -> list[Path]:
             f"{folder}: its image processor cannot prepare a grey image ({first_line(e)}); correct "
             "preprocessor_config.json or download it again"
         ) from None
-    _refuse_broken_tokenizer(folder)
-    if not _has_template(folder):
-        warn(
-            f"{folder} has no chat template, without which an export cannot be asked questions; add "
-            "chat_template.jinja and export again"
-        )
-    return found
 
 
-def _refuse_broken_tokenizer(folder: Path) -> None:
+def _refuse_broken_tokenizer(folder: Path, alone: str) -> None:
     from transformers.models.auto.tokenization_auto import AutoTokenizer
 
     try:
-        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)("a word")
+        AutoTokenizer.from_pretrained(alone, local_files_only=True, trust_remote_code=False)("a word")
     except Exception as e:
         raise BadArtefact(
             f"{folder}: its tokenizer cannot read a word ({first_line(e)}); correct tokenizer_config.json, or download "

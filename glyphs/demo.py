@@ -74,10 +74,11 @@ def run_demo(out: Path, questions: int = QUESTIONS) -> dict[str, Any]:
     threshold = chosen["threshold"]
     saccade.build([exports["small"], exports["large"]], bundle, threshold=threshold, overwrite=True)
     saccade.build([exports["one-layer"]], out / "one-layer.bundle", overwrite=True)
-    cascade = saccade.Cascade.open(bundle)
+    # Each question from its beginning: what one leaves to the next is no part of its time.
+    cascade = saccade.Cascade.open(bundle, reuses_beginnings=False)
     compared = Comparison(
         cascade,
-        saccade.Cascade.open(out / "one-layer.bundle"),
+        saccade.Cascade.open(out / "one-layer.bundle", reuses_beginnings=False),
         {name: saccade.Reference(PAIR / name) for name in ("small", "large")},
         threshold,
         chosen["average_retention"],

@@ -264,10 +264,13 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def signals_wait() -> Iterator[None]:
-    """Within the block a signal that would end the process is noted, and does so behind it.
+    """Within the block SIGTERM and SIGHUP are noted, and end the process behind it. In other threads it does nothing.
 
     For libraries whose C++ no exception may cross: they make others of it, or abort.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     outer, _signals.wait = _signals.wait, True
     try:
         yield
@@ -286,12 +289,12 @@ def _signals_raise() -> Iterator[None]:
     taken = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_DFL]
     for number in taken:
         signal.signal(number, _exit_on)
-        _signals.noted = 0
     try:
         yield
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
+            _signals.noted = 0
 
 
 @dataclass

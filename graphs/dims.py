@@ -21,7 +21,10 @@ ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
 
 def size_of(dim: Dim, sizes: Sizes) -> int:
     """A dimension at these sizes; KeyError for a symbol that is none of them, and for what is no such arithmetic."""
-    return dim if isinstance(dim, int) else _value(_parsed(dim), sizes)
+    try:
+        return dim if isinstance(dim, int) else _value(_parsed(dim), sizes)
+    except RecursionError:
+        raise KeyError(f"{dim:.40}…") from None
 
 
 def symbols_of(dim: Dim) -> set[str]:
@@ -33,7 +36,7 @@ def symbols_of(dim: Dim) -> set[str]:
 def _parsed(dim: str) -> ast.expr:
     try:
         return ast.parse(dim, mode="eval").body
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return ast.Constant(dim)  # neither a number nor a symbol
 
 

@@ -195,7 +195,9 @@ def plan_from_toml(text: str, where: str = "the plan") -> PlanDocument:
     """Read a plan file's text; UsageError names the line or the field that is wrong, and what is known there."""
     try:
         entries = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as e:
+    except RecursionError:
+        raise UsageError(f"{where} nests too deep to be read as TOML; write it flat") from None
+    except tomllib.TOMLDecodeError as e:
         raise UsageError(f"{where} is not TOML: {e}; correct that line") from None
     if "schema" not in entries:
         raise UsageError(f'{where} names no schema; begin it with: schema = "{SCHEMA}"')

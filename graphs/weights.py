@@ -142,12 +142,12 @@ def write_safetensors(
     if 8 + len(text) > start:
         raise OperationFailed(f"{len(tensors)} weights are more than one file can name; report this")
     with path.open("wb") as out:
-        out.write(struct.pack("<Q", start - 8) + text.ljust(start - 8))
+        written = out.write(struct.pack("<Q", start - 8) + text.ljust(start - 8))
         for tensor, (at, end) in zip(tensors, spans, strict=True):
-            out.write(b"\0" * (start + at - out.tell()))
+            written += out.write(b"\0" * (start + at - written))
             for piece in tensor.pieces():
-                out.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
-            assert out.tell() == start + end
+                written += out.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+            assert written == start + end
     return {
         t.name: TensorSlice(path, t.dtype, t.shape, start + at, end - at)
         for t, (at, end) in zip(tensors, spans, strict=True)

@@ -71,6 +71,8 @@ def build_bundle(
         refuse_overlap(Path(out), Path(folder), f"{what} {folder}")
     sources, brought = exports_in([Path(folder) for folder in folders])
     chosen = next(value for value in (threshold, brought, DEFAULT_THRESHOLD) if value is not None)
+    if brought is not None and threshold is None:
+        say(f"the threshold of {folders[0]}, {brought:g}, is kept")
     with step("checking the exports"):
         exports = [refuse_findings(source) for source in sources]
         by_folder = {export.folder: export for export in exports}

@@ -85,8 +85,8 @@ def build(
 ) -> None:
     """Turn a SMALL and a LARGE export (in any order), or one export alone, into a bundle for one target or several.
 
-    An older bundle may stand in their place where it holds canonical graphs (built for cpu, cuda or openvino without
-    narrower weights), as on the device that engines are to be for; it brings its threshold.
+    An older bundle may stand in their place where it holds canonical graphs, as one for cpu without --precision does:
+    say, on the device that engines are to be for. It brings its threshold, not its calibrations.
     """
     from engines.bundles.build import build_bundle
     from engines.bundles.jobs import split_precision

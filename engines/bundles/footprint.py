@@ -20,7 +20,7 @@ from engines.trt.bounds import Bounds
 from graphs.console import say, warn
 from graphs.dims import size_of, symbols_of
 from graphs.errors import OperationFailed
-from graphs.ops import DOMAIN, IN_CACHE
+from graphs.ops import DOMAIN, RECEIVED
 from graphs.ops.attention_received import PIECE
 from graphs.rules.rule import Export, Stage, all_inputs_of, attribute_of
 from graphs.spec import ExportSpec, form_of
@@ -148,12 +148,13 @@ def _free_on_device() -> int | None:
         return None
     try:
         error, free, _ = runtime.cudaMemGetInfo()
+        if int(error):
+            return None
         _, integrated = runtime.cudaDeviceGetAttribute(runtime.cudaDeviceAttr.cudaDevAttrIntegrated, 0)
     except RuntimeError:  # the binding's own, where no driver can be loaded
         return None
-    if integrated:  # the host's memory is the GPU's, and CUDA counts pages of files in it as taken
-        return free_memory()
-    return int(free) if int(error) == 0 else None
+    # Where the host's memory is the GPU's, CUDA counts pages of files in it as taken.
+    return free_memory() if integrated else int(free)
 
 
 def _bounds_of(engines: Mapping[str, EngineEntry]) -> Bounds:
@@ -217,7 +218,7 @@ def _size(dimension: str, sizes: Mapping[str, int]) -> int:
     """A symbolic dimension at its bound, 1 where it has no name; of a quotient the largest symbol in it."""
     at = {symbol: sizes.get(symbol.partition("_")[0], sizes["T"]) for symbol in symbols_of(dimension)}
     if not dimension or "/" in dimension or "(" in dimension:
-        return max(at.values(), default=1)
+        return max(at.values(), default=sizes["T"] if dimension else 1)
     try:
         return max(1, size_of(dimension, at))
     except KeyError:
@@ -228,7 +229,7 @@ def _inside(node: Any, shapes: Shapes, float_bytes: int, sizes: Mapping[str, int
     """Bytes that a node takes for itself while it runs: the map of an attention."""
     if node.op_type == "Attention" and not node.domain:
         return _map_bytes(node, shapes, float_bytes, sizes)
-    if node.domain == DOMAIN and node.op_type in IN_CACHE and node.input[0] in shapes:
+    if node.domain == DOMAIN and node.op_type in RECEIVED and node.input[0] in shapes:
         _, q_BHSd = shapes[node.input[0]]
         return q_BHSd[1] * min(PIECE, sizes["G"]) * sizes["T"] * 4
     return 0

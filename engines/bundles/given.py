@@ -31,10 +31,10 @@ def exports_in(given: Sequence[Path]) -> tuple[list[Path], float | None]:
     if any(f"{member.folder}/{SPEC_FILE}" not in held for member in members):
         raise UsageError(
             f"{bundle} holds no canonical graphs, only what was made for {' and '.join(manifest.targets)}; build from "
-            "the exports, or from a bundle for --target cpu without --precision"
+            "the exports, or from a bundle that does, as one for --target cpu without --precision"
         )
     if manifest.calibrations:
         warn(f"the calibrations of {bundle} are tied to its targets and are not taken over; calibrate the new bundle")
-    say(f"building from the models of {bundle}" + (f", threshold {manifest.threshold:g}" if len(members) > 1 else ""))
+    say(f"building from the models of {bundle}")
     folders = [path_inside(bundle, member.folder) or bundle for member in members]  # checked with the manifest
     return folders, manifest.threshold if len(members) > 1 else None

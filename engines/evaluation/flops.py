@@ -23,7 +23,7 @@ from engines.sessions.session import NOTHING, Session
 from graphs.dims import Dim, Sizes, size_of, symbols_of
 from graphs.files import path_inside
 from graphs.lowering.edit import MICROSOFT
-from graphs.ops import DOMAIN, IN_CACHE
+from graphs.ops import DOMAIN, OVER_CACHE, RECEIVED
 from graphs.rules.rule import Stage, attribute_of, stage_from_folder
 from graphs.spec import ExportSpec, length_name, spec_from_folder
 
@@ -230,8 +230,8 @@ def _grouped(node: Any, shapes: Shapes) -> Dims:
 def _received(node: Any, shapes: Shapes) -> Dims:
     """Guide rows (all rows where there is no guide) against keys."""
     (batch, heads, rows, width), k_BVTd = (shapes[node.input[i]] for i in (0, 1))
-    buffered = node.op_type in IN_CACHE.values()
-    guided = buffered or node.op_type in IN_CACHE
+    buffered = node.op_type in OVER_CACHE.values()
+    guided = buffered or node.op_type in RECEIVED
     keys = _filled(k_BVTd[2], rows) if buffered else k_BVTd[2]
     return (2, batch, heads, shapes[node.input[2]][-1] if guided else rows, keys, width)
 

@@ -26,7 +26,7 @@ LEVEL_OF: dict[Hardware, str] = {
 FORMS = ("python", "aot")
 PARSERS: tuple[Parser, ...] = get_args(Parser)
 AMPERE = 80
-MOST_WORKSPACE = 1024  # GB
+LEAST_WORKSPACE, MOST_WORKSPACE = 0.001, 1024  # GB
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class TensorrtOptions:
         """UsageError for a value that is not known, or that does not go with another."""
         if self.optimization_level is not None and self.optimization_level not in LEVELS:
             raise UsageError(f"optimization level {self.optimization_level} does not exist; choose 0 to 5")
-        if self.workspace is not None and not 0 < self.workspace <= MOST_WORKSPACE:
+        if self.workspace is not None and not LEAST_WORKSPACE <= self.workspace <= MOST_WORKSPACE:
             raise UsageError(
-                f"--workspace is {self.workspace:g}, but must lie in (0, {MOST_WORKSPACE}] GB; leave it out for "
-                "TensorRT's own bound"
+                f"--workspace is {self.workspace:g}, but must lie in [{LEAST_WORKSPACE}, {MOST_WORKSPACE}] GB; leave "
+                "it out for TensorRT's own bound"
             )
         if self.hardware_compatibility not in LEVEL_OF:
             known = ", ".join(LEVEL_OF)
@@ -132,9 +132,10 @@ def own_sm(sms: tuple[int, ...], options: TensorrtOptions, ops: str, *, alone: b
     found, installed = tensorrt_reasons(), FULL.version()
     if installed and options.parser == "current":
         # What runs a graph that was written out is found too; only the build asks for more.
-        found += [why for why in [out_of_range(installed, options.parser)] if why and why not in found]
-        if found and not out_of_range(installed, LEAST_WRITTEN_OUT):
-            found[-1] += f" (this one takes --parser {LEAST_WRITTEN_OUT})"
+        why = out_of_range(installed, options.parser)
+        takes = f" (this one takes --parser {LEAST_WRITTEN_OUT})"
+        if why and why not in found:
+            found.append(why + (takes if not out_of_range(installed, LEAST_WRITTEN_OUT) else ""))
     if found:
         raise BackendMissing(
             f"target tensorrt cannot be built here: {'; '.join(found)}; build on a machine with TensorRT and the GPU, "

@@ -9,13 +9,12 @@ from importlib.util import find_spec
 from packaging.version import Version
 
 from engines.bundles.manifest import EngineEntry
-from engines.sessions.nvidia import driver_reasons
+from engines.sessions.nvidia import LEAST_DRIVER, driver_reasons
 from engines.trt.flavour import BEYOND, FULL, LEAST_WRITTEN_OUT, RTX, Flavour, out_of_range
 from graphs.errors import BackendMissing
 from graphs.versions import installed_version
 
 LEAST_AMPERE = 80
-NEWEST_CUDA = 13  # that cuda-python brings
 
 
 def reasons(engines: Sequence[EngineEntry] = ()) -> list[str]:
@@ -101,7 +100,8 @@ def _gpus(engines: Sequence[EngineEntry]) -> str:
 
 def _cuda() -> int:
     """CUDA's major version, by the installed cuda-python: 12 on JetPack 6."""
-    return int((installed_version("cuda-python") or str(NEWEST_CUDA)).partition(".")[0])
+    found = installed_version("cuda-python") or installed_version("cuda-bindings") or str(max(LEAST_DRIVER))
+    return min(max(int(found.partition(".")[0]), min(LEAST_DRIVER)), max(LEAST_DRIVER))
 
 
 def _spelled(sms: Iterable[int]) -> str:

@@ -45,9 +45,9 @@ TYPES: dict[str, Any] = {
 class TrtSession:
     """An ``engines.sessions.session.Session`` over one engine file.
 
-    trt: ``tensorrt`` or ``tensorrt_rtx``. engine: what the bundle's manifest says of the file; the very bytes that are
-    deserialised are held against it. None: a file of no bundle, which may have plugins. Raises BadArtefact where the
-    bytes are others or TensorRT cannot read them, BackendMissing where a plugin it needs cannot be registered.
+    trt: ``tensorrt`` or ``tensorrt_rtx``. engine: what the bundle's manifest says of the file, which ``checked_bytes``
+    holds its bytes against. None: a file of no bundle, which may have plugins. Raises BadArtefact where the bytes are
+    others or TensorRT cannot read them, BackendMissing where a plugin it needs cannot be registered.
     """
 
     def __init__(self, file: Path, trt: Any, device: Device, engine: EngineFile | None = None) -> None:
@@ -258,10 +258,11 @@ class TrtSession:
 
 
 @contextmanager
-def checked_bytes(file: Path, engine: EngineFile | None) -> Iterator[mmap.mmap]:
+def checked_bytes(file: Path, engine: EngineFile | None) -> Iterator[mmap.mmap | bytes]:
     """An engine's bytes, mapped: the system may drop them while TensorRT copies them into what may be the same memory.
 
-    BadArtefact where they cannot be read, are not those of the manifest, or were changed while they were used.
+    Those of an engine that brings host code are read instead, for what is hashed must be what may run. BadArtefact
+    where they cannot be read, are not those of the manifest, or were changed while they were used.
     """
     changed = BadArtefact(
         f"{file} was changed after the bundle was opened (its digest does not match); build the bundle again"
@@ -270,7 +271,8 @@ def checked_bytes(file: Path, engine: EngineFile | None) -> Iterator[mmap.mmap]:
         try:
             opened = held.enter_context(file.open("rb"))
             before = _state(opened)
-            data = held.enter_context(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+            mapped = held.enter_context(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+            data = mapped[:] if engine is not None and engine.versions else mapped
         except (OSError, ValueError) as e:  # ValueError: an empty file
             reason = getattr(e, "strerror", None) or e
             raise BadArtefact(f"{file} cannot be read ({reason}); build the bundle again") from None

@@ -128,7 +128,7 @@ def config_of(trt: Any, flavour: Flavour, request: Request, tell: Callable[..., 
         profiles=profiles,
         progress_monitor=monitor_of(trt, tell),
         builder_optimization_level=request.settings.get("optimization_level"),
-        memory_pool_limits={trt.MemoryPoolType.WORKSPACE: workspace} if workspace else None,
+        memory_pool_limits={trt.MemoryPoolType.WORKSPACE: workspace} if workspace is not None else None,
         version_compatible=request.settings.get("version_compatible"),
         hardware_compatibility_level=getattr(trt.HardwareCompatibilityLevel, level) if level else None,
     )

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from graphs.lowering.edit import MICROSOFT, Branch, before, choose, constant, with_else_branches
 from graphs.lowering.grouped import LAST, PAST_K, Q
-from graphs.lowering.one_row import RECEIVED, is_rated
+from graphs.lowering.one_row import RECEIVED_OVER_CACHE, is_rated
 from graphs.ops import DOMAIN
 from graphs.ops.attention_received import PIECE
 
@@ -63,7 +63,7 @@ class FewGuides(ir.passes.InPlacePass):
 
 def _attention_of(node: ir.Node) -> ir.Node | None:
     """The GroupQueryAttention whose keys this node says what they receive."""
-    keys = node.inputs[1] if node.domain == DOMAIN and node.op_type in RECEIVED else None
+    keys = node.inputs[1] if node.domain == DOMAIN and node.op_type in RECEIVED_OVER_CACHE else None
     maker = keys.producer() if keys is not None else None
     return maker if maker is not None and maker.op_type == "GroupQueryAttention" else None
 

@@ -24,7 +24,7 @@ from graphs.lowering.few_guides import FewGuides
 from graphs.lowering.grouped import HEAD_WIDTHS, Segment, attend, heads_together
 from graphs.lowering.many_rows import ManyRows
 from graphs.lowering.one_row import OneRow
-from graphs.ops import DOMAIN, IN_CACHE, OPS
+from graphs.ops import DOMAIN, OPS, OVER_CACHE, RECEIVED
 from graphs.plan import PruningPlan
 from graphs.spec import RECEIVED_BEFORE, length_name
 
@@ -77,7 +77,7 @@ class _Rewriting:
             segment = self._segment(past_k)
             for shape in [user for user, _ in past_k.uses() if user.op_type == "Shape"]:
                 self._chunk_rows_only(shape, node, segment)
-            received = [u for out in node.outputs[1:] for u, _ in out.uses() if u.op_type in IN_CACHE]
+            received = [u for out in node.outputs[1:] for u, _ in out.uses() if u.op_type in RECEIVED]
             presents = self._scattered(node, segment) if self.by == "scattered" else attend(node, segment)
             for past, present in zip((past_k, past_v), presents, strict=True):
                 heads, width = past.shape[1], past.shape[3]  # type: ignore[index]
@@ -144,7 +144,7 @@ class _Rewriting:
         """What slices received attention behind the past: the chunk's rows are gathered instead."""
         for user, at in list(shape.outputs[0].uses()):
             source = user.inputs[0].producer() if user.op_type == "Slice" and user.inputs[0] is not None else None
-            if at != 1 or source is None or source.op_type not in IN_CACHE:
+            if at != 1 or source is None or source.op_type not in RECEIVED:
                 raise ir.passes.PassError(f"{user.name} reads the length of a cache in a way that is not known")
             axis = 1 if heads_together(attention) else 2
             size = before(user, "Shape", [attention.inputs[1]], start=axis, end=axis + 1)
@@ -157,7 +157,7 @@ class _Rewriting:
         self.graph.remove(shape, safe=True)
 
     def _received(self, node: ir.Node, segment: Segment) -> None:
-        op = OPS[IN_CACHE[node.op_type]]
+        op = OPS[OVER_CACHE[node.op_type]]
         function = ir.serde.deserialize_function(op.function)
         self.model.functions[function.identifier()] = function
         attributes = {name: a.value for name, a in node.attributes.items()}

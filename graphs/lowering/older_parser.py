@@ -63,7 +63,7 @@ def written_out(model: ir.Model) -> ir.Model:
 def _unstack(model: ir.Model) -> None:
     """Give the ops whose Loop stacks its output the body that carries it."""
     for domain, name, overload in list(model.functions):
-        if domain == DOMAIN and OPS[name].unstacked_body:
+        if domain == DOMAIN and name in OPS and OPS[name].unstacked_body:
             function = ir.serde.deserialize_function(OPS[name].unstacked_function)
             function.opset_imports[""] = model.opset_imports[""]
             model.functions[domain, name, overload] = function

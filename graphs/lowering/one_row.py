@@ -22,13 +22,13 @@ import onnx_ir as ir
 
 from graphs.lowering.edit import MICROSOFT, Branch, before, choose, constant
 from graphs.lowering.grouped import LAST, PAST_K, PAST_V, Heads, K, Q, V, heads_of
-from graphs.ops import DOMAIN, IN_CACHE, OPS
+from graphs.ops import DOMAIN, OPS, OVER_CACHE
 
 # From where on it gains without received attention: query heads that share their keys, H·D, and rows of the buffer.
 # With less in common a product has too few rows; in a narrower or shorter one its nodes cost more.
 SHARED, WIDE, LONG = 6, 512, 384
 SHARED_RECEIVED = 2  # … and with it, at any width and length
-RECEIVED = frozenset(IN_CACHE.values())
+RECEIVED_OVER_CACHE = frozenset(OVER_CACHE.values())
 
 
 class OneRow(ir.passes.InPlacePass):
@@ -73,7 +73,9 @@ def is_rated(received: ir.Node) -> bool:
 
 def _layer_of(node: ir.Node) -> _Layer:
     heads = heads_of(node)
-    users = [user for user, at in node.outputs[1].uses() if user.domain == DOMAIN and user.op_type in RECEIVED]
+    users = [
+        user for user, at in node.outputs[1].uses() if user.domain == DOMAIN and user.op_type in RECEIVED_OVER_CACHE
+    ]
     same = [user for user in users if _same_rows(user.inputs[0], node.inputs[Q])]
     alike = len(same) == 1 and abs(same[0].attributes["scale"].value - heads.scale) < 1e-6 * heads.scale
     return _Layer(node, same[0] if alike else None, heads)

@@ -39,8 +39,9 @@ OPS: dict[str, Op] = {
         rated_received_in_cache.OP,
     )
 }
-# What guide rows ask of keys: op → the op of the same meaning over a cache written in place.
-IN_CACHE = {op.name: op.in_cache for op in OPS.values() if op.in_cache}
+# What guide rows ask of a chunk's keys: op → the op of the same meaning over a cache that is written in place.
+OVER_CACHE = {op.name: op.in_cache for op in OPS.values() if op.in_cache}
+RECEIVED = frozenset(OVER_CACHE)
 RANKING = frozenset(op.name for op in OPS.values() if op.ranks)
 
-__all__ = ["DOMAIN", "IN_CACHE", "OPS", "RANKING", "VERSION", "Op"]
+__all__ = ["DOMAIN", "OPS", "OVER_CACHE", "RANKING", "RECEIVED", "VERSION", "Op"]

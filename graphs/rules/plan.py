@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphs.ops import DOMAIN, IN_CACHE, RANKING
+from graphs.ops import DOMAIN, RANKING, RECEIVED
 from graphs.plan import BY_ATTENTION, FROM_OUTSIDE
 from graphs.rules.rule import Node, Report, Stage, all_inputs_of, nodes_of, stage_rule
 from graphs.spec import present_names
@@ -37,7 +37,7 @@ def score_differs(stage: Stage) -> Report:
     cuts = _ours(stage, *RANKING)
     if not stage.is_decoder or len(cuts) != len(stage.spec.plan.points):
         return
-    received = {node.output[0]: 2 for node in _ours(stage, *IN_CACHE)}
+    received = {node.output[0]: 2 for node in _ours(stage, *RECEIVED)}
     before = _bits_before(stage, {"priority": 1, **received}, opaque=("CompactRows", "MergeDropped"))
     for i, (cut, point) in enumerate(zip(cuts, stage.spec.plan.points, strict=True)):
         wanted = 1 if point.score in FROM_OUTSIDE else 2
@@ -50,7 +50,7 @@ def guidance_differs(stage: Stage) -> Report:
     """One AttentionReceived for each guidance layer and each prune point by attention, summed into one output."""
     if not stage.is_decoder:
         return
-    plan, received = stage.spec.plan, _ours(stage, *IN_CACHE)
+    plan, received = stage.spec.plan, _ours(stage, *RECEIVED)
     layers = plan.guidance.layers if plan.guidance else ()
     wanted = len(layers) + sum(point.score in BY_ATTENTION for point in plan.points)
     if len(received) != wanted:

@@ -21,7 +21,7 @@ def test_a_dimension_has_a_size_and_symbols(dim: int | str, size: int, symbols: 
     assert symbols_of(dim) == symbols
 
 
-@pytest.mark.parametrize("dim", ["", "V", "S / 2", "max(S, 2)", "S S", "1.5*S"])
+@pytest.mark.parametrize("dim", ["", "V", "S / 2", "max(S, 2)", "S S", "1.5*S", "-" * 9_999 + "S", "S" + "+S" * 9_999])
 def test_what_cannot_be_read_is_no_size(dim: str) -> None:
     with pytest.raises(KeyError):
         size_of(dim, {"S": 6})

@@ -59,7 +59,7 @@ def test_where_0_is_a_layer_and_a_share_of_nothing_is_too():
             "dropped tokens do not come back",
         ),
         ("name = = 1", "is not TOML.*line 1"),
-        ("name = " + "[" * 100_000, "is not TOML"),
+        ("name = " + "[" * 100_000, "nests too deep"),
         ('name = "mine"', 'names no schema; begin it with: schema = "saccade.plan/1"'),
         ('schema = "saccade.plan/2"\nname = "x"', "schema.*saccade.plan/1.*saccade.plan/2"),
         ('schema = "saccade.plan/1"', "name is missing"),

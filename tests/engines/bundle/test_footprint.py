@@ -259,6 +259,7 @@ def test_free_memory_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: (0, 5, 9), 0, 5),
         (lambda: (0, 5, 9), 1, 7_000),
         (lambda: (35, None, None), None, None),
+        (lambda: (35, None, None), 1, None),
         (no_driver, None, None),
     ):
         runtime = SimpleNamespace(

@@ -32,10 +32,10 @@ def test_it_brings_its_threshold_and_not_what_is_tied_to_its_target(
     build_bundle([exports["small"], exports["large"]], tmp_path / "a", threshold=0.25)
     told = saccade_cli("build", tmp_path / "a", "-o", tmp_path / "b", "--precision", "int8")
     assert told.code == 0
-    assert f"building from the models of {tmp_path / 'a'}, threshold 0.25" in told.stderr
+    assert f"the threshold of {tmp_path / 'a'}, 0.25, is kept" in told.stderr
     assert (manifest_of(tmp_path / "b").threshold, manifest_of(tmp_path / "b").calibrations) == (0.25, ())
-    saccade_cli("build", tmp_path / "a", "-o", tmp_path / "c", "--threshold", "0.5")
-    assert manifest_of(tmp_path / "c").threshold == 0.5
+    told = saccade_cli("build", tmp_path / "a", "-o", tmp_path / "c", "--threshold", "0.5")
+    assert (manifest_of(tmp_path / "c").threshold, "the threshold of" in told.stderr) == (0.5, False)
 
 
 def test_one_model_alone(exports: dict[str, Path], tmp_path: Path, saccade_cli: Cli) -> None:

@@ -58,10 +58,11 @@ class Cuda:
     """``cuda.bindings.runtime`` over the host's memory; ``live`` are the addresses that were not given back."""
 
     def __getattr__(self, name: str) -> Any:
-        """Constants and enumerations are the binding's own."""
-        if not name.startswith("cuda"):
+        """Constants and enumerations are the binding's own; a call that is not written here is none."""
+        found = getattr(runtime, name)
+        if not isinstance(found, type | int):
             raise AttributeError(name)
-        return getattr(runtime, name)
+        return found
 
     def __init__(self, room: int = 1 << 30, sm: int = 89) -> None:
         self.live: dict[int, Any] = {}

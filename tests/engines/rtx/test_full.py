@@ -18,7 +18,7 @@ from engines.trt import device, running
 from engines.trt.bounds import Bounds
 from engines.trt.engine import refuse_too_large, warnings_in
 from engines.trt.flavour import FLAVOURS, FULL, RTX, Flavour
-from engines.trt.full import TensorrtOptions
+from engines.trt.full import TensorrtOptions, own_sm
 from engines.trt.member import build_member
 from engines.trt.options import EngineOptions
 from engines.trt.running import reasons, tensorrt_reasons
@@ -114,9 +114,11 @@ def test_written_out_for_an_older_one(exports: Exports, machine: Machine, tmp_pa
     assert (decoder.parser, decoder.plugins, decoder.served) == ("10.3", "none", {})
     assert decoder.compatibility == Compatibility(hardware="same-cc", versions=True)
     asked = {"level": None, "hardware": "SAME_COMPUTE_CAPABILITY", "flags": ["VERSION_COMPATIBLE"], "typed": True}
-    builds = machine.builds()
-    assert all(found.pop("workspace") != 1_500_000_000 for found in builds)
-    assert builds == [{**asked, "profiles": n} for n in (1, 1, 2)]
+    trt = pytest.importorskip("tensorrt_rtx")
+    fresh = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_builder_config()
+    asked["workspace"] = fresh.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE)
+    assert machine.builds() == [{**asked, "profiles": n} for n in (1, 1, 2)]
+    assert "AttentionReceived runs as standard ONNX (its body)" in outcome.stderr
     assert not list((tmp_path / "b").rglob("*.onnx"))
 
 
@@ -134,8 +136,8 @@ def test_a_timing_cache_of_another_machine_is_refused(exports: Exports, machine:
     [
         (["--sm", 80], "--sm is 80, and full TensorRT builds for the GPU that is here, of SM 89"),
         (["--optimization-level", 6], "choose 0 to 5"),
-        (["--workspace", 0], "--workspace is 0, but must lie in (0, 1024] GB"),
-        (["--workspace", "nan"], "--workspace is nan, but must lie in (0, 1024] GB"),
+        (["--workspace", 0.0009], "--workspace is 0.0009, but must lie in [0.001, 1024] GB"),
+        (["--workspace", "nan"], "--workspace is nan, but must lie in [0.001, 1024] GB"),
         (["--hardware-compatibility", "all"], "choose from none, ampere-plus, same-cc"),
         (["--plugins", "aot"], "give --ops plugin too"),
         (["--ops", "plugin", "--plugins", "cpp"], "neither python nor aot"),
@@ -238,6 +240,14 @@ def test_where_an_engine_runs_is_told_from_the_manifest(
     machine.has(version, sm)
     found = tensorrt_reasons([engine])
     assert (reason in found[0]) if reason else found == [], found
+
+
+def test_another_parser_is_named_where_the_version_is_the_reason_alone(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "driver_reasons", lambda cuda: ["no NVIDIA driver is loaded"])
+    with pytest.raises(BackendMissing, match="no NVIDIA driver is loaded; build on a machine"):
+        own_sm((), TensorrtOptions(), "body", alone=True)
 
 
 def test_every_reason_is_told_at_once(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

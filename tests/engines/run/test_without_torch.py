@@ -102,3 +102,27 @@ def test_no_verb_that_is_timed_imports_torch(
     )
     assert told.returncode == 0, told.stderr
     assert not {"torch", "onnxscript", "exporter"} & set(told.stderr.splitlines()[-1].split())
+
+
+def test_verbs_that_need_no_torch_run_where_it_is_hidden(tiny_bundle: Path, tmp_path: Path) -> None:
+    """As the console script runs them: what imports torch on the way fails there, and in no test of this process."""
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "pair.bundle")
+    for arguments in (
+        ("check", bundle / "small"),
+        ("build", bundle, "-o", "narrow.bundle", "--precision", "int8"),
+        ("lower", bundle / "large", "-o", "lowered", "--parser", "10.3"),
+        ("verify", bundle),
+        ("pack", bundle, "-o", "pair.saccade"),
+        ("unpack", "pair.saccade", "-o", "unpacked"),
+        *(("show", *what) for what in ((bundle,), ("families",), ("policies",), ("formats",), ("ops",), ("machine",))),
+    ):
+        told = subprocess.run(
+            [sys.executable, "-c", MAIN, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+        )
+        assert told.returncode == 0, (arguments, told.stderr)
+        assert "torch" not in told.stderr.splitlines()[-1].split()
