@@ -9,7 +9,7 @@ import click
 
 from engines.evaluation.asked import Questions, data_options
 from engines.options import bundle_argument, keep_option, target_option, threads_option, tokens_option
-from graphs.console import emit_json, percent, warn
+from graphs.console import emit_json, percent
 
 if TYPE_CHECKING:
     from engines.calibration.record import Baseline
@@ -72,17 +72,10 @@ def calibrate(
     """
     from engines.calibration.calibrate import Wanted, calibrate_bundle
     from engines.calibration.learn import checked_promise
-    from graphs.errors import UsageError
 
     checked_promise(max_loss, confidence)
-    questions = Questions(**asked)
-    read = questions.read(data, ctx.obj or {})
-    if asked["metric"] and not read.answered:
-        raise UsageError(
-            f"--metric {asked['metric']} has no effect, because {data} has no answers; leave it out or add answers"
-        )
-    for line in read.bad:
-        warn(f"left out: {line}")
+    questions = Questions.taken_from(asked)
+    read = questions.read(data, ctx.obj or {}, scored=False)
     wanted = Wanted(max_loss, confidence, questions.worth if read.answered else None, baseline, keep, max_new_tokens)
     document = calibrate_bundle(bundle, read, wanted, target, threads)
     if as_json:

@@ -1,9 +1,9 @@
-"""What `calibrate` and `eval` are told about their questions: the options, and the reading they lead to."""
+"""What `calibrate`, `eval` and `tune` are told about their questions: the options, and the reading they lead to."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engines.options import stacked
+from graphs.console import warn
 from graphs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -93,8 +94,29 @@ class Questions:
         """The metric that holds where answers are known."""
         return self.metric or FORMAT_METRICS.get(self.format or "", "") or "exact"
 
-    def read(self, data: str, built_in: Mapping[str, str]) -> Data:
-        """Read DATA: a benchmark's files, one of the ``built_in`` sets (name → ``module:function(n)``), or JSONL."""
+    @classmethod
+    def taken_from(cls, options: dict[str, Any]) -> Questions:
+        """Those among a verb's options, which are taken out of them."""
+        return cls(**{field.name: options.pop(field.name) for field in fields(cls)})
+
+    def read(self, data: str, built_in: Mapping[str, str], *, scored: bool) -> Data:
+        """Read DATA and warn of what is left out.
+
+        data: a benchmark's files, one of the ``built_in`` sets (name → ``module:function(n)``), or JSONL. scored:
+        whether answers must be there. Errors: UsageError where they must, or a metric is named, and there are none.
+        """
+        found = self._found(data, built_in)
+        if not found.answered and scored:
+            raise UsageError(f"{data} has no answers, so nothing can be said about accuracy; add them to every line")
+        if not found.answered and self.metric:
+            raise UsageError(
+                f"--metric {self.metric} has no effect, because {data} has no answers; leave it out or add answers"
+            )
+        for line in found.bad:
+            warn(f"left out: {line}")
+        return found
+
+    def _found(self, data: str, built_in: Mapping[str, str]) -> Data:
         from engines.evaluation.data import PLACE, How, data_from_file, data_from_records
         from engines.evaluation.readers import FORMATS, data_of_format
 

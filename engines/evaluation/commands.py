@@ -9,7 +9,7 @@ import click
 
 from engines.evaluation.asked import FORMATS_HELP, Layers, Questions, Several, data_options
 from engines.options import KeepRatios, target_option, threads_option, tokens_option
-from graphs.console import emit_json, warn
+from graphs.console import emit_json
 
 
 @click.command("eval", epilog=FORMATS_HELP)
@@ -78,15 +78,9 @@ def evaluate(
     which an interrupted run continues when the same command is given again. FLOPs are estimated.
     """
     from engines.evaluation.results import evaluate_bundles, table_of
-    from graphs.errors import UsageError
 
-    names = ("format", "images", "annotations", "prompt", "metric", "questions", "skip_bad")
-    questions = Questions(**{name: asked.pop(name) for name in names})
-    read = questions.read(data, ctx.obj or {})
-    if not read.answered:
-        raise UsageError(f"{data} has no answers, so nothing can be said about accuracy; add them to every line")
-    for line in read.bad:
-        warn(f"left out: {line}")
+    questions = Questions.taken_from(asked)
+    read = questions.read(data, ctx.obj or {}, scored=True)
     document = evaluate_bundles(bundles, read, out, questions.worth, data_name=data, **asked)
     if as_json:
         emit_json(document)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +80,9 @@ def tune(
     that was interrupted continues when the same command is given again.
     """
     from engines.tuning.tune import Wanted, doubts, tune_bundle
-    from graphs.errors import UsageError
 
-    questions = Questions(**{name: asked.pop(name) for name in (field.name for field in fields(Questions))})
-    read = questions.read(data, ctx.obj or {})
-    if not read.answered:
-        raise UsageError(f"{data} has no answers, so nothing can be said about accuracy; add them to every line")
-    for line in read.bad:
-        warn(f"left out: {line}")
+    questions = Questions.taken_from(asked)
+    read = questions.read(data, ctx.obj or {}, scored=True)
     wanted = Wanted(metric=questions.worth, keeps=keeps or (), layers=layers or (), **asked)
     document = tune_bundle(bundle, read, out, wanted, target, threads)
     for doubt in doubts(document):

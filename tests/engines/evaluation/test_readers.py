@@ -41,7 +41,7 @@ def written(path: Path, document: Any) -> Path:
 
 
 def read(name: str, data: Path, **more: Any) -> Data:
-    return Questions(format=name, **more).read(str(data), {})
+    return Questions(format=name, **more).read(str(data), {}, scored=False)
 
 
 def vqav2(folder: Path) -> dict[str, Any]:
@@ -270,7 +270,7 @@ def test_what_is_not_read_is_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--annotations has no effect with --format gqa"):
         read("gqa", **files, annotations=tmp_path)
     with pytest.raises(UsageError, match="--images has no effect without --format"):
-        Questions(images=tmp_path).read("glyphs", {})
+        Questions(images=tmp_path).read("glyphs", {}, scored=False)
 
 
 def test_a_split_without_answers_and_another_prompt(tmp_path: Path) -> None:
