@@ -235,7 +235,7 @@ def test_a_signal_waits_for_the_end_of_what_no_exception_may_cross(tmp_path):
         reached.append("behind")
     assert (ended.value.code, reached) == (143, ["inner", "outer"])
     with pytest.raises(SystemExit), atomic_folder(tmp_path / "out"), signals_wait():  # noqa: PT012
-        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGTERM)
         raise TypeError("made of it by a library")
     with atomic_folder(tmp_path / "out"), signals_wait():
         pass
