@@ -9,6 +9,7 @@ import click
 
 from engines.options import (
     bundle_argument,
+    document_option,
     images_option,
     keep_option,
     preload_option,
@@ -28,7 +29,7 @@ from graphs.console import emit_json
 @keep_option
 @threshold_option
 @writing_options
-@click.option("--json", "as_json", is_flag=True, help="Print one document, saccade.answer/1.")
+@document_option("saccade.answer/1")
 @target_option
 @preload_option
 @threads_option

@@ -69,6 +69,12 @@ tokens_option = click.option(
     "--max-new-tokens", type=int, metavar="N", help="Longest answer, in tokens. [the checkpoint's, else 128]"
 )
 
+
+def document_option(schema: str) -> Callable[[Command], Command]:
+    """--json of a verb whose result is one document."""
+    return click.option("--json", "as_json", is_flag=True, help=f"Print one document, {schema}.")
+
+
 # How an answer is written: the fields of ``engines.sampling.Options``.
 writing_options = stacked(
     tokens_option,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from engines.trt.flavour import FULL, RTX
 from graphs.errors import BackendMissing, UsageError
 from graphs.spec import FloatType
-from graphs.versions import RIVALS, extras_of, installed_version
+from graphs.versions import extras_of, installed_rivals
 
 if TYPE_CHECKING:
     from engines.bundles.manifest import EngineEntry
@@ -157,7 +157,7 @@ def refuse_unrunnable(target: str, engines: Sequence[EngineEntry] = ()) -> None:
 
 def cpu_reasons(_: Sequence[EngineEntry] = ()) -> list[str]:
     """Why the CPU cannot run graphs here."""
-    rivals = [name for name in RIVALS["onnxruntime"] if installed_version(name)]
+    rivals = installed_rivals("onnxruntime")
     if len(rivals) > 1:
         remedy = f"pip uninstall {' '.join(rivals)}, then pip install one of {extras_of('onnxruntime')}"
         return [f"{' and '.join(rivals)} are both installed and overwrite each other ({remedy})"]

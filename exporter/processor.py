@@ -85,9 +85,9 @@ def processor_files(folder: Path) -> list[Path]:
         raise BadArtefact(
             f"{folder} has no preprocessor_config.json, so images cannot be prepared; download the whole checkpoint"
         )
-    with TemporaryDirectory() as alone:
-        for path in found:  # nothing else travels
-            shutil.copyfile(path, Path(alone, path.name))
+    with TemporaryDirectory() as place:
+        alone = Path(place) / "processor"
+        copy_processor(found, alone)  # nothing else travels
         _refuse_broken_image_processor(folder, alone)
         _refuse_broken_tokenizer(folder, alone)
     if not _has_template(folder):
@@ -98,7 +98,7 @@ def processor_files(folder: Path) -> list[Path]:
     return found
 
 
-def _refuse_broken_image_processor(folder: Path, alone: str) -> None:
+def _refuse_broken_image_processor(folder: Path, alone: Path) -> None:
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     try:
@@ -120,7 +120,7 @@ def _refuse_broken_image_processor(folder: Path, alone: str) -> None:
         ) from None
 
 
-def _refuse_broken_tokenizer(folder: Path, alone: str) -> None:
+def _refuse_broken_tokenizer(folder: Path, alone: Path) -> None:
     from transformers.models.auto.tokenization_auto import AutoTokenizer
 
     try:

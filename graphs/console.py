@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -74,6 +74,15 @@ def emit_json(document: dict[str, Any]) -> None:
     text = text.encode("utf-8", "replace").decode("utf-8")  # a file name may hold bytes that are no UTF-8
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def emit(document: dict[str, Any], as_json: bool, words: Callable[[dict[str, Any]], Iterable[str]]) -> None:
+    """Write a verb's result on stdout: the document, or what ``words`` make of it, line by line."""
+    if as_json:
+        emit_json(document)
+    else:
+        sys.stdout.writelines(f"{line}\n" for line in words(document))
+        sys.stdout.flush()
 
 
 def _plain(value: Any) -> Any:

@@ -62,7 +62,7 @@ def require(*distributions: str) -> None:
     OperationFailed (exit code 1).
     """
     for name in distributions:
-        rivals = [rival for rival in RIVALS.get(name, (name,)) if installed_version(rival)]
+        rivals = installed_rivals(name)
         if len(rivals) > 1:
             raise OperationFailed(
                 f"{' and '.join(rivals)} are both installed and overwrite each other's module {name}: "
@@ -80,6 +80,11 @@ def require(*distributions: str) -> None:
 
 
 require_once = cache(require)  # for what is opened again and again
+
+
+def installed_rivals(name: str) -> list[str]:
+    """Those that are installed of a distribution and of what brings the same module."""
+    return [rival for rival in RIVALS.get(name, (name,)) if installed_version(rival)]
 
 
 def missing(module_or_distribution: str) -> BackendMissing:

@@ -9,7 +9,7 @@ import click
 
 from engines.bundles.engine_options import engine_options, engine_options_from
 from engines.options import target_option
-from graphs.console import emit_json, step
+from graphs.console import emit, emit_json, step
 
 if TYPE_CHECKING:
     from engines.bundles.manifest import Manifest
@@ -275,11 +275,7 @@ def show_machine(as_json: bool) -> None:
     """Show what this machine can run and what is not installed."""
     from engines.sessions.machine import machine_document, machine_in_words
 
-    document = machine_document()
-    if as_json:
-        emit_json(document)
-    else:
-        _print(machine_in_words(document))
+    emit(machine_document(), as_json, machine_in_words)
 
 
 def _print(lines: list[str]) -> None:

@@ -9,7 +9,6 @@ from engines.bundles.bundle import checked_manifest
 from engines.bundles.manifest import MANIFEST_FILE
 from graphs.console import say, step, warn
 from graphs.errors import UsageError
-from graphs.files import path_inside
 from graphs.spec import SPEC_FILE
 
 
@@ -36,5 +35,4 @@ def exports_in(given: Sequence[Path]) -> tuple[list[Path], float | None]:
     if manifest.calibrations:
         warn(f"the calibrations of {bundle} are tied to its targets and are not taken over; calibrate the new bundle")
     say(f"building from the models of {bundle}")
-    folders = [path_inside(bundle, member.folder) or bundle for member in members]  # checked with the manifest
-    return folders, manifest.threshold if len(members) > 1 else None
+    return [bundle / member.folder for member in members], manifest.threshold if len(members) > 1 else None

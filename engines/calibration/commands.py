@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engines.evaluation.asked import Questions, data_options
-from engines.options import bundle_argument, keep_option, target_option, threads_option, tokens_option
-from graphs.console import emit_json, percent
+from engines.options import bundle_argument, document_option, keep_option, target_option, threads_option, tokens_option
+from graphs.console import emit, percent
 
 if TYPE_CHECKING:
     from engines.calibration.record import Baseline
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 @keep_option
 @tokens_option
 @data_options
-@click.option("--json", "as_json", is_flag=True, help="Print one document, saccade.calibration/1.")
+@document_option("saccade.calibration/1")
 @target_option
 @threads_option
 @click.pass_context
@@ -78,11 +78,7 @@ def calibrate(
     read = questions.read(data, ctx.obj or {}, scored=False)
     wanted = Wanted(max_loss, confidence, questions.worth if read.answered else None, baseline, keep, max_new_tokens)
     document = calibrate_bundle(bundle, read, wanted, target, threads)
-    if as_json:
-        emit_json(document)
-    else:
-        for line in in_words(document):
-            click.echo(line)
+    emit(document, as_json, in_words)
 
 
 def in_words(document: dict[str, Any]) -> list[str]:

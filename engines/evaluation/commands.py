@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from engines.evaluation.asked import FORMATS_HELP, Layers, Questions, Several, data_options
-from engines.options import KeepRatios, target_option, threads_option, tokens_option
-from graphs.console import emit_json
+from engines.options import KeepRatios, document_option, target_option, threads_option, tokens_option
+from graphs.console import emit, emit_json
 
 
 @click.command("eval", epilog=FORMATS_HELP)
@@ -58,7 +58,7 @@ from graphs.console import emit_json
 )
 @tokens_option
 @data_options
-@click.option("--json", "as_json", is_flag=True, help="Print one document, saccade.eval/2.")
+@document_option("saccade.eval/2")
 @target_option
 @threads_option
 @click.pass_context
@@ -82,15 +82,11 @@ def evaluate(
     questions = Questions.taken_from(asked)
     read = questions.read(data, ctx.obj or {}, scored=True)
     document = evaluate_bundles(bundles, read, out, questions.worth, data_name=data, **asked)
-    if as_json:
-        emit_json(document)
-    else:
-        for line in table_of(document):
-            click.echo(line)
+    emit(document, as_json, table_of)
 
 
 @click.command("formats")
-@click.option("--json", "as_json", is_flag=True, help="Print one document, saccade.formats/1.")
+@document_option("saccade.formats/1")
 def show_formats(as_json: bool) -> None:
     """List the benchmarks that --format reads: their files, how they are asked, and how an answer counts."""
     from engines.evaluation.metrics import METRICS

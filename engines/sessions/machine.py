@@ -20,7 +20,7 @@ def machine_document() -> dict[str, object]:
     return {
         "schema": "saccade.machine/1",
         "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
+        "system": here(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -48,6 +48,11 @@ def machine_in_words(document: dict[str, object]) -> list[str]:
             f"export: needs {', '.join(lacking)}: pip install 'saccade[export]'" if lacking else "export: ready"
         )
     return lines
+
+
+def here() -> str:
+    """The system and its processor's architecture, as ``Linux x86_64``."""
+    return f"{platform.system()} {platform.machine()}"
 
 
 def _runtime(target: str) -> dict[str, str | None]:

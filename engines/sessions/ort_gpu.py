@@ -13,7 +13,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from engines.sessions.ort_providers import CUDA, RTX, TENSORRT, Provider
-from engines.sessions.ort_session import ERRORS_ONLY, OrtSession
+from engines.sessions.ort_session import ERRORS_ONLY, WEIGHTS_FOLDER, OrtSession
 from engines.sessions.placement import Placement, inlined, placement_of, shape_nodes
 from graphs.console import warn
 from graphs.errors import BackendMissing
@@ -38,7 +38,7 @@ class GpuSession(OrtSession):
 
     def _opened(self, options: ort.SessionOptions) -> ort.InferenceSession:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._file.parent))
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(self._file.parent))
         model = inlined(self._file)
         decodes = any(output.name == DECODER_OUTPUT for output in model.graph.output)
         wanted = self._provider if self._provider.decodes or not decodes else CUDA

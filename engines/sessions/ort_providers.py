@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.sessions.nvidia import driver_reasons, library_reasons
-from graphs.versions import RIVALS, extras_of, installed_version
+from graphs.versions import extras_of, installed_rivals, installed_version
 
 DISTRIBUTION = "onnxruntime-gpu"
 CUDA_MAJOR = 13
@@ -87,7 +87,7 @@ def rtx_reasons(_: Sequence[Any] = ()) -> list[str]:
 def reasons(provider: Provider) -> list[str]:
     """Every reason at once: driver, GPU, package, provider, libraries."""
     found = driver_reasons(CUDA_MAJOR)
-    rivals = [name for name in RIVALS["onnxruntime"] if installed_version(name)]
+    rivals = installed_rivals("onnxruntime")
     if len(rivals) > 1:
         uninstall = f"pip uninstall {' '.join(rivals)}, then pip install 'saccade[gpu]'"
         return [*found, f"{' and '.join(rivals)} are both installed and overwrite each other ({uninstall})"]

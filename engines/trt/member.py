@@ -9,6 +9,7 @@ from pathlib import Path
 from engines.bundles.jobs import BuiltMember
 from engines.bundles.losses import losses_in_words, losses_of
 from engines.bundles.manifest import Compatibility, EngineEntry, Loss, Served
+from engines.sessions.machine import here
 from engines.sessions.session import open_session
 from engines.trt.bounds import BODY_ROWS, Bounds, Room, profiles_of
 from engines.trt.engine import engine_from_onnx, refuse_too_large
@@ -18,7 +19,6 @@ from engines.trt.options import EngineOptions
 from engines.trt.overflow import guard_against_overflow
 from engines.trt.photos import misfits_in_words, photos_seen, room_for
 from engines.trt.reading import Reading, reading_from
-from engines.trt.running import here
 from graphs.console import say, step, warn
 from graphs.errors import OperationFailed, UsageError
 from graphs.files import atomic_folder, refuse_overlap

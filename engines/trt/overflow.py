@@ -24,8 +24,6 @@ from graphs.lowering.export import LoweredExport
 LARGEST = 65504.0  # of fp16
 FACTOR = 4.0
 WATCH = "watch_"
-ERRORS_ONLY = 3
-WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 @dataclass(frozen=True)
@@ -80,6 +78,8 @@ def near_overflow(lowered: LoweredExport, golden: Path, limit: float = LARGEST /
 def _watching(lowered: LoweredExport, stage: str) -> tuple[Any, list[str]]:
     """A session over the stage with the magnitude of every fp16 value as a further output, and the values' names."""
     import onnxruntime as ort
+
+    from engines.sessions.ort_session import ERRORS_ONLY, WEIGHTS_FOLDER
 
     model = ir.load(lowered.file(stage))
     names, watching = [], []

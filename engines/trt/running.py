@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 
 from packaging.version import Version
 
 from engines.bundles.manifest import EngineEntry
+from engines.sessions.machine import here
 from engines.sessions.nvidia import LEAST_DRIVER, driver_reasons
 from engines.trt.flavour import BEYOND, FULL, LEAST_WRITTEN_OUT, RTX, Flavour, out_of_range
 from graphs.errors import BackendMissing
@@ -60,11 +60,6 @@ def _reasons(flavour: Flavour, engines: Sequence[EngineEntry]) -> list[str]:
     if flavour.sms and sm not in flavour.sms:
         return [f"{flavour.title} engines are built for GPUs of SM {_spelled(flavour.sms)}, and {this}"]
     return []
-
-
-def here() -> str:
-    """The system and processor, as ``Linux x86_64``."""
-    return f"{platform.system()} {platform.machine()}"
 
 
 def fits(engine: EngineEntry, sm: int) -> bool:

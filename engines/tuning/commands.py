@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from engines.evaluation.asked import FORMATS_HELP, Questions, Several, data_options
-from engines.options import KeepRatios, bundle_argument, target_option, threads_option, tokens_option
-from graphs.console import emit_json, percent, warn
+from engines.options import KeepRatios, bundle_argument, document_option, target_option, threads_option, tokens_option
+from graphs.console import emit, percent, warn
 
 
 @click.command(epilog=FORMATS_HELP)
@@ -56,7 +56,7 @@ from graphs.console import emit_json, percent, warn
 )
 @tokens_option
 @data_options
-@click.option("--json", "as_json", is_flag=True, help="Print one document, saccade.tune/1.")
+@document_option("saccade.tune/1")
 @target_option
 @threads_option
 @click.pass_context
@@ -87,11 +87,7 @@ def tune(
     document = tune_bundle(bundle, read, out, wanted, target, threads)
     for doubt in doubts(document):
         warn(doubt)
-    if as_json:
-        emit_json(document)
-    else:
-        for line in in_words(document):
-            click.echo(line)
+    emit(document, as_json, in_words)
 
 
 def in_words(document: dict[str, Any]) -> list[str]:

@@ -185,7 +185,7 @@ def test_a_cpu_without_its_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_reasons() == []
     monkeypatch.setattr("engines.targets.find_spec", lambda name: None)
     assert "onnxruntime is not installed" in cpu_reasons()[0]
-    monkeypatch.setattr("engines.targets.installed_version", lambda name: "1.31.1")
+    monkeypatch.setattr("graphs.versions.installed_version", lambda name: "1.31.1")
     assert cpu_reasons() == [
         "onnxruntime and onnxruntime-gpu are both installed and overwrite each other (pip uninstall onnxruntime "
         "onnxruntime-gpu, then pip install one of 'saccade[cpu]' or 'saccade[gpu]')"

@@ -14,6 +14,7 @@ from engines.sessions import machine, ort_providers
 from engines.sessions.nvidia import driver_reasons, library_reasons
 from engines.sessions.ort_providers import CUDA, CUDA_LIBRARIES, PROVIDERS, RTX, TENSORRT, reasons
 from engines.targets import TABLE, why_not
+from graphs import versions as installed
 
 ALL = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
 
@@ -94,15 +95,16 @@ def here(monkeypatch):
         def chatty() -> None:
             sys.stdout.write("Failed to load libcublasLt.so.13: cannot open shared object file")
 
-        module = SimpleNamespace(preload_dlls=chatty, get_available_providers=lambda: providers or ALL)
-        monkeypatch.setattr(ort_providers, "installed_version", versions.get)
+        runtime = SimpleNamespace(preload_dlls=chatty, get_available_providers=lambda: providers or ALL)
+        for module in (ort_providers, installed):
+            monkeypatch.setattr(module, "installed_version", versions.get)
         monkeypatch.setattr(ort_providers, "driver_reasons", lambda major: [])
         monkeypatch.setattr(
             ort_providers,
             "library_reasons",
             lambda libraries, folder: [f"{name} is not found" for name in libraries if name in missing],
         )
-        monkeypatch.setitem(sys.modules, "onnxruntime", module)
+        monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
         monkeypatch.setattr(ort_providers, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=None))
 
     return install
