@@ -7,9 +7,12 @@ engine's profile bounds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import onnx_ir as ir
 
-from graphs.ops import DOMAIN, OPS
+from graphs.ops import DOMAIN, OPS, Op
 
 
 class FlatBodies(ir.passes.InPlacePass):
@@ -17,9 +20,17 @@ class FlatBodies(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Change in place."""
-        found = [key for key in model.functions if key[0] == DOMAIN and key[1] in OPS and OPS[key[1]].flat_body]
-        for key in found:
-            function = ir.serde.deserialize_function(OPS[key[1]].flat_function)
-            function.opset_imports[""] = model.opset_imports[""]
-            model.functions[function.identifier()] = function
-        return ir.passes.PassResult(model, bool(found))
+        return ir.passes.PassResult(
+            model, exchange_bodies(model, lambda op: op.flat_function if op.flat_body else None)
+        )
+
+
+def exchange_bodies(model: ir.Model, other: Callable[[Op], Any]) -> bool:
+    """Give the attached ops another body, and say whether any has one. other: an op's FunctionProto, or None."""
+    known = [OPS[name] for domain, name, _ in model.functions if domain == DOMAIN and name in OPS]
+    found = [body for body in map(other, known) if body is not None]
+    for body in found:
+        function = ir.serde.deserialize_function(body)
+        function.opset_imports[""] = model.opset_imports[""]
+        model.functions[function.identifier()] = function
+    return bool(found)

@@ -17,8 +17,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from graphs.errors import UsageError
 from graphs.lowering.edit import before, takes_over
+from graphs.lowering.flat import exchange_bodies
 from graphs.lowering.operators_10_3 import CONSTANT_INPUT, OPERATORS, OPSET
-from graphs.ops import DOMAIN, OPS
+from graphs.ops import DOMAIN
 
 INLINED = [("", "Attention"), ("", "RMSNormalization"), ("", "RotaryEmbedding")]
 FOLDED_SIZE = 64  # values of a folded constant at most: axes and shapes, never a weight
@@ -41,7 +42,7 @@ def written_out(model: ir.Model) -> ir.Model:
     import onnx.inliner
 
     weights = {name: value.const_value for name, value in model.graph.initializers.items()}
-    _unstack(model)
+    exchange_bodies(model, lambda op: op.unstacked_function if op.unstacked_body else None)
     for node in model.graph:
         if node.op_type == "Attention":
             node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", ir.DataType.FLOAT.value)
@@ -58,15 +59,6 @@ def written_out(model: ir.Model) -> ir.Model:
     if lacking := _lacking(plain.graph):
         raise UsageError(f"TensorRT 10.3 cannot take this graph: {lacking}; build for a newer parser")
     return plain
-
-
-def _unstack(model: ir.Model) -> None:
-    """Give the ops whose Loop stacks its output the body that carries it."""
-    for domain, name, overload in list(model.functions):
-        if domain == DOMAIN and name in OPS and OPS[name].unstacked_body:
-            function = ir.serde.deserialize_function(OPS[name].unstacked_function)
-            function.opset_imports[""] = model.opset_imports[""]
-            model.functions[domain, name, overload] = function
 
 
 def _lacking(graph: ir.Graph) -> str:
