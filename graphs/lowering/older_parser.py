@@ -1,14 +1,14 @@
 """For TensorRT 10.3: what its parser does not know, written out in what it does.
 
-Attention, RMSNormalization and RotaryEmbedding become ONNX's own definitions of them, our ops their bodies (of
-BlockAttention the one whose Loop stacks nothing), and the opset 20, which for every operator that is left differs from
-23 in types only. Those definitions compute axes from shapes; what is known when the file is written is folded, for the
-parser wants axes as constants.
+Attention, RMSNormalization and RotaryEmbedding become what ONNX defines them as, our ops their bodies, the opset 20,
+which for every operator that is left differs from 23 in types only. Those definitions compute axes from shapes; what is
+known when the file is written is folded, for the parser wants axes as constants.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from graphs.errors import UsageError
 from graphs.lowering.edit import before, takes_over
-from graphs.lowering.flat import exchange_bodies
 from graphs.lowering.operators_10_3 import CONSTANT_INPUT, OPERATORS, OPSET
 from graphs.ops import DOMAIN
 
@@ -42,8 +41,7 @@ def written_out(model: ir.Model) -> ir.Model:
     import onnx.inliner
 
     weights = {name: value.const_value for name, value in model.graph.initializers.items()}
-    exchange_bodies(model, lambda op: op.unstacked_function if op.unstacked_body else None)
-    for node in model.graph:
+    for node in chain(model.graph, *model.functions.values()):
         if node.op_type == "Attention":
             node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", ir.DataType.FLOAT.value)
     proto = onnx.inliner.inline_local_functions(ir.to_proto(model))

@@ -7,8 +7,9 @@ Legend: B blocks (windows, or images), H heads, K places of a block, D head widt
 Source: the vision towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL (transformers, cu_seqlens attention).
 Shape rule: q, k, v [B,H,K,D], is_real bool [B,K] → q's [B,H,K,D]; what stands in padding rows is not defined.
 The body walks the query rows in pieces of at most 256, so the largest intermediate is B·H·256·K: linear in
-the number of patches both for windows (K fixed, B grows) and for one large image (B = 1, K grows). The unstacked
-body does the same for a parser whose Loop stacks nothing, and copies the output once for every piece.
+the number of patches both for windows (K fixed, B grows) and for one large image (B = 1, K grows). The flat body is one
+attention without a mask, for a compiler that has a fused kernel of it, which holds no map: what is not real is said by
+one more column of q and k.
 """
 
 from typing import Any
@@ -16,11 +17,16 @@ from typing import Any
 from graphs.ops.op import Op
 
 PIECE = 256
+COLUMNS = 8  # of which one is used: fused kernels take widths that are multiples of 8
+LOW = -60000.0  # in reach of fp16; times any scale of an attention still less than every score
 
-START = f"""
+HEAD = """
 <domain: "saccade", opset_import: ["" : 23]>
 BlockAttention <scale> (q, k, v, is_real) => (out)
-{{
+{
+"""
+
+BODY = f"""{HEAD}
   zero = Constant <value_int: int = 0> ()
   one = Constant <value_int: int = 1> ()
   head_and_row = Constant <value_ints: ints = [1, 2]> ()
@@ -40,10 +46,13 @@ BlockAttention <scale> (q, k, v, is_real) => (out)
   pieces = Div (rows_up, piece)
   row_of_piece = Range (zero, piece, one)
   yes = Constant <value: tensor = bool {{1}}> ()
-"""
-
-# Inside of the Loop: the output of piece i, whose rows past the last are the last one's.
-PIECE_OUT = """
+  zero_1 = Constant <value_ints: ints = [0]> ()
+  axis_2 = Constant <value_ints: ints = [2]> ()
+  joined = Constant <value_ints: ints = [0, 0, -1]> ()
+  width_1 = Shape <start: int = 3, end: int = 4> (q)
+  out_pieces = Loop (pieces, yes) <body: graph = one_piece
+    (int64 i, bool going) => (bool goes_on, out_piece)
+    {{
       goes_on = Identity (going)
       offset = Mul (i, piece)
       row_of = Add (offset, row_of_piece)
@@ -55,16 +64,7 @@ PIECE_OUT = """
       share_wide = Softmax <axis: int = -1> (logit_seen)
       share = CastLike (share_wide, v)
       out_piece = MatMul (share, v)
-"""
-
-BODY = f"""{START}
-  zero_1 = Constant <value_ints: ints = [0]> ()
-  axis_2 = Constant <value_ints: ints = [2]> ()
-  joined = Constant <value_ints: ints = [0, 0, -1]> ()
-  width_1 = Shape <start: int = 3, end: int = 4> (q)
-  out_pieces = Loop (pieces, yes) <body: graph = one_piece
-    (int64 i, bool going) => (bool goes_on, out_piece)
-    {{{PIECE_OUT}    }}>
+    }}>
   out_turned = Transpose <perm: ints = [1, 2, 0, 3, 4]> (out_pieces)
   out_shape = Concat <axis: int = 0> (joined, width_1)
   out_padded = Reshape (out_turned, out_shape)
@@ -72,25 +72,33 @@ BODY = f"""{START}
 }}
 """
 
-# Every pass writes its own rows into what the passes before it wrote: each row is written once.
-UNSTACKED_BODY = f"""{START}
-  row_then_width = Constant <value_ints: ints = [1]> ()
-  last_place = Sub (piece, one)
-  all_rows = Range (zero, rows, one)
-  unwritten = Sub (q, q)
-  out = Loop (pieces, yes, unwritten) <body: graph = one_piece
-    (int64 i, bool going, so_far) => (bool goes_on, out_so_far)
-    {{{PIECE_OUT}
-      place = Sub (all_rows, offset)
-      before = Less (place, zero)
-      behind = Greater (place, last_place)
-      elsewhere = Or (before, behind)
-      others = Unsqueeze (elsewhere, row_then_width)
-      place_up = Max (place, zero)
-      place_in_piece = Min (place_up, last_place)
-      spread = Gather <axis: int = 2> (out_piece, place_in_piece)
-      out_so_far = Where (others, so_far, spread)
-    }}>
+REST = ", ".join(["0.0"] * (COLUMNS - 1))
+
+# One column of q is 1, the same of k is LOW for padding; v has as many, for a fused kernel has one width.
+FLAT_BODY = f"""{HEAD}
+  zero_1 = Constant <value_ints: ints = [0]> ()
+  axis_3 = Constant <value_ints: ints = [3]> ()
+  head_and_column = Constant <value_ints: ints = [1, 3]> ()
+  columns_1 = Constant <value_ints: ints = [{COLUMNS}]> ()
+  one_wide = Constant <value_floats: floats = [1.0, {REST}]> ()
+  low_wide = Constant <value_floats: floats = [{LOW}, {REST}]> ()
+  nothing_wide = Constant <value_floats: floats = [0.0, {REST}]> ()
+  one = CastLike (one_wide, q)
+  low = CastLike (low_wide, q)
+  nothing = CastLike (nothing_wide, q)
+  places_3 = Shape <start: int = 0, end: int = 3> (q)
+  width_1 = Shape <start: int = 3, end: int = 4> (q)
+  beside = Concat <axis: int = 0> (places_3, columns_1)
+  real = Unsqueeze (is_real, head_and_column)
+  k_said = Where (real, nothing, low)
+  q_columns = Expand (one, beside)
+  k_columns = Expand (k_said, beside)
+  v_columns = Expand (nothing, beside)
+  q_more = Concat <axis: int = 3> (q, q_columns)
+  k_more = Concat <axis: int = 3> (k, k_columns)
+  v_more = Concat <axis: int = 3> (v, v_columns)
+  out_more = Attention <scale: float = @scale> (q_more, k_more, v_more)
+  out = Slice (out_more, zero_1, width_1, axis_3)
 }}
 """
 
@@ -113,4 +121,4 @@ def define() -> Any:
     return block_attention
 
 
-OP = Op("BlockAttention", BODY, define, unstacked_body=UNSTACKED_BODY, carries=True)
+OP = Op("BlockAttention", BODY, define, flat_body=FLAT_BODY, carries=True)

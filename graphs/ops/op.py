@@ -20,7 +20,6 @@ class Op:
     body: an ONNX FunctionProto in onnx.parser's text form.
     define: registers the torch custom op (meaning and fake) and returns it; imports torch, so call it late.
     flat_body: the same meaning without a Loop, for a compiler that fails on one; '' where the body has none.
-    unstacked_body: the same with a Loop that carries its output and stacks nothing; '' where the body stacks nothing.
     scores: the inputs that are scores, sizes or weights of rows: fp32, whatever the others are in.
     carries: whether its first output has the type of its first input; every other float output is fp32.
     ranks: whether it chooses rows by a TopK over a chunk's, as a prune point of the decoder does.
@@ -31,7 +30,6 @@ class Op:
     body: str
     define: Callable[[], Any]
     flat_body: str = ""
-    unstacked_body: str = ""
     scores: tuple[int, ...] = ()
     carries: bool = False
     ranks: bool = False
@@ -50,13 +48,6 @@ class Op:
         import onnx.parser
 
         return onnx.parser.parse_function(self.flat_body or self.body)
-
-    @cached_property
-    def unstacked_function(self) -> Any:
-        """``unstacked_body`` as onnx.FunctionProto; the body where that stacks nothing."""
-        import onnx.parser
-
-        return onnx.parser.parse_function(self.unstacked_body or self.body)
 
     @cached_property
     def torch_op(self) -> Any:

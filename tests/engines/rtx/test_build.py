@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import onnx
 import pytest
 
 from engines.bundles.build import build_bundle
@@ -21,6 +22,7 @@ from engines.trt.options import EngineOptions
 from engines.trt.reading import reading_from
 from graphs.errors import BackendMissing, BadArtefact, OperationFailed, UsageError
 from graphs.files import sha256_of
+from graphs.ops import DOMAIN, OPS
 from graphs.spec import ExportSpec, spec_from_folder
 from tests.conftest import Outcome
 from tests.engines.rtx import stand_in
@@ -150,6 +152,32 @@ def test_what_the_parser_made_is_read_back(lower: Lower, tmp_path: Path, role: s
         wanted = [(f"visible_{j}", f"past_k_{i}", *rest) for j, segment in enumerate(segments) for i in segment]
         assert [(a.mask, a.cache, a.causal, a.grown, a.rows) for a in reading.attentions] == wanted
         assert "RECURRENCE" not in reading.layers, "a Loop behind an attention ends the compiler"
+
+
+@pytest.mark.parametrize("precision", ["FLOAT16", "FLOAT"])
+def test_a_tower_as_deep_and_as_long_as_published_ones_builds(tmp_path: Path, precision: str) -> None:
+    """Qwen2-VL has 32 blocks; over bounds of more than 256 rows their Loops ended the compiler."""
+    kind, nodes = getattr(onnx.TensorProto, precision), []
+    for i in range(32):
+        q, out = f"x_{i}" if i else "q", "out" if i == 31 else f"x_{i + 1}"
+        nodes.append(
+            onnx.helper.make_node("BlockAttention", [q, "k", "v", "real"], [out], f"a_{i}", domain=DOMAIN, scale=0.1)
+        )
+    tensors = [onnx.helper.make_tensor_value_info(n, kind, ["B", 4, "K", 80]) for n in ("q", "k", "v", "out")]
+    real = onnx.helper.make_tensor_value_info("real", onnx.TensorProto.BOOL, ["B", "K"])
+    graph = onnx.helper.make_graph(nodes, "tower", [*tensors[:3], real], tensors[3:])
+    opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid(DOMAIN, 1)]
+    body = [OPS["BlockAttention"].flat_function]
+    onnx.save(onnx.helper.make_model(graph, functions=body, opset_imports=opsets, ir_version=11), tmp_path / "t.onnx")
+    shapes = {n: tuple((b, 4, k, 80) for b, k in ((1, 4), (1, 5632), (8, 11264))) for n in ("q", "k", "v")}
+    answer = engine_from_onnx(
+        tmp_path / "t.onnx",
+        tmp_path / "t.engine",
+        sms=[89],
+        profiles={"any": {**shapes, "real": ((1, 4), (1, 5632), (8, 11264))}},
+        ops={node.name: "BlockAttention" for node in nodes},
+    )
+    assert answer["bytes"] > 0
 
 
 def test_profiles_follow_the_bounds(exports: Exports) -> None:

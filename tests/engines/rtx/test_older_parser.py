@@ -107,7 +107,7 @@ def test_every_ops_body_is_written_out(name: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 255, 256, 257, 700])
-def test_block_attention_is_carried_by_a_loop_that_stacks_nothing(rows: int) -> None:
+def test_block_attention_is_one_attention_with_a_column_more(rows: int) -> None:
     text = (
         "g (float[2,3,K,4] q, float[2,3,K,4] k, float[2,3,K,4] v, bool[2,K] real) => (float[2,3,K,4] out) {"
         " out = saccade.BlockAttention <scale: float = 0.5> (q, k, v, real) }"
@@ -120,8 +120,9 @@ def test_block_attention_is_carried_by_a_loop_that_stacks_nothing(rows: int) -> 
     logits = np.where(real[:, None, None], 0.5 * q @ k.transpose(0, 1, 3, 2), -np.inf)
     shares = np.exp(logits - logits.max(-1, keepdims=True))
     wanted = shares / shares.sum(-1, keepdims=True) @ v
-    old = ir.to_proto(written_out(graph_of(text, "BlockAttention")))
-    for proto in (old, ir.to_proto(graph_of(text, "BlockAttention"))):
+    with_body, flat, old = (graph_of(text, "BlockAttention") for _ in range(3))
+    for model in (with_body, FlatBodies()(flat).model, written_out(FlatBodies()(old).model)):
+        proto = ir.to_proto(model)
         session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
         np.testing.assert_allclose(session.run(["out"], feeds)[0], wanted, atol=1e-5)
 
