@@ -170,6 +170,7 @@ def _cached(
     """Put our nodes in the place of every attention on a past; return ``Read``'s segments, grown and states."""
     graph = proto.graph
     inputs = {value.name: value for value in graph.input}
+    _lengths_of_heard_keys(graph)
     readers = _readers(graph)
     attentions = [n for n in graph.node if n.op_type == "Attention" and not n.domain and len(n.input) > PAST_V]
     segments: dict[str, tuple[str, ...]] = {}
@@ -224,6 +225,18 @@ def _cached(
             of = [f"{name} {i}" if size < 0 else size for i, size in enumerate(shape)]
             graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT32, of))
     return segments, grown, states
+
+
+def _lengths_of_heard_keys(graph: onnx.GraphProto) -> None:
+    """Let what reads a segment's length read it of its last layer's keys, which the prune point behind it hears.
+
+    It stands where torch found the length's symbol, which is any of the segment's keys or values.
+    """
+    segments = {value.name: _dims(value)[2] for value in graph.input if value.name.startswith(("past_k_", "past_v_"))}
+    last = {segment: name for name, segment in segments.items() if name.startswith("past_k_")}
+    for node in graph.node:
+        if node.op_type == "Shape" and node.input[0] in segments:
+            node.input[0] = last[segments[node.input[0]]]
 
 
 def _heard(readers: Mapping[str, list[onnx.NodeProto]], attention: onnx.NodeProto, past_k: str, present_k: str) -> bool:

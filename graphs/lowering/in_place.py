@@ -75,16 +75,17 @@ class _Rewriting:
             if not past_k or not past_v or node.inputs[3] or not node.attributes.get_int("is_causal", 0):
                 raise ir.passes.PassError(f"{node.name} is no causal attention on top of a cache")
             segment = self._segment(past_k)
-            for shape in [user for user, _ in past_k.uses() if user.op_type == "Shape"]:
+            # A segment's length is read where torch found its symbol, which is any of its layers' keys or values.
+            for shape in [user for past in (past_k, past_v) for user, _ in past.uses() if user.op_type == "Shape"]:
                 self._chunk_rows_only(shape, node, segment)
+            if others := [past.name for past in (past_k, past_v) for user, _ in past.uses() if user is not node]:
+                raise ir.passes.PassError(f"{others[0]} is read by more than its layer's attention")
             received = [u for out in node.outputs[1:] for u, _ in out.uses() if u.op_type in RECEIVED]
             presents = self._scattered(node, segment) if self.by == "scattered" else attend(node, segment)
             for past, present in zip((past_k, past_v), presents, strict=True):
                 heads, width = past.shape[1], past.shape[3]  # type: ignore[index]
                 past.shape = ir.Shape([1, heads, segment.capacity, width])
                 present.shape = ir.Shape([1, heads, segment.capacity, width])
-                if any(user.op_type == "Concat" for user, _ in past.uses()):
-                    raise ir.passes.PassError(f"{past.name} is read by more than its layer's attention")
             for user in received:
                 self._received(user, segment)
             self.graph.remove(node, safe=True)
