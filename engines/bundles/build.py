@@ -167,6 +167,11 @@ def _made(name: str, export: Export, out: Path, job: Job) -> BuiltMember:
         from engines.bundles.packed import pack_member
 
         return pack_member(name, source, spec, out, job.packed, job.target)
+    if job.target == "cpu" and spec.dtype == "float16":
+        say(
+            f"{name} on cpu: its fp16 weights are converted to fp32 whenever the bundle is opened; "
+            "--precision fp32, int8 or int4 does that once, now"
+        )
     own = spec.model_copy(update={"dtype": job.dtype or spec.dtype})
     if own != spec:
         out.mkdir()

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from engines.bundles.golden import cases_of, fed
 from graphs.console import warn
-from graphs.errors import OperationFailed
+from graphs.errors import OperationFailed, first_line
 from graphs.lowering.export import LoweredExport
 
 LARGEST = 65504.0  # of fp16
@@ -67,7 +67,13 @@ def near_overflow(lowered: LoweredExport, golden: Path, limit: float = LARGEST /
         for case in (case for case in cases if case.stage == stage):
             given = fed(case, lowered.spec)
             feeds = {t.name: given[t.name].astype(t.dtype) for t in lowered.spec.stages[stage].inputs}
-            for name, got in zip(names, session.run([WATCH + name for name in names], feeds), strict=True):
+            try:
+                magnitudes = session.run([WATCH + name for name in names], feeds)
+            except Exception as e:  # the binding's exceptions share no base class
+                raise OperationFailed(
+                    f"ONNX Runtime failed in the lowered {stage} ({first_line(e, 300)}); report this"
+                ) from None
+            for name, got in zip(names, magnitudes, strict=True):
                 magnitude = float(got) if np.isfinite(got) else math.inf
                 reached[name] = max(reached.get(name, 0.0), magnitude)
         for name, magnitude in sorted(reached.items(), key=lambda item: -item[1]):
@@ -107,7 +113,9 @@ def _watching(lowered: LoweredExport, stage: str) -> tuple[Any, list[str]]:
         watched = ir.to_proto(model).SerializeToString()
         return ort.InferenceSession(watched, options, providers=["CPUExecutionProvider"]), names
     except Exception as e:  # the binding's exceptions share no base class
-        raise OperationFailed(f"ONNX Runtime cannot replay the lowered {stage} ({str(e)[:300]}); report this") from None
+        raise OperationFailed(
+            f"ONNX Runtime cannot replay the lowered {stage} ({first_line(e, 300)}); report this"
+        ) from None
 
 
 def _reads_weights_only(node: ir.Node) -> bool:

@@ -36,6 +36,14 @@ def test_an_fp16_export_answers_nearly_as_fp32(half: Path, tiny_pair: TinyPair) 
     assert narrow.guidance.dtype == np.float32
 
 
+@pytest.mark.parametrize(("options", "said"), [((), True), (("--precision", "fp32"), False)])
+def test_a_build_says_what_every_opening_will_convert(
+    half: Path, tmp_path: Path, saccade_cli: Callable[..., Outcome], options: tuple[str, ...], said: bool
+) -> None:
+    built = saccade_cli("build", half, "-o", tmp_path / "b", "--target", "cpu", *options)
+    assert (built.code, "fp16 weights are converted to fp32 whenever" in built.stderr) == (0, said), built.stderr
+
+
 @needs_openvino
 @pytest.mark.parametrize(("precision", "tolerance"), [(None, "2e-02"), ("bf16", "1e-01"), ("int8", "")])
 def test_an_fp16_export_verifies_and_runs_on_openvino(
