@@ -189,6 +189,10 @@ def _cached(
         segment = inputs[past_k].type.tensor_type.shape.dim[2].dim_param
         segments[segment] = (*segments.get(segment, ()), past_k, past_v)
         grown |= {present_k: past_k, present_v: past_v}
+        if others := [n.name for n in readers.get(past_v, ()) if n.output[:1] != node.output[:1]]:
+            raise BadArtefact(
+                f"{file}: {others[0]} reads a cache's values, not its attention; export the checkpoint again"
+            )
         heard = _heard(readers, node, past_k, present_k)
         for attribute in list(node.attribute):
             node.attribute.remove(attribute)

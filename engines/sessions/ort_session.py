@@ -162,7 +162,9 @@ class OrtSession:
         """Copy an OrtValue to numpy; arrays and buffers of the host pass through."""
         if isinstance(value, HostBuffer):
             return value.array
-        return value if isinstance(value, np.ndarray) else value.numpy()
+        return (
+            value if isinstance(value, np.ndarray) else value.numpy().copy()
+        )  # numpy() is a view of what may be freed
 
     def largest(self, name: str) -> None:
         """Lengths are bounded by memory alone."""

@@ -26,7 +26,9 @@ from graphs.errors import OperationFailed, UsageError
 from graphs.files import atomic_file
 from graphs.versions import missing, require
 
-WEIGHTS_IN_MEMORY = 3.0  # peak host memory of a build, in weights (measured 2.9 with one profile)
+# Peak host memory of a build, in weights as they are stored, by their bits: measured 2.9 with one profile for 16; 4.8
+# and 6.5 for 8 and 4, which TensorRT-RTX widens meanwhile (a decoder of 6 layers of width 4,096).
+WEIGHTS_IN_MEMORY = {None: 3.0, 8: 5.0, 4: 7.0}
 OVERHEAD_BYTES = 600 << 20  # the builder itself, without a weight
 WORKER = ["-m", "engines.trt.worker"]
 WARNING = "[W] "  # how Polygraphy writes what TensorRT warns of
@@ -45,14 +47,14 @@ def checked_sms(sms: tuple[int, ...]) -> list[int]:
     return sorted(set(sms))
 
 
-def memory_needed(weight_bytes: int) -> int:
-    """Host memory that building an engine takes at its peak, in bytes: an estimate."""
-    return int(WEIGHTS_IN_MEMORY * weight_bytes) + OVERHEAD_BYTES
+def memory_needed(weight_bytes: int, bits: int | None = None) -> int:
+    """Host memory that building an engine takes at its peak, in bytes: an estimate. bits: of quantised weights."""
+    return int(WEIGHTS_IN_MEMORY[bits] * weight_bytes) + OVERHEAD_BYTES
 
 
-def refuse_too_large(weight_bytes: int, what: str, flavour: Flavour) -> None:
+def refuse_too_large(weight_bytes: int, what: str, flavour: Flavour, bits: int | None = None) -> None:
     """OperationFailed where a build needs more host memory than is free; said where that is not known."""
-    needed, free = memory_needed(weight_bytes), free_memory()
+    needed, free = memory_needed(weight_bytes, bits), free_memory()
     if free is None:
         say(
             f"building {what} takes about {needed / 1e9:.1f} GB of memory, and how much is free cannot be determined "
@@ -61,7 +63,7 @@ def refuse_too_large(weight_bytes: int, what: str, flavour: Flavour) -> None:
     elif needed > free:
         where = "on a larger machine, for the engine may run elsewhere" if flavour.sms else "where such a GPU has more"
         raise OperationFailed(
-            f"building {what} takes about {needed / 1e9:.1f} GB of memory ({WEIGHTS_IN_MEMORY:g} × weights), and "
+            f"building {what} takes about {needed / 1e9:.1f} GB of memory ({WEIGHTS_IN_MEMORY[bits]:g} × weights), and "
             f"{free / 1e9:.1f} GB are free; free some, choose --precision int8 or int4, or build it {where}"
         )
 

@@ -96,7 +96,7 @@ def build_member(
         lowered = lowered_export(source, spec, held, lowering, link=True)
         plainer = _plainer(source, spec, lowered, lowering)
     for stage, weight_bytes in lowered.weight_bytes.items():
-        refuse_too_large(weight_bytes, f"{stage} of the {name} model", flavour)
+        refuse_too_large(weight_bytes, f"{stage} of the {name} model", flavour, lowering.bits)
     if lowered.spec.dtype == "float16":
         with step(f"replaying the {name} model for overflow"):
             guard_against_overflow(plainer, source)

@@ -1,7 +1,7 @@
 """Which tensors of an fp16 export come near the end of fp16, found by replaying the golden tensors in ONNX Runtime.
 
 Every fp16 value between two nodes is watched: its largest magnitude is computed in the graph, so one run holds one
-number per tensor and no more activations than the model itself. What stands inside a body is fp32 and not watched.
+number per tensor and no more activations than the model itself. What stands inside a body is not watched.
 Golden inputs are small and of one image, so a finding is certain and silence is a good sign, not a proof.
 """
 

@@ -7,9 +7,8 @@ Legend: B blocks (windows, or images), H heads, K places of a block, D head widt
 Source: the vision towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL (transformers, cu_seqlens attention).
 Shape rule: q, k, v [B,H,K,D], is_real bool [B,K] → q's [B,H,K,D]; what stands in padding rows is not defined.
 The body walks the query rows in pieces of at most 256, so the largest intermediate is B·H·256·K: linear in
-the number of patches both for windows (K fixed, B grows) and for one large image (B = 1, K grows). The flat body is one
-attention without a mask, for a compiler that has a fused kernel of it, which holds no map: what is not real is said by
-one more column of q and k.
+the number of patches both for windows (K fixed, B grows) and for one large image (B = 1, K grows). The flat body is the
+formula as it stands, for a compiler that makes one fused kernel of it, which holds no map.
 """
 
 from typing import Any
@@ -17,8 +16,6 @@ from typing import Any
 from graphs.ops.op import Op
 
 PIECE = 256
-COLUMNS = 8  # of which one is used: fused kernels take widths that are multiples of 8
-LOW = -60000.0  # in reach of fp16; times any scale of an attention still less than every score
 
 HEAD = """
 <domain: "saccade", opset_import: ["" : 23]>
@@ -72,33 +69,20 @@ BODY = f"""{HEAD}
 }}
 """
 
-REST = ", ".join(["0.0"] * (COLUMNS - 1))
-
-# One column of q is 1, the same of k is LOW for padding; v has as many, for a fused kernel has one width.
 FLAT_BODY = f"""{HEAD}
-  zero_1 = Constant <value_ints: ints = [0]> ()
-  axis_3 = Constant <value_ints: ints = [3]> ()
-  head_and_column = Constant <value_ints: ints = [1, 3]> ()
-  columns_1 = Constant <value_ints: ints = [{COLUMNS}]> ()
-  one_wide = Constant <value_floats: floats = [1.0, {REST}]> ()
-  low_wide = Constant <value_floats: floats = [{LOW}, {REST}]> ()
-  nothing_wide = Constant <value_floats: floats = [0.0, {REST}]> ()
-  one = CastLike (one_wide, q)
-  low = CastLike (low_wide, q)
-  nothing = CastLike (nothing_wide, q)
-  places_3 = Shape <start: int = 0, end: int = 3> (q)
-  width_1 = Shape <start: int = 3, end: int = 4> (q)
-  beside = Concat <axis: int = 0> (places_3, columns_1)
-  real = Unsqueeze (is_real, head_and_column)
-  k_said = Where (real, nothing, low)
-  q_columns = Expand (one, beside)
-  k_columns = Expand (k_said, beside)
-  v_columns = Expand (nothing, beside)
-  q_more = Concat <axis: int = 3> (q, q_columns)
-  k_more = Concat <axis: int = 3> (k, k_columns)
-  v_more = Concat <axis: int = 3> (v, v_columns)
-  out_more = Attention <scale: float = @scale> (q_more, k_more, v_more)
-  out = Slice (out_more, zero_1, width_1, axis_3)
+  head_and_row = Constant <value_ints: ints = [1, 2]> ()
+  none = Constant <value: tensor = float {{-inf}}> ()
+  scale = Constant <value_float: float = @scale> ()
+  scale_like = CastLike (scale, q)
+  q_scaled = Mul (q, scale_like)
+  k_turned = Transpose <perm: ints = [0, 1, 3, 2]> (k)
+  visible = Unsqueeze (is_real, head_and_row)
+  logit = MatMul (q_scaled, k_turned)
+  logit_wide = Cast <to: int = 1> (logit)
+  logit_seen = Where (visible, logit_wide, none)
+  share_wide = Softmax <axis: int = -1> (logit_seen)
+  share = CastLike (share_wide, v)
+  out = MatMul (share, v)
 }}
 """
 

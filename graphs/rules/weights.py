@@ -10,7 +10,9 @@ from graphs.files import path_inside
 from graphs.rules.rule import Export, Report, Stage, export_rule, stage_rule
 from graphs.rules.tensors import HEAD, Constant, constants_of, dtype_of, lists_of
 
-EMBEDDED_LIMIT = 16 * 1024  # what a tracer computes (positions, frequencies) is smaller; a weight is larger
+EMBEDDED_LIMIT = (
+    64 * 1024
+)  # what a tracer computes (int64 positions of a tower, frequencies) is smaller; a weight is larger
 SAME_FROM = 256  # smaller constants may well be equal by what they mean
 PIECE = 1 << 22
 EXPONENTS = {2: (np.uint16, 0x7C00), 4: (np.uint32, 0x7F800000), 8: (np.uint64, 0x7FF0000000000000)}

@@ -342,7 +342,7 @@ def embed_in(model, values):
 
 @bad("G404")
 def weight_inside(folder):
-    edit_model(folder, "vision", lambda m: embed_in(m, np.random.default_rng(0).random((12, 999), np.float32)))
+    edit_model(folder, "vision", lambda m: embed_in(m, np.random.default_rng(0).random((12, 9999), np.float32)))
 
 
 def large_list(**values):
@@ -351,17 +351,17 @@ def large_list(**values):
 
 @bad("G404")
 def numbers_in_an_attribute(folder):
-    edit_model(folder, "vision", large_list(value_floats=[float(i) for i in range(5000)]))
+    edit_model(folder, "vision", large_list(value_floats=[float(i) for i in range(20000)]))
 
 
 @bad("G404")
 def whole_numbers_in_an_attribute(folder):
-    edit_model(folder, "vision", large_list(value_ints=list(range(5000))))
+    edit_model(folder, "vision", large_list(value_ints=list(range(20000))))
 
 
 @bad("G404")
 def text_in_an_attribute(folder):
-    edit_model(folder, "vision", large_list(value_strings=["word"] * 5000))
+    edit_model(folder, "vision", large_list(value_strings=["word"] * 20000))
 
 
 @bad("G404")
@@ -371,8 +371,8 @@ def weight_in_a_nested_graph(folder):
             [helper.make_node("Identity", ["within"], ["out"])],
             "inner",
             [],
-            [helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, (5000,))],
-            [onnx.numpy_helper.from_array(np.arange(5000, dtype=np.float32), "within")],
+            [helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, (20000,))],
+            [onnx.numpy_helper.from_array(np.arange(20000, dtype=np.float32), "within")],
         )
         model.graph.node.insert(0, helper.make_node("Constant", [], ["yes"], value=helper.make_tensor("t", 9, (), [1])))
         model.graph.node.insert(1, helper.make_node("If", ["yes"], ["of_if"], then_branch=inner, else_branch=inner))
@@ -383,9 +383,9 @@ def weight_in_a_nested_graph(folder):
 @bad("G404")
 def sparse_weight_inside(folder):
     def change(model):
-        values = onnx.numpy_helper.from_array(np.arange(1, 5001, dtype=np.float32), "sparse")
-        places = onnx.numpy_helper.from_array(np.arange(5000, dtype=np.int64))
-        model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [6000]))
+        values = onnx.numpy_helper.from_array(np.arange(1, 20001, dtype=np.float32), "sparse")
+        places = onnx.numpy_helper.from_array(np.arange(20000, dtype=np.int64))
+        model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [21000]))
 
     edit_model(folder, "vision", change)
 

@@ -67,9 +67,12 @@ def test_every_target_computes_the_golden_tensors(
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_so_do_the_files_that_engines_are_built_from(exports: dict[int, Path], tmp_path: Path, cut: int) -> None:
+@pytest.mark.parametrize("capacity", [None, 64])
+def test_so_do_the_files_that_engines_are_built_from(
+    exports: dict[int, Path], tmp_path: Path, cut: int, capacity: int | None
+) -> None:
     folder = exports[cut]
-    lowered = lowered_export(folder, spec_from_folder(folder), tmp_path, Lowering("float32"))
+    lowered = lowered_export(folder, spec_from_folder(folder), tmp_path, Lowering("float32", capacity=capacity))
     for case in golden(folder):
         for name, got in run_onnx(lowered, case).items():
             assert compare(name, got, case.outputs[name], 1e-4).agrees, (case.name, name)

@@ -281,6 +281,8 @@ def test_a_build_that_memory_is_too_short_for_is_refused(
     refuse_too_large(8_000_000_000, "decoder of the large model", flavour)
     with pytest.raises(OperationFailed, match=f"takes about 42.9 GB .* and 28.0 GB are free; .* {advice}"):
         refuse_too_large(14_100_000_000, "decoder of the large model", flavour)
+    with pytest.raises(OperationFailed, match=r"takes about 28.6 GB .* \(7 × weights\)"):
+        refuse_too_large(4_000_000_000, "decoder of the large model", flavour, 4)
 
 
 def test_fp16_engines_want_onnxruntime_before_anything_is_lowered(

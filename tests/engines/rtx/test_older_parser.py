@@ -107,7 +107,7 @@ def test_every_ops_body_is_written_out(name: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 255, 256, 257, 700])
-def test_block_attention_is_one_attention_with_a_column_more(rows: int) -> None:
+def test_block_attention_without_a_loop_is_its_formula(rows: int) -> None:
     text = (
         "g (float[2,3,K,4] q, float[2,3,K,4] k, float[2,3,K,4] v, bool[2,K] real) => (float[2,3,K,4] out) {"
         " out = saccade.BlockAttention <scale: float = 0.5> (q, k, v, real) }"
