@@ -71,7 +71,7 @@ def weight_files_differ(export: Export) -> Report:
 
 @stage_rule("G404", "weight in the graph", "bind it to the weight file as external data")
 def weight_in_the_graph(stage: Stage) -> Report:
-    """No constant of more than 16 KiB lies in the .onnx itself."""
+    """No constant of more than 64 KiB lies in the .onnx itself."""
     for constant in constants_of(stage):
         if constant.location is None and constant.length > EMBEDDED_LIMIT:
             yield constant.name, f"{constant.length} bytes lie in the .onnx"

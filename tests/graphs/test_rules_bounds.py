@@ -71,8 +71,8 @@ def test_a_body_with_one_input_more_is_another_body(small):
     assert "G103" in codes_of(small)
 
 
-@pytest.mark.parametrize(("numbers", "found"), [(4096, False), (4097, True)])
-def test_a_constant_of_16_kib_may_lie_in_the_graph_and_not_a_number_more(small, numbers, found):
+@pytest.mark.parametrize(("numbers", "found"), [(16384, False), (16385, True)])
+def test_a_constant_of_64_kib_may_lie_in_the_graph_and_not_a_number_more(small, numbers, found):
     add_constants(small, one=drawn(numbers))
     assert ("G404" in codes_of(small)) == found
 
@@ -127,8 +127,8 @@ def test_a_foreign_op_in_a_branch_is_found(small):
 
 
 def test_a_weight_in_a_branch_is_found(small):
-    weight = onnx.numpy_helper.from_array(drawn(12, 999), "weight")
-    add_nested(small, helper.make_node("Identity", ["weight"], ["inner"]), [weight], (12, 999))
+    weight = onnx.numpy_helper.from_array(drawn(12, 9999), "weight")
+    add_nested(small, helper.make_node("Identity", ["weight"], ["inner"]), [weight], (12, 9999))
     assert "G404" in codes_of(small)
 
 
