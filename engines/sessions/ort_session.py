@@ -162,9 +162,8 @@ class OrtSession:
         """Copy an OrtValue to numpy; arrays and buffers of the host pass through."""
         if isinstance(value, HostBuffer):
             return value.array
-        return (
-            value if isinstance(value, np.ndarray) else value.numpy().copy()
-        )  # numpy() is a view of what may be freed
+        # numpy() is a view of what may be freed
+        return value if isinstance(value, np.ndarray) else value.numpy().copy()
 
     def largest(self, name: str) -> None:
         """Lengths are bounded by memory alone."""

@@ -26,8 +26,8 @@ from graphs.errors import OperationFailed, UsageError
 from graphs.files import atomic_file
 from graphs.versions import missing, require
 
-# Peak host memory of a build, in weights as they are stored, by their bits: measured 2.9 with one profile for 16; 4.8
-# and 6.5 for 8 and 4, which TensorRT-RTX widens meanwhile (a decoder of 6 layers of width 4,096).
+# Peak host memory of a build, in weights as they are stored, by their bits: measured 2.9 with one profile for 16. For 8
+# and 4 bits an upper bound: the whole build's peak was 4.8 and 6.5 of its decoder (6 layers of width 4,096).
 WEIGHTS_IN_MEMORY = {None: 3.0, 8: 5.0, 4: 7.0}
 OVERHEAD_BYTES = 600 << 20  # the builder itself, without a weight
 WORKER = ["-m", "engines.trt.worker"]

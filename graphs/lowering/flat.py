@@ -3,7 +3,7 @@
 TensorRT-RTX 1.7.1.116 parses a Loop and builds an op alone, but its compiler ends with signal 11 where a Loop stands
 behind an attention of the same graph, and with an error about names of its own where a tower of 32 layers follows one.
 So the ops that have a flat body get it: received attention at the price of a map H·G·T whose G the engine's profile
-bounds, block attention as its formula, of which the compiler makes one fused kernel.
+bounds, block attention as its formula, of which the compiler holds no map.
 """
 
 from __future__ import annotations

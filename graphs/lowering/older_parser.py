@@ -8,7 +8,6 @@ known when the file is written is folded, for the parser wants axes as constants
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -41,7 +40,7 @@ def written_out(model: ir.Model) -> ir.Model:
     import onnx.inliner
 
     weights = {name: value.const_value for name, value in model.graph.initializers.items()}
-    for node in chain(model.graph, *model.functions.values()):
+    for node in model.graph:
         if node.op_type == "Attention":
             node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", ir.DataType.FLOAT.value)
     proto = onnx.inliner.inline_local_functions(ir.to_proto(model))

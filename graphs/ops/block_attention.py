@@ -8,7 +8,7 @@ Source: the vision towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL (transformers, cu
 Shape rule: q, k, v [B,H,K,D], is_real bool [B,K] → q's [B,H,K,D]; what stands in padding rows is not defined.
 The body walks the query rows in pieces of at most 256, so the largest intermediate is B·H·256·K: linear in
 the number of patches both for windows (K fixed, B grows) and for one large image (B = 1, K grows). The flat body is the
-formula as it stands, for a compiler that makes one fused kernel of it, which holds no map.
+formula as it stands, for a compiler that holds no map of it.
 """
 
 from typing import Any
@@ -23,18 +23,26 @@ BlockAttention <scale> (q, k, v, is_real) => (out)
 {
 """
 
+SCALED = """  scale = Constant <value_float: float = @scale> ()
+  scale_like = CastLike (scale, q)
+  q_scaled = Mul (q, scale_like)
+  k_turned = Transpose <perm: ints = [0, 1, 3, 2]> (k)
+  visible = Unsqueeze (is_real, head_and_row)
+"""
+
+SHARE = """  logit_wide = Cast <to: int = 1> (logit)
+  logit_seen = Where (visible, logit_wide, none)
+  share_wide = Softmax <axis: int = -1> (logit_seen)
+  share = CastLike (share_wide, v)
+"""
+
 BODY = f"""{HEAD}
   zero = Constant <value_int: int = 0> ()
   one = Constant <value_int: int = 1> ()
   head_and_row = Constant <value_ints: ints = [1, 2]> ()
   none = Constant <value: tensor = float {{-inf}}> ()
   limit_1 = Constant <value_ints: ints = [{PIECE}]> ()
-  scale = Constant <value_float: float = @scale> ()
-  scale_like = CastLike (scale, q)
-  q_scaled = Mul (q, scale_like)
-  k_turned = Transpose <perm: ints = [0, 1, 3, 2]> (k)
-  visible = Unsqueeze (is_real, head_and_row)
-  row_1 = Shape <start: int = 2, end: int = 3> (q)
+{SCALED}  row_1 = Shape <start: int = 2, end: int = 3> (q)
   piece_1 = Min (row_1, limit_1)
   piece = Squeeze (piece_1)
   rows = Squeeze (row_1)
@@ -56,11 +64,7 @@ BODY = f"""{HEAD}
       row_real = Min (row_of, last_row)
       q_piece = Gather <axis: int = 2> (q_scaled, row_real)
       logit = MatMul (q_piece, k_turned)
-      logit_wide = Cast <to: int = 1> (logit)
-      logit_seen = Where (visible, logit_wide, none)
-      share_wide = Softmax <axis: int = -1> (logit_seen)
-      share = CastLike (share_wide, v)
-      out_piece = MatMul (share, v)
+{SHARE}      out_piece = MatMul (share, v)
     }}>
   out_turned = Transpose <perm: ints = [1, 2, 0, 3, 4]> (out_pieces)
   out_shape = Concat <axis: int = 0> (joined, width_1)
@@ -72,17 +76,8 @@ BODY = f"""{HEAD}
 FLAT_BODY = f"""{HEAD}
   head_and_row = Constant <value_ints: ints = [1, 2]> ()
   none = Constant <value: tensor = float {{-inf}}> ()
-  scale = Constant <value_float: float = @scale> ()
-  scale_like = CastLike (scale, q)
-  q_scaled = Mul (q, scale_like)
-  k_turned = Transpose <perm: ints = [0, 1, 3, 2]> (k)
-  visible = Unsqueeze (is_real, head_and_row)
-  logit = MatMul (q_scaled, k_turned)
-  logit_wide = Cast <to: int = 1> (logit)
-  logit_seen = Where (visible, logit_wide, none)
-  share_wide = Softmax <axis: int = -1> (logit_seen)
-  share = CastLike (share_wide, v)
-  out = MatMul (share, v)
+{SCALED}  logit = MatMul (q_scaled, k_turned)
+{SHARE}  out = MatMul (share, v)
 }}
 """
 
