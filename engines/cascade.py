@@ -74,7 +74,7 @@ class Cascade:
 
         target: this one of the bundle's; None: the best that this machine can run. threads: CPU threads of a run at
         most, None for the runtime's choice; a model of few weights takes one. preload: open every session now, the
-        large model's too. reuses_beginnings: see the class. Raises BadArtefact for a bundle that is broken or tampered
+        large model's too, and run it once. reuses_beginnings: see the class. Raises BadArtefact for a bundle that is broken or tampered
         with, UsageError for a target that it does not hold, BackendMissing where it cannot be run here, OperationFailed
         where its weights are more than the memory that is free.
         """
@@ -135,13 +135,20 @@ class Cascade:
         """Whether an image is prepared once for both models."""
         return bool(self.small and self.large and self.small.processor.sees_like(self.large.processor))
 
-    def preload(self) -> None:
-        """Open every session of every model, so that no question has to wait for one."""
+    def preload(self, runs: bool = True) -> None:
+        """Open every session of every model and run it once, so that no question has to wait for either.
+
+        runs: whether to run them; BadArtefact where the golden tensors, on which that is done, cannot be read.
+        """
         _ = self.drafts
         models = {"small": self.small, "large": self.large}
         for name, model in ((name, model) for name, model in models.items() if model):
-            with step(f"opening the {name} model" if self.small and self.large else "opening the model"):
+            called = f"the {name} model" if self.small and self.large else "the model"
+            with step(f"opening {called}"):
                 model.open()
+            if runs:
+                with step(f"running {called} once"):
+                    model.run_once()
 
     def ask(
         self,

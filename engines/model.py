@@ -114,6 +114,17 @@ class Model:
                 else:
                     begun[stage].result()
 
+    def run_once(self) -> None:
+        """Run every stage on its golden tensors, so that no question has to wait for what a runtime does in first runs:
+        packing weights, compiling kernels, reading a mapped file.
+
+        Raises BadArtefact where the golden tensors cannot be read, OperationFailed where a run fails.
+        """
+        from engines.bundles.golden import cases_of, in_types_of, ran
+
+        for case in cases_of(self.folder, self.spec):
+            ran(in_types_of(case, self.spec), self.session(case.stage), self.spec)
+
     @cached_property
     def decoder(self) -> Decoder:
         """The decoder with the host's rules around it."""

@@ -35,9 +35,9 @@ class Saccade:
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
         import saccade
 
-        self._cascade = saccade.Cascade.open(  # the whole prompt is what is measured
-            folder, target=target, threads=threads, preload=True, reuses_beginnings=False
-        )
+        # The whole prompt is what is measured; sessions are opened only, as the peers' are.
+        self._cascade = saccade.Cascade.open(folder, target=target, threads=threads, reuses_beginnings=False)
+        self._cascade.preload(runs=False)
         self._threshold = threshold
 
     def ask(self, image: np.ndarray, question: str, tokens: int, *, whole: bool = False) -> Measured:

@@ -80,11 +80,9 @@ def runs(
     Kept rows come first: where they differ, that is the reason for every number behind them.
     """
     for of_stage, cases in groupby(cases_of(golden, spec), key=lambda case: case.stage):
-        stage = spec.stages[of_stage]
-        session, dtype = open_stage(stages / stage.file), {tensor.name: tensor.dtype for tensor in stage.inputs}
+        session = open_stage(stages / spec.stages[of_stage].file)
         for case in cases:
-            feeds = {name: value.astype(dtype[name], copy=False) for name, value in case.inputs.items()}
-            got = ran(replace(case, inputs=feeds), session, spec)
+            got = ran(in_types_of(case, spec), session, spec)
             names = sorted(case.outputs, key=lambda name: not name.startswith("kept_"))
             yield case, {name: got[name] for name in names}
 
@@ -121,6 +119,13 @@ def _tensors(path: Path) -> Tensors:
     if file.metadata.get("schema") != SCHEMA:
         raise _bad(path, f"its schema is {file.metadata.get('schema')!r}, this version reads {SCHEMA!r}")
     return load_file(path)
+
+
+def in_types_of(case: Case, spec: ExportSpec) -> Case:
+    """A case with its inputs in the types that its stage takes."""
+    dtype = {tensor.name: tensor.dtype for tensor in spec.stages[case.stage].inputs}
+    feeds = {name: value.astype(dtype[name], copy=False) for name, value in case.inputs.items()}
+    return replace(case, inputs=feeds)
 
 
 def fed(case: Case, spec: ExportSpec) -> Tensors:

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from engines.cascade import Cascade
-from graphs.spec import STAGES
+from engines.sessions.ort_session import OrtSession
+from graphs.spec import GOLDEN_FILE, STAGES
 from saccade import SHOWS
 from tests.engines.run.conftest import IMAGE_SIZE, TinyPair, picture_of
 
@@ -60,6 +63,37 @@ def test_preload_opens_every_model_before_the_first_question(
     assert told.code == 0, told.stderr
     assert (len(calls), set(calls)) == (6, every)
     assert "opening the large model" in told.stderr
+    assert "running the large model once" in told.stderr
+
+
+def test_preload_runs_every_stage_before_the_first_question(
+    tiny_bundle: Path, image_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    run = OrtSession.run
+
+    def noted(self: OrtSession, *args: Any, **named: Any) -> dict[str, Any]:
+        ran.append(self._file.stem)
+        return run(self, *args, **named)
+
+    plain = Cascade.open(tiny_bundle).ask(image_file, QUESTION, threshold=1, max_new_tokens=4)
+    monkeypatch.setattr(OrtSession, "run", noted)
+    opened = Cascade.open(tiny_bundle)
+    opened.preload(runs=False)
+    assert ran == []
+    opened.preload()
+    assert set(ran) == set(STAGES)
+    assert opened.ask(image_file, QUESTION, threshold=1, max_new_tokens=4).tokens == plain.tokens
+
+
+def test_preload_needs_golden_tensors(saccade_cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, folder)
+    (folder / "large" / GOLDEN_FILE).unlink()
+    told = saccade_cli("run", folder, QUESTION, "--preload")
+    assert told.code == 3
+    assert GOLDEN_FILE in told.stderr
+    assert told.stderr.count("Error") == 0
 
 
 @pytest.mark.parametrize(
