@@ -74,9 +74,9 @@ class Cascade:
 
         target: this one of the bundle's; None: the best that this machine can run. threads: CPU threads of a run at
         most, None for the runtime's choice; a model of few weights takes one. preload: open every session now, the
-        large model's too, and run it once. reuses_beginnings: see the class. Raises BadArtefact for a bundle that is broken or tampered
-        with, UsageError for a target that it does not hold, BackendMissing where it cannot be run here, OperationFailed
-        where its weights are more than the memory that is free.
+        large model's too, and run each once. reuses_beginnings: see the class. Raises BadArtefact for a bundle that is
+        broken or tampered with, UsageError for a target that it does not hold, BackendMissing where it cannot be run
+        here, OperationFailed where its weights are more than the memory that is free.
         """
         from engines.bundles.bundle import open_bundle
         from engines.bundles.footprint import refuse_what_cannot_fit

@@ -58,7 +58,9 @@ target_option = click.option(
     metavar="NAME",
     help="Which of the bundle's targets to run on. [the best that this machine can run]",
 )
-preload_option = click.option("--preload", is_flag=True, help="Open every model, and run it once, before the first question.")
+preload_option = click.option(
+    "--preload", is_flag=True, help="Open every model and run it once before the first question."
+)
 threads_option = click.option(
     "--threads",
     type=int,

@@ -33,7 +33,9 @@ class Target:
 
     takes: what else the session may be told, as ``engines.sessions.session.open_session`` has it. precisions: what its
     graphs can be packed or computed in, where a build may choose. packed: those of them with files of their own.
-    packed_dtype: what it computes in between quantised weights. wide_caches: types whose caches it holds in float32.
+    widened: those for which the weights of an fp16 export are written as fp32, because it would make them so whenever
+    it opens them. packed_dtype: what it computes in between quantised weights. wide_caches: types whose caches it holds
+    in float32.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Target:
     takes: tuple[Literal["in_place", "dtype"], ...] = ()
     precisions: tuple[str, ...] = ()
     packed: tuple[HostPrecision, ...] = ()
+    widened: tuple[str, ...] = ()
     packed_dtype: FloatType = "float32"
     wide_caches: tuple[FloatType, ...] = ()
 
@@ -107,6 +110,7 @@ TABLE = (
         takes=("dtype",),
         precisions=("bf16", "fp32", "int8", "int4"),
         packed=("int8", "int4"),
+        widened=("bf16", "fp32"),
         packed_dtype="bfloat16",  # falls back to fp32 by itself
         wide_caches=("float16",),  # which it computes in fp32 on a CPU
     ),

@@ -14,6 +14,7 @@ from engines.bundles.given import exports_in
 from engines.bundles.jobs import BuiltMember, Job, resolved
 from engines.bundles.manifest import MANIFEST_FILE, FileEntry, Manifest, MemberEntry, Served, TargetEntry
 from engines.bundles.pair import Source, members_from_sources, prunes_nothing
+from engines.targets import TARGETS
 from graphs.console import say, step, warn
 from graphs.errors import UsageError
 from graphs.files import atomic_folder, clone_or_copy, digests_of, path_inside, refuse_overlap
@@ -58,7 +59,8 @@ def build_bundle(
     older bundle at ``out``. engines: how engines are built (``engines.trt.options.EngineOptions``).
     precision: of a target that has ``precisions``. fp32, int8 or int4 for cpu, int8 or int4 for openvino: files of its
     own, packed for it, int8 and int4 with the error they cost in the manifest; bf16 or fp32 for openvino, which
-    computes the same graphs in it; None: the canonical graphs in the export's own.
+    computes the same graphs in it, or of an fp16 export files of its own, in fp32; None: the canonical graphs in the
+    export's own.
     Errors: BadArtefact for an export that breaks a rule, UsageError for a pair that does not fit, BackendMissing where
     what quantised files are measured with is not installed, OperationFailed for a full disk or a failed build; nothing
     is left under the final name then.
@@ -131,7 +133,7 @@ def _member(name: str, export: Export, folder: Path, jobs: Sequence[Job]) -> Mem
     folder.mkdir()
     with step(f"copying the {name} model"):
         copy_shared(export.folder, folder)
-        how = copy_graphs(export.folder, spec, folder) if any(job.shares for job in jobs) else ""
+        how = copy_graphs(export.folder, spec, folder) if any(job.shares(spec) for job in jobs) else ""
     if how:
         say(f"{name}: {_in_words(how)} of {export.folder}")
     on = {job.target: _target(name, export, folder, job) for job in jobs}
@@ -163,14 +165,15 @@ def _made(name: str, export: Export, out: Path, job: Job) -> BuiltMember:
         from engines.trt.member import build_member
 
         return build_member(name, source, spec, out, job.engines, FLAVOURS[job.target])
-    if job.packed:
+    if packed := job.packed_from(spec):
         from engines.bundles.packed import pack_member
 
-        return pack_member(name, source, spec, out, job.packed, job.target)
-    if job.target == "cpu" and spec.dtype == "float16":
+        return pack_member(name, source, spec, out, packed, job.target, job.dtype)
+    if TARGETS[job.target].memory == "host" and spec.dtype == "float16":
+        choices = ", ".join(TARGETS[job.target].precisions)
         say(
-            f"{name} on cpu: its fp16 weights are converted to fp32 whenever the bundle is opened; "
-            "--precision fp32, int8 or int4 does that once, now"
+            f"{name} on {job.target}: its fp16 weights are converted to fp32 whenever the bundle is opened; "
+            f"--precision (one of {choices}) does that once, now"
         )
     own = spec.model_copy(update={"dtype": job.dtype or spec.dtype})
     if own != spec:

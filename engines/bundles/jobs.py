@@ -20,19 +20,24 @@ if TYPE_CHECKING:
 class Job:
     """What every model of a bundle becomes on one target.
 
-    packed: the precision of files of its own. engines: how they are built. Without either it runs the canonical graphs,
-    which such targets share. dtype: what it computes these in, None for the export's own.
+    packed: the precision of files of its own. widens: whether an fp16 export gets such, in fp32. engines: how they are
+    built. Without any it runs the canonical graphs, which such targets share. dtype: what it computes these, or wide
+    weights, in; None for the files' own.
     """
 
     target: str
     packed: HostPrecision | None = None
     engines: EngineOptions | None = None
     dtype: FloatType | None = None
+    widens: bool = False
 
-    @property
-    def shares(self) -> bool:
-        """Whether it runs the graphs that lie in the model's folder."""
-        return not self.packed and not self.engines
+    def packed_from(self, spec: ExportSpec) -> HostPrecision | None:
+        """The precision of the files of its own that this export gets; None where it gets none."""
+        return self.packed or ("fp32" if self.widens and spec.dtype == "float16" else None)
+
+    def shares(self, spec: ExportSpec) -> bool:
+        """Whether it runs this export's graphs, which lie in the model's folder."""
+        return not self.packed_from(spec) and not self.engines
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,8 @@ def _job(target: Target, precision: str | None, options: EngineOptions | None) -
         return Job(target.name, engines=options)
     if precision in target.packed:
         return Job(target.name, packed=precision)
-    return Job(target.name, dtype="bfloat16" if precision == "bf16" and precision in target.precisions else None)
+    dtype: FloatType | None = "bfloat16" if precision == "bf16" and precision in target.precisions else None
+    return Job(target.name, dtype=dtype, widens=precision in target.widened)
 
 
 def _engine_options(targets: Sequence[str], engines: EngineOptions | None) -> EngineOptions | None:

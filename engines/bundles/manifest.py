@@ -130,8 +130,9 @@ class TargetEntry(Record):
     """One model on one target.
 
     spec: its spec.json and stages[…].file: its stages, both below the model's folder; targets that run graphs share
-    them. ops: for each op of the plan whether a kernel or the body serves it. precision: of the weights of packed
-    stages (fp32, int8, int4) or of engines (int8, int4), with what quantising costs; '' where they are in dtype.
+    them. ops: for each op of the plan whether a kernel or the body serves it. precision: of packed stages (fp32, int8,
+    int4; bf16 where their weights are in fp32 and it computes in bf16) or of engines (int8, int4), with what quantising
+    costs; '' where all is in dtype.
     """
 
     spec: str

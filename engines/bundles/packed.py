@@ -16,19 +16,26 @@ from graphs.console import say, step
 from graphs.lowering.export import interface_of
 from graphs.lowering.in_place import grouped
 from graphs.lowering.packing import BITS, HostPrecision, Packing
-from graphs.spec import SPEC_FILE, CacheForm, ExportSpec, StageSpec, WeightFile
+from graphs.spec import SPEC_FILE, CacheForm, ExportSpec, FloatType, StageSpec, WeightFile
 
 
 def pack_member(
-    name: str, source: Path, spec: ExportSpec, out: Path, precision: HostPrecision, target: str = "cpu"
+    name: str,
+    source: Path,
+    spec: ExportSpec,
+    out: Path,
+    precision: HostPrecision,
+    target: str = "cpu",
+    computed_in: FloatType | None = None,
 ) -> BuiltMember:
     """Write an export's stages and weights into the new folder ``out``, which lies in the model's.
 
-    Quantised ones are replayed on the target against the golden tensors of ``source``; the errors are told and
-    returned.
+    computed_in: of weights in fp32, where that is narrower. Quantised ones are replayed on the target against the
+    golden tensors of ``source``; the errors are told and returned.
     """
     out.mkdir()
-    packing, dtype = Packing(precision, out, target), TARGETS[target].packed_dtype
+    packing = Packing(precision, out, target)
+    dtype = TARGETS[target].packed_dtype if precision in BITS else computed_in or "float32"
     stages: dict[str, StageSpec] = {}
     form: CacheForm = "concat"
     with step(f"packing the {name} model as {precision} for {target}"):
@@ -59,4 +66,4 @@ def pack_member(
             losses = losses_of(source, packed, out.parent, partial(open_session, target=target, dtype=dtype))
         for line in losses_in_words(losses):
             say(f"{name} in {precision} on {target}, golden tensors: {line}")
-    return BuiltMember(packed, size, precision, losses)
+    return BuiltMember(packed, size, "bf16" if computed_in == "bfloat16" else precision, losses)

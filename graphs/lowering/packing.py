@@ -42,7 +42,7 @@ HostPrecision = Literal["fp32", "int8", "int4"]
 class Packing:
     """One set of weights for all stages of an export: ``apply`` to each, embed before decoder, then ``write``.
 
-    target: cpu, for ONNX Runtime, or openvino, which takes int8 and int4 only.
+    target: cpu, for ONNX Runtime, or openvino, which takes graphs in fp32 as they are.
     """
 
     def __init__(self, precision: HostPrecision, folder: Path, target: str = "cpu") -> None:
@@ -70,13 +70,13 @@ class Packing:
         if any(value.dtype != ir.DataType.FLOAT for value in held):
             Precision(ir.DataType.FLOAT, _claimed)(model)
         self._tables |= tables_of(model)
-        if self.target == "openvino":
+        if self.target == "openvino" and self.precision in BITS:
             width = width_of(model, BITS[self.precision], self._tables)
             WeightOnly(self.weights, ir.DataType.FLOAT, width, self.rows_of, tables=True)(model)
         elif self.precision in BITS:
             width = width_of(model, BITS[self.precision], self._tables)
             Quantise(self.weights, lambda weight: Bits(width(weight), BLOCK), self.rows_of)(model)
-        else:
+        elif self.target == "cpu":
             WeightsAsStored()(model)
         if self.target == "cpu":
             one_node_each(model)

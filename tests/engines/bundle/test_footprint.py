@@ -122,6 +122,15 @@ def test_openvino_holds_the_caches_of_fp16_in_fp32(exports: dict[str, Path]) -> 
     assert (of("openvino", "float16"), of("openvino", "bfloat16"), of("cpu", "float16")) == (wide, wide // 2, wide // 2)
 
 
+def test_openvino_makes_fp16_weights_wide_and_packs_them(exports: dict[str, Path]) -> None:
+    export = export_from_folder(exports["small"])
+    held = {
+        target: footprint_module.footprint_of(export, target, "float16", 1000, {}).weight_bytes
+        for target in ("cpu", "openvino", "cuda")
+    }
+    assert held == {"cpu": 2200, "openvino": 4000, "cuda": 1000}
+
+
 def engines_of(export: Export, bounds: Bounds) -> dict[str, EngineEntry]:
     """What a manifest tells of engines of these bounds."""
     return {

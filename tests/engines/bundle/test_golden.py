@@ -1,13 +1,19 @@
 """Golden replay: agreement, a disagreement that is named, and golden files that cannot be used."""
 
+from types import MappingProxyType
+
+import ml_dtypes  # noqa: F401  numpy knows bfloat16 by it
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from engines.bundles.golden import cases_of, refuse_disagreement, replay
+from engines.sessions.ort_session import OrtSession
 from graphs.errors import BadArtefact, OperationFailed
 from graphs.spec import GOLDEN_FILE, spec_from_folder
 from tests.hand_made import edit_spec
+
+INTEGERS = ("int32", "int64", "bool")
 
 
 def edit_golden(folder, change, schema="saccade.golden/1"):
@@ -32,6 +38,34 @@ def test_every_case_agrees(exports, role):
     pruned = role in ("large", "alone")
     assert {r.overlap for r in replays if r.stage == "decoder"} == ({1.0} if pruned else {None})
     refuse_disagreement(replays, role)
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [("float16", 2e-2), ("bfloat16", 1e-1)])
+def test_stages_in_another_float_type_are_held_to_its_tolerance(exports, monkeypatch, dtype, allowed):
+    """Of golden tensors in fp32, as engines of an fp32 export have them."""
+    folder, made = exports["small"], []
+
+    class Narrow(OrtSession):
+        def run(self, feeds, host=(), device=(), in_place=MappingProxyType({})):
+            assert {value.dtype.name for value in feeds.values() if value.dtype.name not in INTEGERS} <= {dtype}
+            wide = {name: v.astype(np.float32) if v.dtype.name == dtype else v for name, v in feeds.items()}
+            made.append(dtype)
+            got = super().run(wide, host, device, in_place)
+            return {name: v.astype(dtype) if v.dtype == np.float32 else v for name, v in got.items()}
+
+    def typed(tensors):
+        return tuple(t.model_copy(update={"dtype": dtype}) if t.dtype == "float32" else t for t in tensors)
+
+    spec = spec_from_folder(folder)
+    stages = {
+        name: stage.model_copy(update={"inputs": typed(stage.inputs), "outputs": typed(stage.outputs)})
+        for name, stage in spec.stages.items()
+    }
+    narrow = spec.model_copy(update={"stages": stages, "dtype": dtype})
+    replays = list(replay(folder, narrow, Narrow))
+    assert made
+    refuse_disagreement(replays, "narrow")
+    assert {t.tolerance for r in replays for t in r.tensors if t.error is not None} == {allowed}
 
 
 def other_number(tensors):

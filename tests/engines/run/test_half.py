@@ -37,11 +37,44 @@ def test_an_fp16_export_answers_nearly_as_fp32(half: Path, tiny_pair: TinyPair) 
 
 
 @pytest.mark.parametrize(("options", "said"), [((), True), (("--precision", "fp32"), False)])
+@pytest.mark.parametrize("target", ["cpu", pytest.param("openvino", marks=needs_openvino)])
 def test_a_build_says_what_every_opening_will_convert(
-    half: Path, tmp_path: Path, saccade_cli: Callable[..., Outcome], options: tuple[str, ...], said: bool
+    half: Path, tmp_path: Path, saccade_cli: Callable[..., Outcome], target: str, options: tuple[str, ...], said: bool
 ) -> None:
-    built = saccade_cli("build", half, "-o", tmp_path / "b", "--target", "cpu", *options)
+    built = saccade_cli("build", half, "-o", tmp_path / "b", "--target", target, *options)
     assert (built.code, "fp16 weights are converted to fp32 whenever" in built.stderr) == (0, said), built.stderr
+
+
+def test_an_fp16_export_packed_in_fp32_agrees_with_its_own_golden_tensors(
+    half: Path, tmp_path: Path, saccade_cli: Callable[..., Outcome]
+) -> None:
+    build_bundle([half], tmp_path / "b", precision="fp32")
+    told = saccade_cli("verify", tmp_path / "b")
+    assert (told.code, told.stdout.count(" agrees "), told.stdout.count("of 2e-02")) == (0, 6, 6), told.stderr
+
+
+@needs_openvino
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", "float32"), ("bf16", "bfloat16")])
+def test_openvino_reads_an_fp16_export_from_files_in_fp32(
+    half: Path, tiny_pair: TinyPair, tmp_path: Path, precision: str, dtype: str
+) -> None:
+    """It would make such weights itself whenever it opens, and hold both."""
+    entry = build_bundle([half], tmp_path / "b", target="openvino", precision=precision).members["alone"]
+    told = entry.targets["openvino"]
+    assert (told.precision, told.dtype, told.computed_in) == (precision, dtype, precision)
+    files = {path.relative_to(tmp_path / "b").as_posix() for path in (tmp_path / "b").rglob("*.safetensors")}
+    assert files == {"alone/golden.safetensors", "alone/openvino/weights.safetensors"}
+    case = (picture_of(1), question_of(1))
+    answered = Cascade.open(tmp_path / "b").look(*case, max_new_tokens=1)
+    wide = Cascade.from_exports(tiny_pair.exports["small"], threads=1).look(*case, max_new_tokens=1)
+    assert answered.tokens == wide.tokens
+    np.testing.assert_allclose(answered.guidance, wide.guidance, rtol=0.05)
+
+
+@needs_openvino
+def test_of_an_fp32_export_openvino_reads_the_graphs_themselves(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    build_bundle([tiny_pair.exports["small"]], tmp_path / "b", target="openvino", precision="bf16")
+    assert not (tmp_path / "b" / "alone" / "openvino" / "weights.safetensors").exists()
 
 
 @needs_openvino
