@@ -36,7 +36,11 @@ DTYPES: dict[str, DType] = {
 def examples_of(
     vision: VisionProgram, decoder: DecoderProgram, language: LanguageModel, grid: VisualGrid, dtype: torch.dtype
 ) -> dict[str, tuple[Tensors, Dims]]:
-    """Example inputs and dimension names per stage; no two dimensions of one stage share a size by chance."""
+    """Example inputs and dimension names per stage.
+
+    Dimensions of a stage differ in size, so that one taken for another shows; with seven prune points and more some do
+    not.
+    """
     width, rows = language.width, 23
     points = len(decoder.plan.points)
     past = empty_past(decoder, language, dtype, [3 + 2 * j for j in range(points + 1)])

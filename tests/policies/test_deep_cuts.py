@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import onnx
 import pytest
 
 from graphs.compare import compare
+from graphs.errors import BadArtefact, OperationFailed
 from graphs.lowering import Lowering
 from graphs.lowering.export import lowered_export
 from graphs.plan_file import plan_from_toml
 from graphs.spec import spec_from_folder
 from tests.conftest import Outcome
+from tests.engines.openvino.conftest import needs_openvino
 from tests.engines.rtx.conftest import golden, run_onnx
 from tests.tiny import tiny_llava
 
@@ -76,3 +79,43 @@ def test_so_do_the_files_that_engines_are_built_from(
     for case in golden(folder):
         for name, got in run_onnx(lowered, case).items():
             assert compare(name, got, case.outputs[name], 1e-4).agrees, (case.name, name)
+
+
+@pytest.fixture
+def read_otherwise(exports: dict[int, Path], tmp_path: Path) -> Path:
+    """An export whose decoder reads a cache's values in a way that no lowering knows."""
+    folder = Path(shutil.copytree(exports[CUTS[0]], tmp_path / "otherwise"))
+    model = onnx.load(str(folder / "decoder.onnx"), load_external_data=False)
+    [last] = [node for node in model.graph.node if node.output[0] == "logits"]
+    last.output[0] = "own"
+    for made in (
+        onnx.helper.make_node("ReduceSum", ["past_v_1"], ["sum"], "stranger", keepdims=0),
+        onnx.helper.make_node("Add", ["own", "sum"], ["logits"], "last"),
+    ):
+        model.graph.node.append(made)
+    [logits] = [output for output in model.graph.output if output.name == "logits"]
+    own, total = model.graph.value_info.add(), onnx.helper.make_tensor_value_info("sum", onnx.TensorProto.FLOAT, [])
+    own.CopyFrom(logits)
+    own.name = "own"
+    model.graph.value_info.append(total)
+    onnx.save(model, str(folder / "decoder.onnx"))
+    return folder
+
+
+def test_other_readers_of_a_cache_are_refused(
+    read_otherwise: Path, tmp_path: Path, saccade_cli: Callable[..., Outcome]
+) -> None:
+    packed = saccade_cli("build", read_otherwise, "-o", tmp_path / "b", "--target", "cpu", "--precision", "fp32")
+    assert (packed.code, (tmp_path / "b").exists()) == (1, False)
+    assert "past_v_1 is read by more than its layer's attention" in packed.stderr
+    spec = spec_from_folder(read_otherwise)
+    with pytest.raises(OperationFailed, match="past_v_1 is read by more"):
+        lowered_export(read_otherwise, spec, tmp_path, Lowering("float32", capacity=64))
+
+
+@needs_openvino
+def test_openvino_refuses_other_readers_of_a_cache(read_otherwise: Path) -> None:
+    from engines.sessions.openvino_session import OpenVinoSession
+
+    with pytest.raises(BadArtefact, match="stranger reads a cache's values, not its attention; export"):
+        OpenVinoSession(read_otherwise / "decoder.onnx")
