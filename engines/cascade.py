@@ -138,7 +138,8 @@ class Cascade:
     def preload(self, runs: bool = True) -> None:
         """Open every session of every model and run it once, so that no question has to wait for either.
 
-        runs: whether to run them; BadArtefact where the golden tensors, on which that is done, cannot be read.
+        runs: whether to run them, where that helps (``engines.targets.Target.runs_ahead``); BadArtefact where the
+        golden tensors, on which it is done, cannot be read.
         """
         _ = self.drafts
         models = {"small": self.small, "large": self.large}
@@ -146,7 +147,7 @@ class Cascade:
             called = f"the {name} model" if self.small and self.large else "the model"
             with step(f"opening {called}"):
                 model.open()
-            if runs:
+            if runs and model.runs_ahead:
                 with step(f"running {called} once"):
                     model.run_once()
 

@@ -31,11 +31,12 @@ class Target:
     target (none for graphs) to every reason why this machine cannot run it; an empty list where it can. module: what
     is imported to run it. distributions: those that bring it, ours first.
 
-    takes: what else the session may be told, as ``engines.sessions.session.open_session`` has it. precisions: what its
-    graphs can be packed or computed in, where a build may choose. packed: those of them with files of their own.
-    widened: those for which the weights of an fp16 export are written as fp32, because it would make them so whenever
-    it opens them. packed_dtype: what it computes in between quantised weights. wide_caches: types whose caches it holds
-    in float32.
+    runs_ahead: whether a run on small feeds, before the first question, saves that question time; not where it compiles
+    for the sizes that it meets. takes: what else the session may be told, as ``engines.sessions.session.open_session``
+    has it. precisions: what its graphs can be packed or computed in, where a build may choose. packed: those of them
+    with files of their own. widened: those for which the weights of an fp16 export are written as fp32, because it
+    would make them so whenever it opens them. packed_dtype: what it computes in between quantised weights. wide_caches:
+    types whose caches it holds in float32.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Target:
     reasons: str
     module: str
     distributions: tuple[str, ...]
+    runs_ahead: bool = True
     takes: tuple[Literal["in_place", "dtype"], ...] = ()
     precisions: tuple[str, ...] = ()
     packed: tuple[HostPrecision, ...] = ()
@@ -80,6 +82,7 @@ TABLE = (
         reasons="engines.sessions.ort_providers:tensorrt_reasons",
         module="onnxruntime",
         distributions=("onnxruntime-gpu",),
+        runs_ahead=False,
     ),
     Target(
         "ort-rtx",
@@ -89,6 +92,7 @@ TABLE = (
         reasons="engines.sessions.ort_providers:rtx_reasons",
         module="onnxruntime",
         distributions=("onnxruntime-gpu",),
+        runs_ahead=False,
     ),
     Target(
         "cuda",

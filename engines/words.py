@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from math import floor
 from pathlib import Path
 from typing import Any, get_args
 
@@ -157,7 +158,8 @@ def replays_in_words(replays: Sequence[Replay], model: str = "") -> list[str]:
             " ".join(filter(None, (model, f"{r.stage}/{r.case}"))),
             "agrees" if r.agrees else "disagrees",
             f"error {r.max_error:.1e} of {max((t.tolerance for t in r.tensors), default=0):.0e}",
-            "" if r.overlap is None else f"kept rows {r.overlap:.0%} equal",
+            "" if r.overlap is None else f"kept rows {floor(1000 * r.overlap) / 10:g}% equal",
+            f"{r.uncompared} tensors behind others not compared" if r.uncompared else "",
         )
         for r in replays
     ]

@@ -172,8 +172,8 @@ def _made(name: str, export: Export, out: Path, job: Job) -> BuiltMember:
     if TARGETS[job.target].memory == "host" and spec.dtype == "float16":
         choices = ", ".join(TARGETS[job.target].precisions)
         say(
-            f"{name} on {job.target}: its fp16 weights are converted to fp32 whenever the bundle is opened; "
-            f"--precision (one of {choices}) does that once, now"
+            f"{name} on {job.target}: its fp16 weights are converted to fp32 whenever the bundle is opened, which "
+            f"takes time and memory; --precision (for {job.target} one of {choices}) does that once, now"
         )
     own = spec.model_copy(update={"dtype": job.dtype or spec.dtype})
     if own != spec:

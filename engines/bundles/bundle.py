@@ -20,7 +20,7 @@ from engines.targets import choose
 from graphs.console import say
 from graphs.errors import BadArtefact
 from graphs.files import path_inside, sha256_of, sha256_of_piece, unreadable
-from graphs.spec import ExportSpec, spec_from_folder
+from graphs.spec import GOLDEN_FILE, ExportSpec, spec_from_folder
 
 ENGINE_SUFFIX = ".engine"
 HEAVY = (".safetensors", ENGINE_SUFFIX)  # what holds weights
@@ -117,14 +117,22 @@ def _members(path: Path, manifest: Manifest, target: str) -> dict[str, Member]:
 
 
 def _used(manifest: Manifest, target: str, file: str) -> bool:
-    """Whether a target reads a file: its own engines, or the shared graphs and weights, and all that is small."""
+    """Whether a target reads a file: a model's own engines, own files or shared graphs and weights, and all that is
+    small or golden.
+    """
     if not file.endswith(HEAVY):
         return True
-    own = tuple(f"{m.folder}/{target}/" for m in manifest.members.values())
-    if any(m.targets[target].precision for m in manifest.members.values()):
-        return file.startswith(own)
-    others = [f"{m.folder}/{name}/" for m in manifest.members.values() for name in manifest.targets if name != target]
-    return not file.startswith(tuple(others)) and (not manifest.engines(target) or file.endswith(ENGINE_SUFFIX))
+    for member in manifest.members.values():
+        inside, entry = file.removeprefix(f"{member.folder}/"), member.targets[target]
+        if inside == file:
+            continue
+        if inside == GOLDEN_FILE:
+            return True
+        if entry.precision:
+            return inside.startswith(f"{target}/")
+        others = tuple(f"{name}/" for name in manifest.targets if name != target)
+        return not inside.startswith(others) and (not entry.engines or inside.endswith(ENGINE_SUFFIX))
+    return True
 
 
 def check_files(path: Path, manifest: Manifest, hashed: Container[str]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from engines.bundles.manifest import EngineEntry, Footprint
+from engines.bundles.manifest import EngineEntry, Footprint, TargetEntry
 from engines.sessions.host_memory import free_memory
 from engines.targets import TARGETS
 from engines.trt.bounds import Bounds
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 # Bytes in memory per byte of weights: a decoder of 8 layers of width 768, ONNX Runtime 1.31.1 on x86-64. Its whole
 # estimate was 0.84 (fp32) and 0.99 (fp16) of what a prefill of 2,000 rows and three steps took at their peak.
 ON_A_CPU = {"float32": 1.2, "float16": 2.2, "bfloat16": 1.2}
-# The same of fp16 where the target makes fp32 of it and packs that: Qwen2-VL-2B in OpenVINO 2026.4, 17.4 of 4.4 GB.
+# The same of fp16 where the target makes fp32 of it and packs that: Qwen2-VL-2B in OpenVINO 2026.4.1, 4.4 GB of fp16
+# computed in fp32, took 19.8 GB, of which caches and activations are estimated as 2.4.
 MADE_WIDE_AND_PACKED = 4.0
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 OLD_AND_NEW = 2  # a step reads one cache and writes the next; written in place, two conversations' views
@@ -99,11 +100,12 @@ def live_bytes(stage: Stage, sizes: Mapping[str, int], float_bytes: int) -> int:
 def refuse_what_cannot_fit(bundle: Bundle) -> None:
     """Compare an opened bundle's estimates with the free bytes of its target's memory, or say that these are unknown.
 
-    OperationFailed where the weights of its models, as files, are more than is free; a warning where the whole is.
+    OperationFailed where the weights of its models, as files or what is made of them at every opening, are more than is
+    free; a warning where the whole is.
     """
     of = "host memory" if TARGETS[bundle.target].memory == "host" else "device memory"
     entries = [member.targets[bundle.target] for member in bundle.manifest.members.values()]
-    weights, needed = sum(e.weight_bytes for e in entries), sum(e.footprint.total for e in entries)
+    weights, needed = sum(_held_weights(bundle.target, e) for e in entries), sum(e.footprint.total for e in entries)
     free = free_bytes(bundle.target)
     if free is None:
         say(
@@ -114,7 +116,7 @@ def refuse_what_cannot_fit(bundle: Bundle) -> None:
     if weights > free:
         raise OperationFailed(
             f"{bundle.path} cannot be opened on target {bundle.target}: its weights alone take {_gb(weights)} of {of}, "
-            f"and {_gb(free)} are free; free some, or build it from smaller models"
+            f"and {_gb(free)} are free; free some, or build it from smaller models or with a narrower --precision"
         )
     if needed > free:
         rows, images = (max(getattr(e.footprint, which) for e in entries) for which in ("rows", "images"))
@@ -122,6 +124,12 @@ def refuse_what_cannot_fit(bundle: Bundle) -> None:
             f"{bundle.path} is estimated to take {_gb(needed)} of {of} with caches of {rows} rows and {images} images "
             f"or tiles, and {_gb(free)} are free; long conversations may not fit"
         )
+
+
+def _held_weights(target: str, entry: TargetEntry) -> int:
+    """Bytes that no estimate can be wrong about: the files', or of fp16 on a host their copies in fp32."""
+    made = TARGETS[target].memory == "host" and entry.dtype == "float16"
+    return 2 * entry.weight_bytes if made else entry.weight_bytes
 
 
 def free_bytes(target: str) -> int | None:

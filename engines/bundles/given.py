@@ -27,10 +27,11 @@ def exports_in(given: Sequence[Path]) -> tuple[list[Path], float | None]:
     with step(f"checking {bundle}"):
         manifest = checked_manifest(bundle)
     held, members = {file.path for file in manifest.files}, manifest.members.values()
-    if any(f"{member.folder}/{SPEC_FILE}" not in held for member in members):
+    if without := [member.folder for member in members if f"{member.folder}/{SPEC_FILE}" not in held]:
         raise UsageError(
-            f"{bundle} holds no canonical graphs, only what was made for {' and '.join(manifest.targets)}; build from "
-            "the exports, or from a bundle that does, as one for --target cpu without --precision"
+            f"{bundle} holds no canonical graphs of its {' and its '.join(without)} model, only what was made for "
+            f"{' and '.join(manifest.targets)}; build from the exports, or from a bundle that does, as one for "
+            "--target cpu without --precision"
         )
     if manifest.calibrations:
         warn(f"the calibrations of {bundle} are tied to its targets and are not taken over; calibrate the new bundle")

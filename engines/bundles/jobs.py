@@ -44,8 +44,8 @@ class Job:
 class BuiltMember:
     """One model as a job made it, its files told from the model's folder.
 
-    ops: for each op what serves it, None where every body does. precision: of the weights, where they are in another
-    than ``spec`` says, and losses: what that cost. engines: by stage, where there are some.
+    ops: for each op what serves it, None where every body does. precision: of packed files, as the manifest has it,
+    and losses: what it cost. engines: by stage, where there are some.
     """
 
     spec: ExportSpec

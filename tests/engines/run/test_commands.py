@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from PIL import Image
 
 from engines.cascade import Cascade
 from engines.sessions.ort_session import OrtSession
+from engines.targets import TARGETS
+from graphs.errors import BadArtefact, OperationFailed
 from graphs.spec import GOLDEN_FILE, STAGES
 from saccade import SHOWS
 from tests.engines.run.conftest import IMAGE_SIZE, TinyPair, picture_of
@@ -86,14 +89,39 @@ def test_preload_runs_every_stage_before_the_first_question(
     assert opened.ask(image_file, QUESTION, threshold=1, max_new_tokens=4).tokens == plain.tokens
 
 
-def test_preload_needs_golden_tensors(saccade_cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "bundle"
-    shutil.copytree(tiny_bundle, folder)
-    (folder / "large" / GOLDEN_FILE).unlink()
-    told = saccade_cli("run", folder, QUESTION, "--preload")
-    assert told.code == 3
-    assert GOLDEN_FILE in told.stderr
-    assert told.stderr.count("Error") == 0
+def test_preload_needs_golden_tensors(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    shutil.copytree(tiny_pair.exports["small"], folder)
+    (folder / GOLDEN_FILE).unlink()
+    opened = Cascade.from_exports(folder)
+    opened.preload(runs=False)
+    with pytest.raises(BadArtefact, match=GOLDEN_FILE):
+        opened.preload()
+
+
+def test_what_cannot_be_run_ahead_is_said_and_left_out(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As engines are built for bounds that the golden tensors may lie outside of."""
+    ran: list[str] = []
+
+    def narrow(self: OrtSession, *_: Any, **__: Any) -> dict[str, Any]:
+        ran.append(self._file.stem)
+        raise OperationFailed("the engine takes less")
+
+    monkeypatch.setattr(OrtSession, "run", narrow)
+    Cascade.open(tiny_bundle, preload=True)
+    assert set(ran) == set(STAGES)
+    assert "vision was not run ahead (the engine takes less)" in capsys.readouterr().err
+
+
+def test_what_compiles_for_the_sizes_it_meets_is_not_run_ahead(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(TARGETS, "cpu", replace(TARGETS["cpu"], runs_ahead=False))
+    Cascade.open(tiny_bundle, preload=True)
+    assert "once" not in capsys.readouterr().err
+    assert [name for name, target in TARGETS.items() if not target.runs_ahead] == ["ort-tensorrt", "ort-rtx", "cpu"]
 
 
 @pytest.mark.parametrize(

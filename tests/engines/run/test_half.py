@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from engines.bundles.build import build_bundle
+from engines.bundles.golden import refuse_disagreement, replay
 from engines.cascade import Cascade
+from engines.sessions.session import open_session
+from graphs.errors import BadArtefact
+from graphs.spec import GOLDEN_FILE, spec_from_folder
 from tests.conftest import Outcome
+from tests.engines.bundle.test_open_bundle import flip
 from tests.engines.openvino.conftest import needs_openvino
 from tests.engines.run.conftest import NEW_TOKENS, TinyPair, picture_of, question_of
+from tests.tiny import tiny_llava
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +76,61 @@ def test_openvino_reads_an_fp16_export_from_files_in_fp32(
     wide = Cascade.from_exports(tiny_pair.exports["small"], threads=1).look(*case, max_new_tokens=1)
     assert answered.tokens == wide.tokens
     np.testing.assert_allclose(answered.guidance, wide.guidance, rtol=0.05)
+
+
+@pytest.mark.parametrize("target", ["cpu", pytest.param("openvino", marks=needs_openvino)])
+def test_a_cut_in_the_tower_of_256_tokens_verifies_in_fp16(tmp_path: Path, target: str) -> None:
+    """Among so many scores two lie closer than fp16 can tell, so that another row is kept."""
+    from exporter.export import export_checkpoint
+
+    checkpoint = tiny_llava(tmp_path / "checkpoint", seed=20, num_hidden_layers=3, hidden_size=48, image_size=128)
+    export_checkpoint(checkpoint, tmp_path / "export", policy="star", role="alone", dtype="float16")
+    spec = spec_from_folder(tmp_path / "export")
+    refuse_disagreement(replay(tmp_path / "export", spec, partial(open_session, target=target)), "alone")
+
+
+@needs_openvino
+@pytest.mark.parametrize("which", ["small", "large"])
+@pytest.mark.parametrize(("targets", "precision"), [(("openvino",), "bf16"), (("openvino", "cpu"), "fp32")])
+def test_a_pair_of_an_fp16_and_an_fp32_export(
+    tiny_pair: TinyPair,
+    tmp_path: Path,
+    saccade_cli: Callable[..., Outcome],
+    which: str,
+    targets: tuple[str, ...],
+    precision: str,
+) -> None:
+    """One model has files of its own then, the other's lie where every target reads them."""
+    from exporter.export import export_checkpoint
+
+    exports = dict(tiny_pair.exports)
+    exports[which] = tmp_path / which  # type: ignore[assignment, index]
+    export_checkpoint(
+        tiny_pair.checkpoints[which],  # type: ignore[index]
+        exports[which],  # type: ignore[index]
+        policy="sgl",
+        role=which,
+        dtype="float16",
+    )
+    build_bundle([exports["small"], exports["large"]], tmp_path / "b", target=targets, precision=precision)
+    for target in targets:
+        opened = Cascade.open(tmp_path / "b", target=target, preload=True)
+        answer = opened.ask(picture_of(1), question_of(1), threshold=1, max_new_tokens=2)
+        assert (answer.model, len(answer.kept)) == ("large", 1)
+        told = saccade_cli("verify", tmp_path / "b", "--target", target)
+        assert (told.code, told.stdout.count(" agrees ")) == (0, 12), told.stderr
+
+
+@needs_openvino
+@pytest.mark.parametrize(("target", "precision"), [("openvino", "bf16"), ("cpu", "fp32"), ("cpu", None)])
+def test_golden_tensors_that_preloading_runs_are_checked(
+    half: Path, tmp_path: Path, target: str, precision: str | None
+) -> None:
+    build_bundle([half], tmp_path / "b", target=target, precision=precision)
+    file = tmp_path / "b" / "alone" / GOLDEN_FILE
+    flip(file)
+    with pytest.raises(BadArtefact, match="digest does not match"):
+        Cascade.open(tmp_path / "b")
 
 
 @needs_openvino
