@@ -23,6 +23,10 @@ class OperationFailed(SaccadeError):
     exit_code = 1
 
 
+class OutOfBounds(OperationFailed):
+    """An engine was built for other shapes than it is fed with."""
+
+
 class UsageError(SaccadeError):
     """The request itself cannot be served: a value out of range, a pair that does not fit."""
 

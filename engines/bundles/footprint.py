@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from engines.bundles.manifest import EngineEntry, Footprint, TargetEntry
+from engines.bundles.manifest import EngineEntry, Footprint, MemberEntry
 from engines.sessions.host_memory import free_memory
 from engines.targets import TARGETS
 from engines.trt.bounds import Bounds
@@ -105,7 +105,8 @@ def refuse_what_cannot_fit(bundle: Bundle) -> None:
     """
     of = "host memory" if TARGETS[bundle.target].memory == "host" else "device memory"
     entries = [member.targets[bundle.target] for member in bundle.manifest.members.values()]
-    weights, needed = sum(_held_weights(bundle.target, e) for e in entries), sum(e.footprint.total for e in entries)
+    weights = sum(_held_weights(bundle.target, member) for member in bundle.manifest.members.values())
+    needed = sum(e.footprint.total for e in entries)
     free = free_bytes(bundle.target)
     if free is None:
         say(
@@ -114,9 +115,11 @@ def refuse_what_cannot_fit(bundle: Bundle) -> None:
         )
         return
     if weights > free:
+        chosen = TARGETS[bundle.target]
+        narrower = " or with a narrower --precision" if chosen.precisions or chosen.runs == "engines" else ""
         raise OperationFailed(
             f"{bundle.path} cannot be opened on target {bundle.target}: its weights alone take {_gb(weights)} of {of}, "
-            f"and {_gb(free)} are free; free some, or build it from smaller models or with a narrower --precision"
+            f"and {_gb(free)} are free; free some, or build it from smaller models{narrower}"
         )
     if needed > free:
         rows, images = (max(getattr(e.footprint, which) for e in entries) for which in ("rows", "images"))
@@ -126,10 +129,15 @@ def refuse_what_cannot_fit(bundle: Bundle) -> None:
         )
 
 
-def _held_weights(target: str, entry: TargetEntry) -> int:
-    """Bytes that no estimate can be wrong about: the files', or of fp16 on a host their copies in fp32."""
-    made = TARGETS[target].memory == "host" and entry.dtype == "float16"
-    return 2 * entry.weight_bytes if made else entry.weight_bytes
+def _held_weights(target: str, member: MemberEntry) -> int:
+    """What weights take at least: the files' bytes, or of fp16 on a host their copies in fp32, a table's left out.
+
+    Rows of a table are looked up in fp16.
+    """
+    entry, language = member.targets[target], member.language
+    if TARGETS[target].memory != "host" or entry.dtype != "float16":
+        return entry.weight_bytes
+    return 2 * entry.weight_bytes - 2 * language.vocab * language.width
 
 
 def free_bytes(target: str) -> int | None:

@@ -29,7 +29,7 @@ def exports_in(given: Sequence[Path]) -> tuple[list[Path], float | None]:
     held, members = {file.path for file in manifest.files}, manifest.members.values()
     if without := [member.folder for member in members if f"{member.folder}/{SPEC_FILE}" not in held]:
         raise UsageError(
-            f"{bundle} holds no canonical graphs of its {' and its '.join(without)} model, only what was made for "
+            f"{bundle} holds no canonical graphs of {' and '.join(without)}, only what was made for "
             f"{' and '.join(manifest.targets)}; build from the exports, or from a bundle that does, as one for "
             "--target cpu without --precision"
         )

@@ -10,26 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
+from engines.bundles.near_ties import Case, Tensors, compared, kept_first
 from engines.cache import form_of
 from engines.sessions.session import Session, open_session
-from graphs.compare import TOLERANCES, Comparison, compare, kept_overlap
+from graphs.compare import TOLERANCES, Comparison
 from graphs.errors import BadArtefact, OperationFailed
 from graphs.spec import GOLDEN_FILE, RECEIVED_BEFORE, ExportSpec, length_name, past_names, present_names
 from graphs.weights import safetensors_file
 
 SCHEMA = "saccade.golden/1"
-NEAR_TIES = 0.1  # share of kept rows that rounding to fewer bits than fp32's may change
-Tensors = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One run of one stage: what goes in and what must come out."""
-
-    stage: str
-    name: str
-    inputs: Tensors
-    outputs: Tensors
 
 
 @dataclass(frozen=True)
@@ -70,49 +59,14 @@ def replay(folder: Path, spec: ExportSpec, open_stage: Callable[[Path], Session]
     """Run every golden case of a folder and yield how it compares.
 
     The tolerance is that of what the stages compute in, or of what the golden tensors were computed in if that is
-    wider. If that is wider than fp32's, up to a tenth of the kept rows may be others, as rounding breaks near-ties:
-    visual features are compared in the rows that both keep then, and what a decoder gives behind the cut is not
-    compared. open_stage: opens a stage's file. Errors: BadArtefact where the golden file is missing, broken or does
+    wider; where that is wider than fp32's, near-ties may keep other rows (``engines.bundles.near_ties``). open_stage:
+    opens a stage's file. Errors: BadArtefact where the golden file is missing, broken or does
     not fit spec.json, OperationFailed where the runtime fails.
     """
     cases = cases_of(folder, spec)
     allowed = max(TOLERANCES[spec.dtype], TOLERANCES[_reference_dtype(cases)])
     for case, got in _runs(cases, spec, folder, open_stage):
-        yield Replay(case.stage, case.name, tuple(_compared(case, got, spec, allowed)))
-
-
-def _compared(case: Case, got: Tensors, spec: ExportSpec, allowed: float) -> Iterator[Comparison]:
-    """Every tensor of a case beside its reference; kept rows come first."""
-    both: tuple[np.ndarray, np.ndarray] | None = None
-    behind: set[str] = set()
-    for name, value in got.items():
-        wanted = case.outputs[name]
-        if name in behind:
-            yield Comparison(name, allowed, compared=False)
-        elif name.startswith("kept_") and _differs_by_near_ties(value, wanted, allowed):
-            yield Comparison(name, allowed, overlap=kept_overlap(value, wanted))
-            if case.stage == "vision":
-                _, *places = np.intersect1d(value, wanted, return_indices=True)
-                both = places[0], places[1]
-            else:
-                behind |= _behind(int(name.removeprefix("kept_")), case, spec)
-        elif both and value.shape[:1] == wanted.shape[:1] == got["kept_vision"].shape:
-            yield compare(name, value[both[0]], wanted[both[1]], allowed)
-        else:
-            yield compare(name, value, wanted, allowed)
-
-
-def _differs_by_near_ties(kept: np.ndarray, wanted: np.ndarray, allowed: float) -> bool:
-    if allowed <= TOLERANCES["float32"] or kept.shape != wanted.shape or np.array_equal(kept, wanted):
-        return False
-    return len(np.unique(kept)) == kept.size and kept_overlap(kept, wanted) >= 1 - NEAR_TIES
-
-
-def _behind(point: int, case: Case, spec: ExportSpec) -> set[str]:
-    """What a decoder gives behind a prune point: all but the caches of the layers before it, and rows kept so far."""
-    before = spec.plan.segments(spec.language.layers)[: point + 1]
-    caches = {name for segment in before for layer in segment for name in present_names(layer)}
-    return set(case.outputs) - caches - {f"kept_{i}" for i in range(point + 1)}
+        yield Replay(case.stage, case.name, tuple(compared(case, got, spec, allowed)))
 
 
 def runs(
@@ -133,7 +87,7 @@ def _runs(
         session = open_stage(stages / spec.stages[of_stage].file)
         for case in (in_types_of(case, spec) for case in some):
             got = ran(case, session, spec)
-            names = sorted(case.outputs, key=lambda name: not name.startswith("kept_"))
+            names = sorted(case.outputs, key=kept_first)
             yield case, {name: got[name] for name in names}
 
 

@@ -26,7 +26,7 @@ from engines.trt.flavour import FULL, RTX, Flavour
 from engines.trt.jit_cache import JitCache
 from engines.trt.replay import Step, wanted
 from graphs.console import say
-from graphs.errors import BadArtefact, OperationFailed, UsageError
+from graphs.errors import BadArtefact, OperationFailed, OutOfBounds, UsageError
 from graphs.spec import CacheForm, StageSpec, form_of, spec_from_folder
 
 MOST_STEPS = 2  # captured at once: of the conversation that runs, and of one beside it
@@ -232,7 +232,7 @@ class TrtSession:
                 return i
         name = next(name for name, shape in shapes.items() if _outside(shape, self._bounds[0][name]))
         least, _, most = self._bounds[0][name]
-        raise OperationFailed(
+        raise OutOfBounds(
             f"{self._file.name} takes {name} from {list(least)} to {list(most)}, and got {list(shapes[name])}; "
             "ask less, or build with other bounds (--max-prompt, --max-length, --max-guide, --max-tail, --max-images)"
         )

@@ -52,7 +52,7 @@ def test_a_bundle_of_packed_files_is_refused(exports: dict[str, Path], tmp_path:
     build_bundle([exports["small"], exports["large"]], tmp_path / "a", precision="int8")
     with pytest.raises(
         UsageError,
-        match=r"no canonical graphs of its small and its large model, only what was made for cpu; build from",
+        match=r"no canonical graphs of small and large, only what was made for cpu; build from",
     ):
         build_bundle([tmp_path / "a"], tmp_path / "b")
     assert not (tmp_path / "b").exists()

@@ -14,7 +14,7 @@ from PIL import Image
 from engines.cascade import Cascade
 from engines.sessions.ort_session import OrtSession
 from engines.targets import TARGETS
-from graphs.errors import BadArtefact, OperationFailed
+from graphs.errors import BadArtefact, OutOfBounds
 from graphs.spec import GOLDEN_FILE, STAGES
 from saccade import SHOWS
 from tests.engines.run.conftest import IMAGE_SIZE, TinyPair, picture_of
@@ -107,7 +107,7 @@ def test_what_cannot_be_run_ahead_is_said_and_left_out(
 
     def narrow(self: OrtSession, *_: Any, **__: Any) -> dict[str, Any]:
         ran.append(self._file.stem)
-        raise OperationFailed("the engine takes less")
+        raise OutOfBounds("the engine takes less")
 
     monkeypatch.setattr(OrtSession, "run", narrow)
     Cascade.open(tiny_bundle, preload=True)
