@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
+from threading import Lock
 from typing import Any
 
 from graphs.errors import BackendMissing
@@ -14,6 +15,26 @@ CPU = "CPU"
 VARIABLE = "SACCADE_OPENVINO_DEVICE"
 # Others of OpenVINO's devices want sizes that are fixed when a graph is compiled (NPU) or are several at once (AUTO).
 KINDS = (CPU, "GPU")
+
+
+def kept_core() -> Any:
+    """The one ``openvino.Core`` of this process that loads plugins, and is never destroyed.
+
+    Its CPU plugin gives the thread that loads it a stack for signals of its own (OpenVINO 2026.4.1). With two of them,
+    the first destroyed first, the second leaves the thread with the first one's freed stack, and the next signal that
+    Python handles (SIGINT, SIGTERM) ends the process with a segmentation fault.
+    """
+    global _core  # noqa: PLW0603
+    with _making:
+        if _core is None:
+            import openvino as ov
+
+            _core = ov.Core()
+    return _core
+
+
+_core: Any = None
+_making = Lock()
 
 
 def chosen_device(core: Any) -> str:
@@ -29,9 +50,7 @@ def reasons(_: Sequence[Any] = ()) -> list[str]:
         return [f"openvino is not installed (pip install {extras_of('openvino')})"]
     if _asked() == CPU:
         return []  # it brings its CPU plugin
-    import openvino as ov
-
-    return _device_reasons(ov.Core())
+    return _device_reasons(kept_core())
 
 
 def _asked() -> str:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import openvino as ov
 
-from engines.sessions.openvino_device import CPU, chosen_device
+from engines.sessions.openvino_device import CPU, chosen_device, kept_core
 from engines.sessions.openvino_graph import Dims, read_graph
 from engines.sessions.openvino_guidance import ASKED, GUIDANCE, TOLD, Asked, Guide
 from engines.sessions.openvino_pages import Pages
@@ -86,11 +86,12 @@ class OpenVinoSession:
         if not self._file.is_file():
             raise BadArtefact(f"{self._file} is missing; build the bundle again")
         require_once("openvino")
-        core = ov.Core()
+        core = kept_core()
         device = chosen_device(core)
         try:
             settings = _settings(core, device, threads, dtype)
-            read = read_graph(core, self._file, CACHES[settings[PRECISION]] if device == CPU else None)
+            # A core of its own, for it keeps what converts this graph's nodes.
+            read = read_graph(ov.Core(), self._file, CACHES[settings[PRECISION]] if device == CPU else None)
             with read.packing():
                 self._compiled = core.compile_model(read.model, device, settings)
         except SaccadeError:
