@@ -80,16 +80,21 @@ for _name in ("none", "fastv", "star"):
         )
 
 HEAD = 'schema = "saccade.plan/1"\nname = "{}"\n\n'
-VISION = '[[point]]\nwhere = "vision"\nscore = "received"\nkeep = 0.5\n\n'
-LANGUAGE = '[[point]]\nwhere = {}\nscore = "attention"\nrows = "text"\nkeep = {:.2f}\n'
+VISION = '[[point]]\nwhere = "vision"\nscore = "received"\nkeep = {:.3f}\n\n'
+LANGUAGE = '[[point]]\nwhere = {}\nscore = "attention"\nrows = "text"\nkeep = {:.3f}\n'
+STAR_AT, STAR_KEEPS = 0.4375, 0.05  # as the policy has them: before layer 14 of 32, behind it 5 %
 
 
 def plans(layers: int) -> dict[str, str]:
-    """Plans that keep 9 % on average over a decoder of so many layers: FastV cuts behind layer 1; STAR halves first."""
-    kept = 0.09 * layers - 1  # layers of all tokens that are left behind the cut; STAR's two layers of half are one
+    """Plans that keep 9 % on average over a decoder of so many layers: FastV behind layer 1, STAR in its two stages.
+
+    STAR's share behind the tower is what makes 9 % with the layer and the share of its second stage.
+    """
+    fastv, at = (0.09 * layers - 1) / (layers - 1), int(STAR_AT * layers)
+    star = (0.09 * layers - STAR_KEEPS * (layers - at)) / at
     return {
-        "fastv": HEAD.format("fastv") + LANGUAGE.format(1, kept / (layers - 1)),
-        "star": HEAD.format("star") + VISION + LANGUAGE.format(2, kept / (layers - 2)),
+        "fastv": HEAD.format("fastv") + LANGUAGE.format(1, fastv),
+        "star": HEAD.format("star") + VISION.format(star) + LANGUAGE.format(at, STAR_KEEPS),
     }
 
 
