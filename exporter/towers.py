@@ -8,7 +8,7 @@ from exporter.family import Family
 from exporter.looking import MergingTower
 from graphs.errors import UsageError
 from graphs.families import refusal
-from graphs.plan import PruningPlan, VisionPoint
+from graphs.plan import MERGING, PruningPlan, VisionPoint
 
 
 def check_tower(family: Family, model: Any, point: VisionPoint) -> None:
@@ -16,7 +16,7 @@ def check_tower(family: Family, model: Any, point: VisionPoint) -> None:
     if reason := refusal(family.name, point.score):
         raise UsageError(f"score {point.score!r} does not work with {family.name}: {reason}; use score 'received'")
     tower = getattr(model.model, "vision_tower", None)
-    wants_class = point.score == "cls" or (point.score in ("zip", "tome") and family.name == "llava")
+    wants_class = point.score == "cls" or (point.score in MERGING and family.name == "llava")
     if wants_class and not _has_class(tower):
         raise UsageError(
             f"score {point.score!r} needs a vision tower with a class token, and {type(tower).__name__} has none; "

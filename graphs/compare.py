@@ -21,8 +21,9 @@ class Comparison:
     """How one tensor compares with its reference.
 
     error: see the module; None where it cannot be had (other shape or dtype) or does not apply (integers).
-    overlap: for kept rows, the share of the reference's rows that were kept. compared: False where rows kept before it
-    differ by a near-tie, behind which no number can agree. problem: None if they agree.
+    overlap: for kept rows, the share of the reference's rows that were kept; for features of a tower that merges rows,
+    the share that agrees, and error is theirs. compared: False where rows kept before it differ by a near-tie, behind
+    which no number can agree. problem: None if they agree.
     """
 
     name: str

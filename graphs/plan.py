@@ -21,6 +21,7 @@ Role = Literal["small", "large", "alone"]
 BY_ATTENTION: tuple[Score, ...] = ("attention", "preview")
 FROM_OUTSIDE: tuple[Score, ...] = ("priority", "random")  # the host feeds them as the graph input ``priority``
 ON_HOST: tuple[VisionScore, ...] = ("divprune", "cdpruner", "random")  # greedy loops and draws, between two stages
+MERGING: tuple[VisionScore, ...] = ("zip", "tome")  # rows of the tower become averages
 
 
 class Record(BaseModel):
@@ -252,7 +253,7 @@ class PruningPlan(Record):
                 f"plan {self.name}: merging in the decoder clusters the dropped tokens of all images together; give "
                 "merge or per_image, not both"
             )
-        if self.vision and self.vision.score in ("zip", "tome") and not self.vision.per_image:
+        if self.vision and self.vision.score in MERGING and not self.vision.per_image:
             raise UsageError(
                 f"plan {self.name}: score {self.vision.score!r} merges tokens of one image, so each image keeps its "
                 "own share; say per_image = true"

@@ -12,6 +12,7 @@ from engines.bundles.golden import Replay
 from engines.bundles.near_ties import Case, Tensors, compared, kept_first
 from engines.words import replays_in_words
 from graphs.compare import Comparison
+from graphs.plan import VisionPoint
 from graphs.spec import ExportSpec, present_names, spec_from_folder
 
 TEXT, VISUAL, ROWS = 4, 60, 44  # rows of text in front, of the image, and of both that are kept
@@ -88,6 +89,53 @@ def test_a_feature_that_only_one_side_keeps_is_finite(spec: ExportSpec) -> None:
         return changed
 
     assert not tower(spec, other, HALF, unseen)[1].agrees
+
+
+@pytest.fixture
+def merging(spec: ExportSpec) -> ExportSpec:
+    """The same with a tower that merges in every layer."""
+    point = VisionPoint(score="tome", keep=0.5, per_image=True, tower_layers=2)
+    return spec.model_copy(update={"plan": spec.plan.model_copy(update={"vision": point})})
+
+
+def rows_off(count: int) -> Change:
+    """The first ``count`` rows are other averages."""
+    return lambda features: features + 9 * (np.arange(len(features)) < count)[:, None]
+
+
+def test_of_a_tower_that_merges_half_of_the_rows_agree(merging: ExportSpec) -> None:
+    kept, features = tower(merging, lambda kept: kept, HALF, rows_off(ROWS // 2))
+    assert kept.agrees
+    assert features.agrees
+    assert features.overlap == 0.5
+    assert features.error == 0.0, "of the rows that agree"
+    _, features = tower(merging, lambda kept: kept, HALF, rows_off(ROWS // 2 + 1))
+    assert features.problem == f"{ROWS // 2 - 1} of its {ROWS} rows agree within 0.02, and 50% must"
+
+
+def test_of_a_tower_that_merges_rows_are_compared_where_both_keep_them(merging: ExportSpec) -> None:
+    def half_others(kept: np.ndarray) -> np.ndarray:
+        return kept + (np.arange(ROWS) < ROWS // 2)
+
+    kept, features = tower(merging, half_others, HALF)
+    assert kept.overlap == features.overlap == 0.5
+    assert features.agrees
+    assert not all(t.agrees for t in tower(merging, half_others, HALF, rows_off(ROWS // 2 + 1)))
+    assert not all(t.agrees for t in tower(merging, lambda kept: kept + 1, HALF))
+    assert not all(t.agrees for t in tower(merging, half_others, FULL)), "fp32 has no such ties"
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x * np.nan, lambda x: x[:, :2], lambda x: x.astype(np.float16)])
+@pytest.mark.parametrize("kept", [lambda kept: kept, other], ids=["alike", "other"])
+def test_features_of_a_tower_that_merges_are_finite_and_of_their_shape(
+    merging: ExportSpec, kept: Change, wrong: Change
+) -> None:
+    assert not tower(merging, kept, HALF, wrong)[1].agrees
+
+
+@pytest.mark.parametrize("change", [lambda kept: kept[::-1], lambda kept: kept - 2, lambda kept: kept.astype(np.int32)])
+def test_rows_of_a_tower_that_merges_are_in_their_order(merging: ExportSpec, change: Change) -> None:
+    assert not tower(merging, change, HALF)[0].agrees
 
 
 def test_behind_a_near_tie_in_the_decoder_nothing_is_compared(spec: ExportSpec) -> None:
