@@ -58,7 +58,8 @@ models of up to 16 MiB of weights, as the pair's are, take one since 22 November
 not of one run, and the EPYC's of `cpu` are of the code before that day ([LOG](../benchmarks/LOG.md)). The Xeon's shape
 (b) is from before the small maps were made whole and the one arena. Vision of OpenVINO GenAI contains the preparation
 of the image, that of no other system does. ONNX Runtime GenAI's steps were taken while Python read its log, but for
-those of shape (a) on the Xeon. Made in s: all commands; "build alone" where the export was there and its time was not
+those of shape (a) on the Xeon. STAR cuts before layer 10 of 24 in shape (a) on the Xeon, elsewhere before layer 2.
+Made in s: all commands; "build alone" where the export was there and its time was not
 kept."""
 
 MACHINERY = ("cpu-fp32", "openvino-fp32", "openvino-bf16")
