@@ -93,10 +93,11 @@ def _of_tower(case: Case, got: Tensors, spec: ExportSpec, allowed: float) -> Ite
             yield compare(name, value[ours], reference[theirs], allowed)
 
 
-def _merged(name: str, got_RC: np.ndarray, wanted_RC: np.ndarray, reference: np.ndarray, allowed: float) -> Comparison:
-    """Features row by row; those that agree must be half of all rows of the reference."""
+def _merged(name: str, got: np.ndarray, wanted: np.ndarray, reference: np.ndarray, allowed: float) -> Comparison:
+    """Features row by row [R, …]; those that agree must be half of all rows of the reference."""
     scale = max(SMALLEST_SCALE, float(np.abs(reference.astype(np.float64)).max()))
-    error_R = np.abs(got_RC.astype(np.float64) - wanted_RC).max(axis=1, initial=0.0) / scale
+    off = np.abs(got.astype(np.float64) - wanted)
+    error_R = off.max(axis=tuple(range(1, off.ndim)), initial=0.0) / scale
     same = error_R[error_R <= allowed]
     share = len(same) / len(reference)
     if share >= SAME_OF_MERGED:

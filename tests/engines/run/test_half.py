@@ -79,12 +79,13 @@ def test_openvino_reads_an_fp16_export_from_files_in_fp32(
 
 
 @pytest.mark.parametrize("target", ["cpu", pytest.param("openvino", marks=needs_openvino)])
-def test_a_cut_in_the_tower_of_256_tokens_verifies_in_fp16(tmp_path: Path, target: str) -> None:
-    """Among so many scores two lie closer than fp16 can tell, so that another row is kept."""
+@pytest.mark.parametrize(("policy", "seed"), [("star", 20), ("visionzip", 2), ("tome", 2)])
+def test_a_cut_in_the_tower_of_256_tokens_verifies_in_fp16(tmp_path: Path, policy: str, seed: int, target: str) -> None:
+    """Among so many scores two lie closer than fp16 can tell, so that another row is kept or merged."""
     from exporter.export import export_checkpoint
 
-    checkpoint = tiny_llava(tmp_path / "checkpoint", seed=20, num_hidden_layers=3, hidden_size=48, image_size=128)
-    export_checkpoint(checkpoint, tmp_path / "export", policy="star", role="alone", dtype="float16")
+    checkpoint = tiny_llava(tmp_path / "checkpoint", seed=seed, num_hidden_layers=3, hidden_size=48, image_size=128)
+    export_checkpoint(checkpoint, tmp_path / "export", policy=policy, role="alone", dtype="float16")
     spec = spec_from_folder(tmp_path / "export")
     refuse_disagreement(replay(tmp_path / "export", spec, partial(open_session, target=target)), "alone")
 
