@@ -24,6 +24,7 @@ from engines.draft import takes_draft, tokens_that_differ
 from engines.guidance import drawn_priority, priority_of
 from engines.images import Picture
 from engines.model import Model
+from engines.one_at_a_time import lock_of, one_at_a_time
 from engines.processing import load_ahead
 from engines.sampling import OptionKeywords, Options
 from engines.stream import Stream, pieces_of
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class Cascade:
-    """A pair of models, or one alone, ready to be asked.
+    """A pair of models, or one alone, ready to be asked; from several threads too, which take turns.
 
     reuses_beginnings: whether a conversation may begin with text that was computed for those before it; to be switched
     off where what a question costs, or gives to the last bit, must not hang on them.
@@ -60,6 +61,7 @@ class Cascade:
         self.threshold = checked_threshold(threshold)
         self.promises: Promises | None = None
         self.reuses_beginnings = reuses_beginnings
+        self.lock = lock_of(model for model in (small, large) if model)
 
     @classmethod
     def open(
@@ -135,6 +137,7 @@ class Cascade:
         """Whether an image is prepared once for both models."""
         return bool(self.small and self.large and self.small.processor.sees_like(self.large.processor))
 
+    @one_at_a_time
     def preload(self, runs: bool = True) -> None:
         """Open every session of every model and run it once, so that no question has to wait for either.
 
@@ -171,6 +174,7 @@ class Cascade:
         """
         return self.stream(image, question, keep, threshold, guidance, **options).finish()
 
+    @one_at_a_time
     def stream(
         self,
         image: Picture | Sequence[Picture] | None,
@@ -188,9 +192,10 @@ class Cascade:
         self.refuse_unservable(keep, threshold, options.get("draft", True), guidance)
         turn = self.turn((asked(question, image),), **options)
         if threshold is None and self.promises:
-            return Stream(self.promises.parts(self, turn, keep, guidance))
-        return Stream(self.parts(turn, keep, threshold, guidance))
+            return Stream(self.promises.parts(self, turn, keep, guidance), self.lock)
+        return Stream(self.parts(turn, keep, threshold, guidance), self.lock)
 
+    @one_at_a_time
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]] = (),
@@ -206,6 +211,7 @@ class Cascade:
 
         return Conversation(self, messages, keep, threshold, **options)
 
+    @one_at_a_time
     def look(
         self, image: Picture | Sequence[Picture] | None, question: Content, **options: Unpack[OptionKeywords]
     ) -> SmallPass:
@@ -219,6 +225,7 @@ class Cascade:
         """
         return Turn(talk, Options(**options).seeded(), memories or self.memories())
 
+    @one_at_a_time
     def memories(self) -> Memories:
         """Return what each model holds of a conversation that has not begun."""
         models = {"small": self.small, "large": self.large}
@@ -237,6 +244,7 @@ class Cascade:
         waits = self._sees_alike and model is self.small
         return not waits and not (self.small and model.spec.plan.vision)
 
+    @one_at_a_time
     def refuse_unservable(
         self, keep: Keep, threshold: float | None, draft: bool = True, guidance: np.ndarray | None = None
     ) -> None:
@@ -254,6 +262,7 @@ class Cascade:
         if threshold is not None:
             checked_threshold(threshold)
 
+    @one_at_a_time
     def look_at(self, turn: Turn) -> SmallPass:
         """Run the small model on a turn; its memory is brought up to the question and its own answer."""
         if not self.small:
@@ -302,7 +311,7 @@ class Cascade:
         turn = looked.turn
         if options:
             turn = replace(turn, options=Options(**options).seeded(turn.options.seed))
-        return Stream(self._pruned_parts(turn, keep, guidance, looked, threshold)).finish()
+        return Stream(self._pruned_parts(turn, keep, guidance, looked, threshold), self.lock).finish()
 
     def parts(
         self, turn: Turn, keep: Keep, threshold: float | None, guidance: np.ndarray | None = None

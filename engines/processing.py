@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from graphs.versions import require_once
 # In an environment without torch, transformers would say so on every start.
 QUIET = ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 AHEAD: list[Thread] = []
+LOADING = Lock()
 
 
 def load_ahead() -> None:
@@ -232,10 +233,11 @@ class Processor:
 
     def _loaded(self, auto_class: str, **options: Any) -> Any:
         # transformers puts another object in its own place while it is imported: two at once see the wrong one.
-        while AHEAD:
-            AHEAD.pop().join()
-        require_once("transformers")
-        transformers = _transformers()
+        with LOADING:
+            while AHEAD:
+                AHEAD.pop().join()
+            require_once("transformers")
+            transformers = _transformers()
         try:
             return getattr(transformers, auto_class).from_pretrained(
                 self.folder, local_files_only=True, trust_remote_code=False, **options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from engines.answer import Answer
 from engines.generate import Generation
@@ -14,16 +15,21 @@ UNFINISHED = "\ufffd"  # what a tokenizer decodes part of a character to
 class Stream:
     """Iterate over it for pieces of text; ``answer`` is there once it has ended."""
 
-    def __init__(self, parts: Iterator[str | Answer]) -> None:
-        self._parts = parts
+    def __init__(self, parts: Iterator[str | Answer], lock: AbstractContextManager[object] | None = None) -> None:
+        """Take what gives the pieces, then the answer. lock: held while one is made, not between them."""
+        self._parts, self._lock = parts, lock or nullcontext()
         self._answer: Answer | None = None
 
     def __iter__(self) -> Iterator[str]:
-        for part in self._parts:
+        while (part := self._next()) is not None:
             if isinstance(part, Answer):
                 self._answer = part
             else:
                 yield part
+
+    def _next(self) -> str | Answer | None:
+        with self._lock:
+            return next(self._parts, None)
 
     @property
     def answer(self) -> Answer:

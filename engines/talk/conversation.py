@@ -55,7 +55,7 @@ class Conversation:
 
         UsageError while it is read where another turn has ended since.
         """
-        return Stream(self._recorded(self._talk, (*self._talk, asked(content, images))))
+        return Stream(self._recorded(self._talk, (*self._talk, asked(content, images))), self._cascade.lock)
 
     def answer(self) -> Answer:
         """Answer the last message, where it is the user's and waits."""
@@ -65,7 +65,7 @@ class Conversation:
         """The same as ``answer``, piece by piece."""
         if not self._talk or self._talk[-1].role != "user":
             raise UsageError("the last message is not the user's, so nothing waits for an answer; ask something")
-        return Stream(self._recorded(self._talk, self._talk))
+        return Stream(self._recorded(self._talk, self._talk), self._cascade.lock)
 
     def reset(self, messages: int = 0) -> None:
         """Forget everything but the first ``messages``."""

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,9 @@ class Device:
         weakref.finalize(self, self._cuda.cudaStreamDestroy, stream).atexit = False
         self._stream, self.stream = stream, int(stream)
         self._read: list[np.ndarray] = []  # arrays of the host that the stream may not have read yet
+        # Any thread may drop a tensor; what is freed on a stream that is captured would be freed by every replay.
+        self._freeing, self._captures = RLock(), False
+        self._dropped: list[int] = []
         pool = self.ask("cudaDeviceGetDefaultMemPool", self.ask("cudaGetDevice"))
         threshold = self._cuda.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
         self.ask("cudaMemPoolSetAttribute", pool, threshold, _uint64(KEEP_ALL))
@@ -114,15 +118,18 @@ class Device:
         Nothing is executed by it. Memory that the work reads and writes must stay where it is.
         """
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self.ask("cudaStreamBeginCapture", self._stream, mode)
+        with self._freeing:
+            self.ask("cudaStreamBeginCapture", self._stream, mode)
+            self._captures = True
         done, collects = False, gc.isenabled()
-        gc.disable()  # a tensor that is collected now would be freed inside of the graph
+        gc.disable()  # a graph that is collected now would be waited for, which no capture allows
         try:
             done = work()
         finally:
             if collects:
                 gc.enable()
             status, graph = self._cuda.cudaStreamEndCapture(self._stream)
+            self._free_dropped()
             if not done or int(status):
                 self._cuda.cudaGetLastError()  # a capture that failed is no failure of what comes next
         if not done:
@@ -171,7 +178,17 @@ class Device:
 
     def free(self, pointer: int) -> None:
         """Give bytes back behind all work that was enqueued; a failure here follows one that was told already."""
-        self._cuda.cudaFreeAsync(pointer, self._stream)
+        with self._freeing:
+            if self._captures:
+                self._dropped.append(pointer)
+            else:
+                self._cuda.cudaFreeAsync(pointer, self._stream)
+
+    def _free_dropped(self) -> None:
+        with self._freeing:
+            self._captures = False
+            while self._dropped:
+                self.free(self._dropped.pop())
 
     def ask(self, call: str, *arguments: Any) -> Any:
         """Call CUDA; its first result is the status, what follows is the answer. OperationFailed where it refuses."""

@@ -181,7 +181,7 @@ class Cuda:
         return (self.forbidden(),)
 
     def cudaFreeAsync(self, pointer: int, stream: int) -> tuple[int]:
-        return self.cudaFree(pointer)
+        return (self.forbidden() or self.cudaFree(pointer)[0],)  # CUDA would take it into the graph
 
     def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: int) -> tuple[int]:
         self.copied[kind - 1] += size

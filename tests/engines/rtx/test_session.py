@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import cast
 
@@ -214,6 +215,33 @@ def test_a_capture_that_cannot_be_is_said_and_the_steps_run(
         assert generated(model, 1).tokens == wanted.tokens
         assert capsys.readouterr().err.count(said) == 1
     assert cuda.launches == 0
+
+
+def test_what_another_thread_drops_meanwhile_is_freed_behind_a_capture(
+    lower: Lower, exports: Exports, cuda: stand_in.Cuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = generated(Model(exports["large"], spec_from_folder(exports["large"])), 1)
+    model = engines_of(lower, exports, "large", tmp_path / "large")
+    of_model = cast(TrtSession, model.session("decoder"))._device
+    answers = [of_model.zeros((2,), np.dtype(np.float32)) for _ in range(3)]
+    pointers = {answer.pointer for answer in answers}
+    run, dropped = stand_in.Context.execute_async_v3, 0
+
+    def drops(context: stand_in.Context, stream: int) -> bool:
+        nonlocal dropped
+        if cuda.recorded is not None and answers:
+            thread = Thread(target=answers.clear)
+            thread.start()
+            thread.join()
+            dropped += 1
+            assert pointers <= cuda.live.keys()
+        return run(context, stream)
+
+    monkeypatch.setattr(stand_in.Context, "execute_async_v3", drops)
+    assert generated(model, 1).tokens == wanted.tokens
+    assert (dropped, cuda.captures) == (1, 1)
+    assert cuda.launches > 0
+    assert not pointers & cuda.live.keys()
 
 
 def test_a_stale_pointer_in_a_capture_would_be_found_out(
