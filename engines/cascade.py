@@ -124,6 +124,7 @@ class Cascade:
         return cls(models["small"], models["large"], threshold, reuses_beginnings)
 
     @cached_property
+    @one_at_a_time
     def drafts(self) -> bool:
         """Whether the small model's answer is a draft of the large one's; where tokenizers forbid it, that is said."""
         if not self.small or not self.large or not takes_draft(self.large):
@@ -316,7 +317,10 @@ class Cascade:
     def parts(
         self, turn: Turn, keep: Keep, threshold: float | None, guidance: np.ndarray | None = None
     ) -> Iterator[str | Answer]:
-        """Yield the pieces of a turn's answer, then the answer. threshold: None for the bundle's own."""
+        """Yield the pieces of a turn's answer, then the answer. threshold: None for the bundle's own.
+
+        For a ``Stream``, which takes ``lock`` for each.
+        """
         if not self.small:
             yield from self._pruned_parts(turn, keep, guidance)
             return

@@ -50,7 +50,8 @@ def show_kept_tokens(
         raise UsageError("a question without an image keeps no visual tokens to draw; give --image")
     never = 1.0 if cascade.small and cascade.large else None
     answer = cascade.ask(images, question, keep=keep, threshold=never, max_new_tokens=max_new_tokens)
-    rows = views_of(model, images, answer.kept[-1] if answer.kept else None, answer.guidance)
+    with cascade.lock:
+        rows = views_of(model, images, answer.kept[-1] if answer.kept else None, answer.guidance)
     with atomic_file(output) as partial:
         page_of(rows, caption_of(question, answer)).save(partial, format="PNG")
     return answer

@@ -29,7 +29,8 @@ from graphs.versions import require_once
 # In an environment without torch, transformers would say so on every start.
 QUIET = ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 AHEAD: list[Thread] = []
-LOADING = Lock()
+# Taken in this order: by who loads a part of a processor, and by who imports the library, which one at a time may.
+LOADING, IMPORTING = Lock(), Lock()
 
 
 def load_ahead() -> None:
@@ -39,14 +40,15 @@ def load_ahead() -> None:
         with suppress(Exception):
             _transformers()
 
-    AHEAD.append(Thread(target=load, daemon=True))
-    AHEAD[-1].start()
+    thread = Thread(target=load, daemon=True)
+    thread.start()
+    AHEAD.append(thread)
 
 
 def _transformers() -> Any:
     """The library, with what reads processors imported; what of that fails will fail where it is used."""
     os.environ.setdefault(*QUIET)
-    with read_once():
+    with IMPORTING, read_once():
         import transformers
 
         with suppress(Exception):
@@ -238,14 +240,14 @@ class Processor:
                 AHEAD.pop().join()
             require_once("transformers")
             transformers = _transformers()
-        try:
-            return getattr(transformers, auto_class).from_pretrained(
-                self.folder, local_files_only=True, trust_remote_code=False, **options
-            )
-        except Exception as e:  # what a broken file raises is not documented
-            raise BadArtefact(
-                f"{auto_class} cannot read {self.folder} ({first_line(e)}); export the checkpoint again"
-            ) from None
+            try:
+                return getattr(transformers, auto_class).from_pretrained(
+                    self.folder, local_files_only=True, trust_remote_code=False, **options
+                )
+            except Exception as e:  # what a broken file raises is not documented
+                raise BadArtefact(
+                    f"{auto_class} cannot read {self.folder} ({first_line(e)}); export the checkpoint again"
+                ) from None
 
 
 def chat_template_of(folder: Path) -> str:

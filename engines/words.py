@@ -159,6 +159,7 @@ def replays_in_words(replays: Sequence[Replay], model: str = "") -> list[str]:
             "agrees" if r.agrees else "disagrees",
             f"error {r.max_error:.1e} of {max((t.tolerance for t in r.tensors), default=0):.0e}",
             "" if r.overlap is None else f"kept rows {floor(1000 * r.overlap) / 10:g}% equal",
+            "" if r.merged is None else f"merged rows {floor(1000 * r.merged) / 10:g}% equal",
             f"{r.uncompared} tensors behind other kept rows not compared" if r.uncompared else "",
         )
         for r in replays

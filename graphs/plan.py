@@ -21,7 +21,7 @@ Role = Literal["small", "large", "alone"]
 BY_ATTENTION: tuple[Score, ...] = ("attention", "preview")
 FROM_OUTSIDE: tuple[Score, ...] = ("priority", "random")  # the host feeds them as the graph input ``priority``
 ON_HOST: tuple[VisionScore, ...] = ("divprune", "cdpruner", "random")  # greedy loops and draws, between two stages
-MERGING: tuple[VisionScore, ...] = ("zip", "tome")  # rows of the tower become averages
+MERGING: tuple[VisionScore, ...] = ("zip", "tome")  # rows of the tower may become averages
 
 
 class Record(BaseModel):
@@ -117,6 +117,11 @@ class VisionPoint(Budget):
                 "give a larger image, or a plan that merges nothing"
             )
         return {"keep_vision": kept - merged, **({"merge_vision": merged} if self.merge else {})}
+
+    @property
+    def merges(self) -> bool:
+        """Whether rows of the tower become averages."""
+        return self.score == "tome" or self.merge > 0
 
     @property
     def on_host(self) -> bool:

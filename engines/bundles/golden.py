@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.bundles.near_ties import Case, Tensors, compared, kept_first
+from engines.bundles.near_ties import KEPT, Case, Tensors, compared, kept_first
 from engines.cache import form_of
 from engines.sessions.session import Session, open_session
 from graphs.compare import TOLERANCES, Comparison
@@ -52,7 +52,16 @@ class Replay:
     @property
     def overlap(self) -> float | None:
         """The smallest share of kept rows in common; None where nothing is pruned."""
-        return min((t.overlap for t in self.tensors if t.overlap is not None), default=None)
+        return self._least_overlap(kept=True)
+
+    @property
+    def merged(self) -> float | None:
+        """The smallest share of a tower's rows whose features agree; None where none are merged."""
+        return self._least_overlap(kept=False)
+
+    def _least_overlap(self, kept: bool) -> float | None:
+        told = (t.overlap for t in self.tensors if t.name.startswith(KEPT) is kept and t.overlap is not None)
+        return min(told, default=None)
 
 
 def replay(folder: Path, spec: ExportSpec, open_stage: Callable[[Path], Session] = open_session) -> Iterator[Replay]:

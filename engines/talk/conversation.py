@@ -55,7 +55,8 @@ class Conversation:
 
         UsageError while it is read where another turn has ended since.
         """
-        return Stream(self._recorded(self._talk, (*self._talk, asked(content, images))), self._cascade.lock)
+        talk = self._talk
+        return Stream(self._recorded(talk, (*talk, asked(content, images))), self._cascade.lock)
 
     def answer(self) -> Answer:
         """Answer the last message, where it is the user's and waits."""
@@ -63,13 +64,15 @@ class Conversation:
 
     def stream_answer(self) -> Stream:
         """The same as ``answer``, piece by piece."""
-        if not self._talk or self._talk[-1].role != "user":
+        talk = self._talk
+        if not talk or talk[-1].role != "user":
             raise UsageError("the last message is not the user's, so nothing waits for an answer; ask something")
-        return Stream(self._recorded(self._talk, self._talk), self._cascade.lock)
+        return Stream(self._recorded(talk, talk), self._cascade.lock)
 
     def reset(self, messages: int = 0) -> None:
         """Forget everything but the first ``messages``."""
-        self._talk, self._memories = self._talk[:messages], self._cascade.memories()
+        with self._cascade.lock:
+            self._talk, self._memories = self._talk[:messages], self._cascade.memories()
 
     def _recorded(self, before: Talk, talk: Talk) -> Iterator[str | Answer]:
         self._refuse_another_past(before)

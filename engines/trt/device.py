@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from pathlib import Path
 from threading import RLock
@@ -65,9 +66,10 @@ class Device:
         weakref.finalize(self, self._cuda.cudaStreamDestroy, stream).atexit = False
         self._stream, self.stream = stream, int(stream)
         self._read: list[np.ndarray] = []  # arrays of the host that the stream may not have read yet
-        # Any thread may drop a tensor; what is freed on a stream that is captured would be freed by every replay.
+        # Any thread may drop a tensor or a graph; what is freed on a stream that is captured would be freed by every
+        # replay, and to wait for the stream ends the capture.
         self._freeing, self._captures = RLock(), False
-        self._dropped: list[int] = []
+        self._dropped: list[Callable[[], None]] = []
         pool = self.ask("cudaDeviceGetDefaultMemPool", self.ask("cudaGetDevice"))
         threshold = self._cuda.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
         self.ask("cudaMemPoolSetAttribute", pool, threshold, _uint64(KEEP_ALL))
@@ -118,20 +120,22 @@ class Device:
         Nothing is executed by it. Memory that the work reads and writes must stay where it is.
         """
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        with self._freeing:
-            self.ask("cudaStreamBeginCapture", self._stream, mode)
-            self._captures = True
         done, collects = False, gc.isenabled()
-        gc.disable()  # a graph that is collected now would be waited for, which no capture allows
+        gc.disable()  # what is collected may call what no capture allows
         try:
-            done = work()
+            with self._freeing:
+                self._captures = True
+            self.ask("cudaStreamBeginCapture", self._stream, mode)
+            try:
+                done = work()
+            finally:
+                status, graph = self._cuda.cudaStreamEndCapture(self._stream)
+                if not done or int(status):
+                    self._cuda.cudaGetLastError()  # a capture that failed is no failure of what comes next
         finally:
+            self._give_back_dropped()
             if collects:
                 gc.enable()
-            status, graph = self._cuda.cudaStreamEndCapture(self._stream)
-            self._free_dropped()
-            if not done or int(status):
-                self._cuda.cudaGetLastError()  # a capture that failed is no failure of what comes next
         if not done:
             raise OperationFailed("TensorRT refused the run while it was captured")
         self._check(status, "cudaStreamEndCapture")
@@ -146,8 +150,12 @@ class Device:
 
     def release(self, graph: Any) -> None:
         """Give a recorded graph back, once the stream has done with it."""
-        self._cuda.cudaStreamSynchronize(self._stream)
-        self._cuda.cudaGraphExecDestroy(graph)
+        with self._freeing:
+            if self._captures:
+                self._dropped.append(partial(self.release, graph))
+                return
+            self._cuda.cudaStreamSynchronize(self._stream)
+            self._cuda.cudaGraphExecDestroy(graph)
 
     def to_host(self, *tensors: DeviceTensor) -> list[np.ndarray]:
         """Copies of tensors as arrays, once everything before them on the stream is done: one wait for all."""
@@ -180,15 +188,16 @@ class Device:
         """Give bytes back behind all work that was enqueued; a failure here follows one that was told already."""
         with self._freeing:
             if self._captures:
-                self._dropped.append(pointer)
-            else:
-                self._cuda.cudaFreeAsync(pointer, self._stream)
+                self._dropped.append(partial(self.free, pointer))
+                return
+            self._cuda.cudaFreeAsync(pointer, self._stream)
 
-    def _free_dropped(self) -> None:
+    def _give_back_dropped(self) -> None:
+        """Nothing is captured any more, so what was dropped meanwhile goes."""
         with self._freeing:
             self._captures = False
             while self._dropped:
-                self.free(self._dropped.pop())
+                self._dropped.pop()()
 
     def ask(self, call: str, *arguments: Any) -> Any:
         """Call CUDA; its first result is the status, what follows is the answer. OperationFailed where it refuses."""

@@ -37,7 +37,7 @@ def other(rows: np.ndarray) -> np.ndarray:
 
 def tower(spec: ExportSpec, change: Change, allowed: float, features: Change | None = None) -> list[Comparison]:
     def outputs(kept: np.ndarray) -> Tensors:
-        return {"kept_vision": kept, "visual_embeds": kept[:, None] * np.ones((1, 4), np.float32)}
+        return {"kept_vision": kept, "visual_embeds": (10 + kept[:, None]) * np.ones((1, 4), np.float32)}
 
     wanted = outputs(np.arange(0, 2 * ROWS, 2))
     got = outputs(change(wanted["kept_vision"]))
@@ -98,31 +98,76 @@ def merging(spec: ExportSpec) -> ExportSpec:
     return spec.model_copy(update={"plan": spec.plan.model_copy(update={"vision": point})})
 
 
-def rows_off(count: int) -> Change:
-    """The first ``count`` rows are other averages."""
-    return lambda features: features + 9 * (np.arange(len(features)) < count)[:, None]
+ALL_BUT = ROWS // 2 - 9  # rows of a half that may be others: nine of 22 are two fifths
 
 
-def test_of_a_tower_that_merges_half_of_the_rows_agree(merging: ExportSpec) -> None:
-    kept, features = tower(merging, lambda kept: kept, HALF, rows_off(ROWS // 2))
+def swapped(count: int, first: int = 0) -> Change:
+    """``count`` rows of each half, from ``first`` on, are others, of the same size."""
+
+    def change(features: np.ndarray) -> np.ndarray:
+        changed = features.copy()
+        for half in (0, ROWS // 2):
+            places = slice(half + first, half + first + count)
+            changed[places] = np.roll(features[places], 1, axis=0)
+        return changed
+
+    return change
+
+
+def test_of_a_tower_that_merges_two_fifths_of_either_half_agree(merging: ExportSpec) -> None:
+    kept, features = tower(merging, lambda kept: kept, HALF, swapped(ALL_BUT))
     assert kept.agrees
     assert features.agrees
-    assert features.overlap == 0.5
+    assert features.overlap == pytest.approx(18 / ROWS)
     assert features.error == 0.0, "of the rows that agree"
-    _, features = tower(merging, lambda kept: kept, HALF, rows_off(ROWS // 2 + 1))
-    assert features.problem == f"{ROWS // 2 - 1} of its {ROWS} rows agree within 0.02, and 50% must"
+    _, features = tower(merging, lambda kept: kept, HALF, swapped(ALL_BUT + 1))
+    assert features.problem == f"16 of its {ROWS} rows agree within 0.02, and 40% of either half must"
+
+
+def test_an_image_that_is_wrong_is_not_made_up_for_by_another(merging: ExportSpec) -> None:
+    def second(features: np.ndarray) -> np.ndarray:
+        return np.concatenate([features[: ROWS // 2], np.roll(features[ROWS // 2 :], 1, axis=0)])
+
+    assert not tower(merging, lambda kept: kept, HALF, second)[1].agrees
+    shifted = tower(merging, lambda kept: np.concatenate([kept[: ROWS // 2], kept[ROWS // 2 :] + 900]), HALF)
+    assert not shifted[1].agrees
+
+
+@pytest.mark.parametrize("factor", [0.0, 9.0])
+def test_rows_that_are_no_averages_are_told(merging: ExportSpec, factor: float) -> None:
+    def scaled(features: np.ndarray) -> np.ndarray:
+        return features * np.where(np.arange(ROWS) % 4 == 3, factor, 1.0)[:, None]
+
+    told = tower(merging, lambda kept: kept, HALF, scaled)[1]
+    assert "long, the reference's" in str(told.problem)
 
 
 def test_of_a_tower_that_merges_rows_are_compared_where_both_keep_them(merging: ExportSpec) -> None:
-    def half_others(kept: np.ndarray) -> np.ndarray:
-        return kept + (np.arange(ROWS) < ROWS // 2)
+    def third_others(kept: np.ndarray) -> np.ndarray:
+        return kept + (np.arange(ROWS) % 3 == 0)
 
-    kept, features = tower(merging, half_others, HALF)
-    assert kept.overlap == features.overlap == 0.5
+    kept, features = tower(merging, third_others, HALF)
+    assert kept.overlap == features.overlap == pytest.approx(29 / ROWS)
     assert features.agrees
-    assert not all(t.agrees for t in tower(merging, half_others, HALF, rows_off(ROWS // 2 + 1)))
     assert not all(t.agrees for t in tower(merging, lambda kept: kept + 1, HALF))
-    assert not all(t.agrees for t in tower(merging, half_others, FULL)), "fp32 has no such ties"
+    assert not all(t.agrees for t in tower(merging, third_others, FULL)), "fp32 has no such ties"
+
+
+def test_zip_that_averages_nothing_is_no_tower_that_merges(merging: ExportSpec) -> None:
+    vision = merging.plan.vision
+    assert vision
+    plain = vision.model_copy(update={"score": "zip", "merge": 0.0})
+    spec = merging.model_copy(update={"plan": merging.plan.model_copy(update={"vision": plain})})
+    assert not tower(spec, lambda kept: kept, HALF, swapped(4))[1].agrees
+    assert plain.model_copy(update={"merge": 0.1}).merges
+
+
+def test_what_is_told_of_merged_rows(merging: ExportSpec) -> None:
+    told = Replay("vision", "one", tuple(tower(merging, other, HALF, swapped(6, 9))))
+    [line] = replays_in_words([told])
+    assert told.agrees
+    assert "kept rows 97.7% equal" in line
+    assert "merged rows 70.4% equal" in line
 
 
 @pytest.mark.parametrize("wrong", [lambda x: x * np.nan, lambda x: x[:, :2], lambda x: x.astype(np.float16)])
