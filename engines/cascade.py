@@ -175,7 +175,6 @@ class Cascade:
         """
         return self.stream(image, question, keep, threshold, guidance, **options).finish()
 
-    @one_at_a_time
     def stream(
         self,
         image: Picture | Sequence[Picture] | None,
@@ -196,7 +195,6 @@ class Cascade:
             return Stream(self.promises.parts(self, turn, keep, guidance), self.lock)
         return Stream(self.parts(turn, keep, threshold, guidance), self.lock)
 
-    @one_at_a_time
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]] = (),
@@ -212,7 +210,6 @@ class Cascade:
 
         return Conversation(self, messages, keep, threshold, **options)
 
-    @one_at_a_time
     def look(
         self, image: Picture | Sequence[Picture] | None, question: Content, **options: Unpack[OptionKeywords]
     ) -> SmallPass:
@@ -245,7 +242,6 @@ class Cascade:
         waits = self._sees_alike and model is self.small
         return not waits and not (self.small and model.spec.plan.vision)
 
-    @one_at_a_time
     def refuse_unservable(
         self, keep: Keep, threshold: float | None, draft: bool = True, guidance: np.ndarray | None = None
     ) -> None:

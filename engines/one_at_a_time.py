@@ -7,16 +7,15 @@ up their questions. Between two pieces of an answer that streams, another one ma
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from functools import wraps
 from threading import RLock
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from engines.targets import TARGETS
 
 if TYPE_CHECKING:
     from engines.model import Model
-
-Lock: TypeAlias = Any  # threading.RLock is a function
 
 # On a device all cascades of this process take turns: those of one bundle share a stream, which may be being captured.
 DEVICE = RLock()
@@ -25,7 +24,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def lock_of(models: Iterable[Model]) -> Lock:
+def lock_of(models: Iterable[Model]) -> AbstractContextManager[object]:
     """What these models' runs are made under."""
     targets = [TARGETS.get(model.target) for model in models]
     return RLock() if all(target and target.memory == "host" for target in targets) else DEVICE

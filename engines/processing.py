@@ -28,27 +28,24 @@ from graphs.versions import require_once
 
 # In an environment without torch, transformers would say so on every start.
 QUIET = ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-AHEAD: list[Thread] = []
-# Taken in this order: by who loads a part of a processor, and by who imports the library, which one at a time may.
-LOADING, IMPORTING = Lock(), Lock()
+# transformers puts another object in its own place while it is imported: two at once see the wrong one.
+LOADING = Lock()
 
 
 def load_ahead() -> None:
     """Begin to import what reads processors, beside the hashing of a bundle; what fails will fail where it is used."""
 
     def load() -> None:
-        with suppress(Exception):
+        with suppress(Exception), LOADING:
             _transformers()
 
-    thread = Thread(target=load, daemon=True)
-    thread.start()
-    AHEAD.append(thread)
+    Thread(target=load, daemon=True).start()
 
 
 def _transformers() -> Any:
     """The library, with what reads processors imported; what of that fails will fail where it is used."""
     os.environ.setdefault(*QUIET)
-    with IMPORTING, read_once():
+    with read_once():
         import transformers
 
         with suppress(Exception):
@@ -234,10 +231,7 @@ class Processor:
             ) from None
 
     def _loaded(self, auto_class: str, **options: Any) -> Any:
-        # transformers puts another object in its own place while it is imported: two at once see the wrong one.
         with LOADING:
-            while AHEAD:
-                AHEAD.pop().join()
             require_once("transformers")
             transformers = _transformers()
             try:

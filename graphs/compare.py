@@ -67,6 +67,11 @@ def compare(name: str, got: np.ndarray, wanted: np.ndarray, tolerance: float | N
     return _compare_within(name, got, wanted, allowed)
 
 
+def scale_of(wanted: np.ndarray) -> float:
+    """What an error is told in parts of: max |wanted|, at least 0.001."""
+    return max(SMALLEST_SCALE, float(np.abs(wanted).max(initial=0.0)))
+
+
 def kept_overlap(got: np.ndarray, wanted: np.ndarray) -> float:
     """The share of the wanted rows that are among the kept ones; 1 where nothing was wanted."""
     return float(np.isin(wanted, got).mean()) if wanted.size else 1.0
@@ -90,7 +95,7 @@ def _compare_within(name: str, got: np.ndarray, wanted: np.ndarray, tolerance: f
         if bad := int((~np.isfinite(values)).sum()):
             return Comparison(name, tolerance, problem=f"{whose} {bad} values that are NaN or infinite")
     difference = np.abs(got64 - wanted64)
-    error = float(difference.max() / max(SMALLEST_SCALE, float(np.abs(wanted64).max())))
+    error = float(difference.max() / scale_of(wanted64))
     if error <= tolerance:
         return Comparison(name, tolerance, error=error)
     at = [int(i) for i in np.unravel_index(int(difference.argmax()), difference.shape)]

@@ -69,8 +69,8 @@ def replay(folder: Path, spec: ExportSpec, open_stage: Callable[[Path], Session]
 
     The tolerance is that of what the stages compute in, or of what the golden tensors were computed in if that is
     wider; where that is wider than fp32's, near-ties may keep other rows (``engines.bundles.near_ties``). open_stage:
-    opens a stage's file. Errors: BadArtefact where the golden file is missing, broken or does
-    not fit spec.json, OperationFailed where the runtime fails.
+    opens a stage's file. Errors: BadArtefact where the golden file is missing, broken or does not fit spec.json,
+    OperationFailed where the runtime fails.
     """
     cases = cases_of(folder, spec)
     allowed = max(TOLERANCES[spec.dtype], TOLERANCES[_reference_dtype(cases)])

@@ -11,7 +11,7 @@ import numpy as np
 from engines.bundles.golden import Case, Replay, runs
 from engines.bundles.manifest import Loss
 from engines.sessions.session import Session
-from graphs.compare import SMALLEST_SCALE, Comparison, kept_overlap
+from graphs.compare import Comparison, kept_overlap, scale_of
 from graphs.spec import ExportSpec
 
 OpenStage = Callable[[Path], Session]
@@ -72,8 +72,7 @@ def _loss(case: Case, name: str, got: np.ndarray, wanted: np.ndarray) -> Loss:
     if not wanted.size:
         return loss
     got64, wanted64 = got.astype(np.float64), wanted.astype(np.float64)
-    scale = max(SMALLEST_SCALE, float(np.abs(wanted64).max()))
-    difference = np.abs(got64 - wanted64) / scale
+    difference = np.abs(got64 - wanted64) / scale_of(wanted64)
     found = {"max_error": float(difference.max()), "mean_error": float(difference.mean())}
     if name == LOGITS:
         found["top1"] = float((got64.argmax(-1) == wanted64.argmax(-1)).mean())

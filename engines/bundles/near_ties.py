@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from graphs.compare import SMALLEST_SCALE, TOLERANCES, Comparison, compare, kept_overlap
+from graphs.compare import TOLERANCES, Comparison, compare, kept_overlap, scale_of
 from graphs.plan import BY_ATTENTION
 from graphs.spec import ExportSpec, present_names
 
@@ -101,8 +101,7 @@ def _merged(
     """Features row by row. both: where the rows that both keep are in either."""
     ours, theirs = both
     rows, wanted = (x.reshape(len(x), -1).astype(np.float64) for x in (got, reference))
-    scale = max(SMALLEST_SCALE, float(np.abs(wanted).max(initial=0.0)))
-    error_R = np.abs(rows[ours] - wanted[theirs]).max(axis=1, initial=0.0) / scale
+    error_R = np.abs(rows[ours] - wanted[theirs]).max(axis=1, initial=0.0) / scale_of(wanted)
     same = np.zeros(len(reference), bool)
     same[theirs[error_R <= allowed]] = True
     share = float(same.mean()) if len(same) else 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from threading import Lock
 from typing import Any
@@ -15,6 +16,7 @@ CPU = "CPU"
 VARIABLE = "SACCADE_OPENVINO_DEVICE"
 # Others of OpenVINO's devices want sizes that are fixed when a graph is compiled (NPU) or are several at once (AUTO).
 KINDS = (CPU, "GPU")
+MAKING = Lock()  # stages are opened side by side, and each would make a core
 
 
 def kept_core() -> Any:
@@ -24,17 +26,15 @@ def kept_core() -> Any:
     the first destroyed first, the second leaves the thread with the first one's freed stack, and the next signal that
     Python handles (SIGINT, SIGTERM) ends the process with a segmentation fault.
     """
-    global _core  # noqa: PLW0603
-    with _making:
-        if _core is None:
-            import openvino as ov
-
-            _core = ov.Core()
-    return _core
+    with MAKING:
+        return _core()
 
 
-_core: Any = None
-_making = Lock()
+@cache
+def _core() -> Any:
+    import openvino as ov
+
+    return ov.Core()
 
 
 def chosen_device(core: Any) -> str:
